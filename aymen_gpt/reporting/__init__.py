@@ -1,0 +1,1 @@
+"""A run folder -> pictures and pages. Imports no torch: a report can be made where none is installed."""

@@ -1,0 +1,1 @@
+"""Batches -> checkpoints and curves: the training loop and what it needs."""
