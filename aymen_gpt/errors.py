@@ -10,7 +10,7 @@ without a traceback. A bug of ours stays an ordinary exception and keeps its tra
     ├── CannotWrite   73   disk full, read-only, or the folder is in use          (also an OSError)
     └── Stopped       75   a signal came, the work is saved: run the same command again
 
-This is the one module that every room may import; it imports nothing.
+Every room may import this module; it imports nothing.
 """
 
 

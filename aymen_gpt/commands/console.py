@@ -1,0 +1,56 @@
+"""What every command does at its edges: errors become one line and an exit code, flags speak of tokens."""
+
+import argparse
+import os
+import sys
+import traceback
+from collections.abc import Callable
+from typing import NoReturn
+
+from aymen_gpt.errors import AymenError
+
+
+def run(main: Callable[[], int]) -> NoReturn:
+    """Run a command to its exit code: errors that speak to the user print one line, bugs keep their traceback.
+
+    AYMEN_GPT_DEBUG=1 shows the traceback of the former too.
+    """
+    try:
+        code = main()
+    except AymenError as error:
+        if os.environ.get("AYMEN_GPT_DEBUG"):
+            traceback.print_exc()
+        print(f"error: {error}", file=sys.stderr)
+        code = error.exit_code
+    except KeyboardInterrupt:
+        print("interrupted", file=sys.stderr)
+        code = 130
+    except BrokenPipeError:  # the reader of our output went away, as head does
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        code = 1
+    sys.exit(code)
+
+
+def parser(description: str, examples: str) -> argparse.ArgumentParser:
+    """An argument parser whose help ends with examples."""
+    return argparse.ArgumentParser(
+        description=description,
+        epilog="examples:\n" + examples,
+        formatter_class=lambda prog: argparse.RawDescriptionHelpFormatter(prog, max_help_position=30, width=110),
+    )
+
+
+def whole_number(text: str) -> int:
+    """A whole number as people write large ones: 524288, 524_288, 5e5, 2**19.
+
+    >>> [whole_number(t) for t in ("12", "524_288", "1e8", "2**19")]
+    [12, 524288, 100000000, 524288]
+    """
+    base, power, exponent = text.partition("**")
+    value = int(base) ** int(exponent) if power else float(text) if "e" in text.lower() else int(text)
+    if value != int(value):
+        raise ValueError(f"{text} is not a whole number")
+    return int(value)
+
+
+whole_number.__name__ = "whole number"  # argparse names the type in its message

@@ -1,0 +1,106 @@
+"""python -m aymen_gpt.commands.demo: the whole journey, each stage by the command a person would type.
+
+Prepares the built-in corpus, trains a small GPT, stops it half way with SIGTERM and lets it continue, scores it on
+HellaSwag and lets it write. What is already done is not done again.
+"""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+from aymen_gpt.commands import console
+from aymen_gpt.errors import AymenError
+from aymen_gpt.training.config import resolve
+
+CONFIG = resolve({"preset": "demo"})
+RUN = Path(CONFIG.run)
+EXAMPLES = 1000  # of HellaSwag's 10,042
+PROMPT = "Return a list of"
+
+
+def main() -> int:
+    began = time.monotonic()
+    stage(1, "text -> tokens: the documentation that comes with Python and our packages")
+    call("fineweb.py", "--source", "builtin", "--out", CONFIG.data)
+    stage(2, f"tokens -> a GPT: {CONFIG.steps} steps, stopped half way and continued")
+    if steps_done() < CONFIG.steps // 2:
+        train_until(CONFIG.steps // 2)
+    call("pretrain.py", "--preset", "demo")
+    stage(3, f"the GPT -> its score on {EXAMPLES:,} real HellaSwag examples")
+    score = RUN / "hellaswag.json"
+    if not score.exists() or score.stat().st_mtime < newest_checkpoint().stat().st_mtime:
+        call("hellaswag.py", "-m", str(RUN), "--limit", str(EXAMPLES), "--json", str(score))
+    stage(4, "the GPT writes")
+    call("generate.py", "-m", str(RUN), PROMPT, "--max-tokens", "60")
+    print(closing(json.loads(score.read_text()), time.monotonic() - began))
+    return 0
+
+
+def stage(number: int, title: str) -> None:
+    print(f"\n=== {number}/4  {title}", flush=True)
+
+
+def command(*words: str) -> list[str]:
+    print(f"$ python {' '.join(words)}", flush=True)
+    return [sys.executable, *words]
+
+
+def call(*words: str) -> None:
+    """Run one of the doors to its end."""
+    code = subprocess.run(command(*words)).returncode
+    if code:
+        raise AymenError(f"python {' '.join(words)} ended with exit code {code}")
+
+
+def steps_done() -> int:
+    """The last step in the run's metrics, 0 before there is one."""
+    try:
+        lines = (RUN / "metrics.jsonl").read_text().splitlines()
+        return json.loads(lines[-1])["step"]
+    except (OSError, IndexError, ValueError):
+        return 0
+
+
+def train_until(step: int) -> None:
+    """Train, and send SIGTERM once ``step`` is reached, as a scheduler would that wants its machine back."""
+    process = subprocess.Popen(command("pretrain.py", "--preset", "demo"))
+    while process.poll() is None and steps_done() < step:
+        time.sleep(0.2)
+    if process.poll() is None:
+        print(f"--- SIGTERM to process {process.pid}: it will finish its step, save and leave", flush=True)
+        process.send_signal(signal.SIGTERM)
+    code = process.wait()
+    if code != 75:
+        raise AymenError(f"the stopped training ended with exit code {code}, not 75 (stopped and saved)")
+    print("--- exit code 75: stopped and saved. The same command again continues:", flush=True)
+
+
+def newest_checkpoint() -> Path:
+    from aymen_gpt.model.folders import checkpoints
+
+    return checkpoints(RUN)[0]
+
+
+def closing(score: dict, seconds: float) -> str:
+    rows = [json.loads(line) for line in (RUN / "metrics.jsonl").read_text().splitlines()]
+    vals = [row["val_loss"] for row in rows if "val_loss" in row]
+    found = score["completion"]
+    return f"""
+=== done in {seconds:.0f} s on {os.cpu_count()} cores
+loss        {vals[0]:.2f} -> {vals[-1]:.2f} nats per token on text it never trained on
+HellaSwag   {100 * found["acc_norm"]:.1f}% ± {100 * found["acc_norm_stderr"]:.1f} of {score["n"]:,} examples; chance is \
+25%, and a model this small and young is expected there. GPT-2 124M has 29.6%.
+curve       {RUN}/report.html (open it in a browser)
+samples     {RUN}/samples.md
+checkpoint  {newest_checkpoint()} (opens in transformers as it is)
+next        python generate.py -m {RUN} "Raised when"
+            python fineweb.py --source YOUR.txt --out data/mine && \\
+            python pretrain.py --preset demo --data data/mine --run runs/mine"""
+
+
+if __name__ == "__main__":
+    console.run(main)

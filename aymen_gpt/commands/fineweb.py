@@ -1,0 +1,181 @@
+"""python fineweb.py: text to token shards."""
+
+import argparse
+import shlex
+import sys
+import time
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from aymen_gpt.commands import console
+
+if TYPE_CHECKING:
+    from aymen_gpt.data.prepare import Progress, Summary
+
+EXAMPLES = """\
+  python fineweb.py                                        FineWeb-Edu sample-10BT: 28 GB to read, 20 GB of shards
+  python fineweb.py --max-tokens 1e8 --out data/small      its first 100M tokens
+  python fineweb.py --source builtin --out data/builtin    the documentation on this machine, no network
+  python fineweb.py --source my/texts more.jsonl.gz --out data/mine
+
+Killed or failed? The same command again continues at the last finished shard.
+"""
+EVERY = 10.0  # seconds between two progress lines when stderr is not a terminal
+
+
+def parser() -> argparse.ArgumentParser:
+    p = console.parser("Turn text into shards of GPT-2 tokens, in llm.c's format.", EXAMPLES)
+    whole = console.whole_number
+    text = p.add_argument_group("text")
+    text.add_argument(
+        "--source",
+        nargs="+",
+        default=["hub"],
+        metavar="WORD",
+        help="`hub` (FineWeb-Edu from Hugging Face, the default), `builtin` (documentation installed with Python), "
+        "or files and folders of .parquet, .jsonl, .jsonl.gz, .jsonl.zst, .txt",
+    )
+    text.add_argument(
+        "--text-column", metavar="NAME", help="column or key of the text (default: text, else content)"
+    )
+    text.add_argument("--revision", metavar="COMMIT", help="of FineWeb-Edu on the Hub (default: a pinned one)")
+    text.add_argument("--keep-source", action="store_true", help="keep downloaded files, in DIR/.source")
+    shards = p.add_argument_group("shards")
+    shards.add_argument(
+        "--out", type=Path, default=Path("edu_fineweb10B"), metavar="DIR", help="default: %(default)s"
+    )
+    shards.add_argument(
+        "--shard-tokens", type=whole, default=10**8, metavar="N", help="tokens a shard (default: 1e8)"
+    )
+    shards.add_argument("--max-tokens", type=whole, metavar="N", help="stop after so many tokens (default: all)")
+    work = p.add_argument_group("work")
+    work.add_argument(
+        "--workers", type=whole, metavar="N", help="processes (default: one per CPU; 0: only this one)"
+    )
+    what = work.add_mutually_exclusive_group()
+    what.add_argument("--verify", action="store_true", help="compare every shard in DIR with its recorded sha256")
+    what.add_argument(
+        "--repair", action="store_true", help="verify, then rebuild damaged shards from their source"
+    )
+    return p
+
+
+def main(argv: list[str] | None = None) -> int:
+    args = parser().parse_args(argv)
+    if args.verify:
+        return verify(args.out)
+    if args.repair:
+        return repair(args)
+    from aymen_gpt.data.prepare import PrepareOptions, prepare
+    from aymen_gpt.errors import UsageError
+
+    for flag, least in (("shard_tokens", 1), ("max_tokens", 1), ("workers", 0)):
+        value = getattr(args, flag)
+        if value is not None and value < least:
+            raise UsageError(f"--{flag.replace('_', '-')} must be at least {least}, got {value}")
+    chosen = {name: value for name, value in vars(args).items() if name not in ("verify", "repair", "source")}
+    with Reporter() as reporter:
+        summary = prepare(PrepareOptions(source=tuple(args.source), **chosen), reporter)
+    print(closing(summary))
+    return 0
+
+
+def verify(out: Path) -> int:
+    from aymen_gpt.data import shards
+    from aymen_gpt.errors import DataError
+
+    damaged = shards.verify(out)
+    if damaged:
+        listed = "; ".join(f"{name}: {why}" for name, why in damaged.items())
+        raise DataError(f"{len(damaged)} damaged shards in {out} ({listed}): run fineweb.py --out {out} --repair")
+    print(f"{out}: all shards are as the manifest says")
+    return 0
+
+
+def repair(args: argparse.Namespace) -> int:
+    from aymen_gpt.data.prepare import repair
+
+    with Reporter() as reporter:
+        rebuilt = repair(args.out, reporter, workers=args.workers, keep_source=args.keep_source)
+    print(f"{args.out}: {len(rebuilt)} shards rebuilt, all are as the manifest says")
+    return 0
+
+
+class Reporter:
+    """Shows progress on stderr: a bar on a terminal, else a line every ten seconds."""
+
+    def __init__(self) -> None:
+        self.began = self.shown = time.monotonic()
+        self.first: tuple[int, float] | None = None  # text bytes and fraction when this process began
+        self.bar = None
+
+    def __enter__(self) -> "Reporter":
+        if sys.stderr.isatty():
+            from tqdm import tqdm
+
+            self.bar = tqdm(total=100, bar_format="{percentage:3.0f}%|{bar:20}| {desc}", leave=False)
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        if self.bar is not None:
+            self.bar.close()
+
+    def __call__(self, event: "Progress | str") -> None:
+        now = time.monotonic()
+        if isinstance(event, str):
+            self._print(event)
+            return
+        if self.first is None:
+            self.first = event.totals.bytes, event.fraction
+            self.began = now
+        if now - self.shown >= (0.2 if self.bar is not None else EVERY):
+            self.shown = now
+            self._show(event, now - self.began)
+
+    def _print(self, line: str) -> None:
+        if self.bar is not None:
+            self.bar.write(line, file=sys.stderr)
+        else:
+            print(line, file=sys.stderr, flush=True)
+
+    def _show(self, progress: "Progress", seconds: float) -> None:
+        assert self.first is not None
+        totals, gained = progress.totals, progress.fraction - self.first[1]
+        left = f", {duration(seconds * (1 - progress.fraction) / gained)} left" if gained > 0 else ""
+        line = (
+            f"{totals.documents:,} documents, {totals.tokens / 1e6:,.1f}M tokens, {progress.shards} shards, "
+            f"{(totals.bytes - self.first[0]) / 1e6 / max(seconds, 0.001):.1f} MB/s{left}"
+        )
+        if self.bar is not None:
+            self.bar.n = min(100 * progress.fraction, 100)
+            self.bar.set_description_str(line)
+        else:
+            self._print(f"{progress.fraction:4.0%}  {line}")
+
+
+def duration(seconds: float) -> str:
+    """
+    >>> duration(59), duration(3700)
+    ('59 s', '1 h 01 min')
+    """
+    minutes = round(seconds / 60)
+    return (
+        f"{seconds:.0f} s"
+        if seconds < 60
+        else f"{minutes // 60} h {minutes % 60:02} min"
+        if minutes > 59
+        else f"{minutes} min"
+    )
+
+
+def closing(summary: "Summary") -> str:
+    totals = summary.totals
+    skipped = ", ".join(f"{count:,} {reason}" for reason, count in sorted(totals.skipped.items())) or "none"
+    data = "" if str(summary.folder) == "edu_fineweb10B" else f" --data {shlex.quote(str(summary.folder))}"
+    done = "already prepared" if summary.already else "prepared"
+    return f"""\
+{done}: {summary.folder}, {summary.shards} shards (the first is for validation)
+documents  {totals.documents:,}
+tokens     {totals.tokens:,} ({totals.bytes / max(totals.tokens, 1):.2f} bytes of text per token)
+skipped    {skipped}
+next       python pretrain.py{data}"""

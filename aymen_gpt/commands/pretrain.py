@@ -1,0 +1,209 @@
+"""pretrain.py: options -> a run folder with checkpoints, curves and samples."""
+
+import argparse
+import os
+import platform
+import subprocess
+import sys
+from collections.abc import Callable
+from contextlib import nullcontext
+from dataclasses import asdict, fields
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import aymen_gpt
+from aymen_gpt.commands import console
+from aymen_gpt.training.config import RECIPES, TrainConfig, flag, resolve
+
+if TYPE_CHECKING:
+    from aymen_gpt.model.gpt import GPT
+    from aymen_gpt.training.device import Device
+    from aymen_gpt.training.distributed import Ranks
+    from aymen_gpt.training.trainer import Trainer
+
+EXAMPLES = """\
+  python pretrain.py                                     the published run: GPT-2 124M, 40B tokens
+  torchrun --standalone --nproc_per_node=8 pretrain.py   the same run on 8 GPUs, the same result
+  python pretrain.py --preset demo                       a small GPT, minutes on a laptop
+  python pretrain.py --preset gpt3-medium --run runs/m   another size, another folder
+"""
+
+
+def parser() -> argparse.ArgumentParser:
+    p = console.parser(
+        "Pretrain a GPT-2/GPT-3 on token shards. Running the same command again continues the run. "
+        "Defaults are those of the gpt2 preset; each preset brings its own.",
+        EXAMPLES,
+    )
+    groups: dict[str, Any] = {}
+    for f in fields(TrainConfig):
+        group = groups.setdefault(f.metadata["group"], None) or p.add_argument_group(f.metadata["group"])
+        groups[f.metadata["group"]] = group
+        shown = "" if f.default in ("", None, 0) else f" [{f.default}]"
+        arguments: dict[str, Any] = {"help": f.metadata["help"] + shown, "default": argparse.SUPPRESS}
+        if f.name == "preset":
+            arguments |= {"choices": list(RECIPES), "metavar": "NAME"}
+            arguments["help"] += ": " + ", ".join(RECIPES)
+        if f.name == "compile":
+            arguments["action"] = argparse.BooleanOptionalAction
+        else:
+            kinds: dict[type, Callable[[str], Any]] = {int: console.whole_number, float: float, str: str}
+            arguments |= {"type": kinds[f.type]} if f.type in kinds else {}  # type: ignore[index]
+            arguments.setdefault("metavar", {int: "N", float: "X", str: "NAME"}[f.type])  # type: ignore[index]
+        # On Python 3.11 torchrun takes --run for an abbreviation of its own options; --run-dir passes.
+        names = ["--run", "--run-dir"] if f.name == "run" else [flag(f.name)]
+        group.add_argument(*names, dest=f.name, **arguments)
+    return p
+
+
+def main(argv: list[str] | None = None) -> int:
+    config = resolve(vars(parser().parse_args(argv)))
+
+    from aymen_gpt.training import device as devices
+    from aymen_gpt.training.distributed import process_group, ranks_from_environment
+    from aymen_gpt.training.runlog import RunLog
+    from aymen_gpt.training.trainer import StopSignal
+
+    stop = StopSignal()
+    ranks = ranks_from_environment()
+    device = devices.choose_device(config.device, config.dtype, ranks.local_rank)
+    if device.torch.type == "cpu":
+        devices.keep_freed_memory()
+    folder = Path(config.run)
+    with process_group(ranks, device.torch):
+        trainer = build(config, device, ranks)
+        with RunLog(folder, config.steps, draw_report) if ranks.is_first else nullcontext() as log:
+            for line in introduction(trainer) if log else []:
+                log.say(line)
+            trainer.fit(folder, log, stop, describe(trainer) if log else {})
+    if ranks.is_first:
+        print(closing(folder))
+    return 0
+
+
+def build(config: TrainConfig, device: "Device", ranks: "Ranks") -> "Trainer":
+    from aymen_gpt.data.loader import TokenRows
+    from aymen_gpt.data.shards import manifest_hash
+    from aymen_gpt.training.trainer import Trainer
+
+    data = Path(config.data)
+    train = TokenRows(data, "train", block_size=config.block_size, seed=config.seed)
+    val = TokenRows(data, "val", block_size=config.block_size, seed=None)
+    return Trainer(config, device, ranks, train, val, manifest_hash(data), score=scorer(config, device, ranks))
+
+
+def draw_report(folder: Path) -> None:
+    """Draw report.html anew; a picture that fails must not end the training it shows."""
+    from aymen_gpt.reporting.page import write_report
+
+    try:
+        write_report(folder)
+    except Exception as error:
+        print(f"warning: no report.html: {type(error).__name__}: {error}", file=sys.stderr)
+
+
+def scorer(config: TrainConfig, device: "Device", ranks: "Ranks") -> "Callable[[GPT], dict[str, Any]] | None":
+    """What the trainer calls to score its model on HellaSwag, None when the run never does."""
+    if not config.hellaswag_every:
+        return None
+    import torch
+
+    from aymen_gpt.evaluation import hellaswag
+
+    examples = hellaswag.evenly_spaced(hellaswag.load_examples(), config.hellaswag_limit or None)
+    mine = examples[ranks.rank :: ranks.world_size]
+
+    def score(model: "GPT") -> dict[str, Any]:
+        tally = hellaswag.evaluate(model, mine, protocols=("completion",), dtype=device.dtype).tally("completion")
+        counts = torch.tensor([tally.n, tally.correct, tally.correct_norm], device=device.torch)
+        summed = hellaswag.Tally(*ranks.sum(counts).tolist())
+        return {"n": summed.n, "completion": summed.as_dict()}
+
+    return score
+
+
+def introduction(trainer: "Trainer") -> list[str]:
+    """What is about to be trained, on what, in a few lines."""
+    c, m, device, ranks = trainer.config, trainer.config.model, trainer.device, trainer.ranks
+    tokens = c.steps * c.tokens_per_step
+    epochs = c.steps * c.rows_per_step / trainer.train_rows.rows_per_epoch
+    return [
+        f"model    {c.preset}: {m.n_params:,} parameters, {m.n_layer} layers, {m.n_head} heads, {m.n_embd} wide, "
+        f"context {m.block_size}",
+        f"data     {c.data}: {trainer.train_rows.n_tokens:,} train and {trainer.val_rows.n_tokens:,} val tokens",
+        f"recipe   {c.steps:,} steps x {c.tokens_per_step:,} tokens = {tokens:,} tokens = {epochs:.2f} epochs, "
+        f" peak rate {c.learning_rate:g}, {c.warmup_steps} warmup steps",
+        f"machine  {ranks.world_size} x {device.name}, {str(device.dtype).removeprefix('torch.')}, "
+        f"micro-batch {trainer.micro_batch}{', compiled' if trainer.compiled else ''}",
+        f"run      {c.run}",
+    ]
+
+
+def describe(trainer: "Trainer") -> dict[str, Any]:
+    """config.json of the run folder: everything resolved, and where it ran."""
+    import torch
+
+    from aymen_gpt.data.shards import read_manifest
+    from aymen_gpt.training.device import memory_gb
+
+    c, device = trainer.config, trainer.device
+    return {
+        "format": 1,
+        "run": asdict(c)
+        | {
+            "device": str(device.torch),
+            "dtype": str(device.dtype).removeprefix("torch."),
+            "micro_batch": trainer.micro_batch,
+            "compile": trainer.compiled,
+        },
+        "command": ["python", *sys.argv],
+        "model": asdict(c.model),
+        "n_params": c.model.n_params,
+        "flops_per_token": c.model.flops_per_token,
+        "data": {
+            "folder": c.data,
+            "manifest_sha256": trainer.data_sha256,
+            "source": (read_manifest(Path(c.data)) or {}).get("source"),
+            "train_tokens": trainer.train_rows.n_tokens,
+            "val_tokens": trainer.val_rows.n_tokens,
+        },
+        "versions": {
+            "python": platform.python_version(),
+            "torch": torch.__version__,
+            "aymen_gpt": aymen_gpt.__version__,
+        },
+        "git_commit": git_commit(),
+        "host": {
+            "name": platform.node(),
+            "cores": os.cpu_count(),
+            "memory_gb": memory_gb(),
+            "threads": torch.get_num_threads(),
+        },
+        "device": {"name": device.name, "peak_tflops": device.peak_flops and device.peak_flops / 1e12},
+        "world_size": trainer.ranks.world_size,
+        "started": datetime.now(UTC).isoformat(timespec="seconds"),
+    }
+
+
+def git_commit() -> str | None:
+    """Commit of the code that runs, None outside a git checkout."""
+    here = Path(aymen_gpt.__file__).parent
+    try:
+        found = subprocess.run(
+            ["git", "-C", str(here), "rev-parse", "HEAD"], capture_output=True, text=True, timeout=10
+        )
+    except (OSError, subprocess.TimeoutExpired):
+        return None
+    return found.stdout.strip() or None
+
+
+def closing(folder: Path) -> str:
+    from aymen_gpt.model.folders import checkpoints
+
+    return (
+        f"checkpoint  {checkpoints(folder)[0]}\n"
+        f"curve       {folder}/report.html (numbers: metrics.jsonl, log.txt)\n"
+        f"samples     {folder}/samples.md\n"
+        f'next        python hellaswag.py -m {folder}   or   python generate.py -m {folder} "Once upon a time"'
+    )

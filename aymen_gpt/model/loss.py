@@ -1,0 +1,74 @@
+"""The output layer and its cross-entropy in one step, without ever holding the logits of a whole batch.
+
+Logits are the largest tensor of GPT-2 training: 64 rows of 1,024 tokens x 50,304 columns x 4 bytes = 13 GB.
+They are needed only to make a loss and two gradients, so they are made a few thousand tokens at a time, turned
+into gradients on the spot (softmax minus one-hot) and dropped. The result is that of
+``F.cross_entropy(F.linear(hidden, weight).float(), targets, reduction="sum")`` and its backward.
+"""
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+
+class _LinearCrossEntropy(torch.autograd.Function):
+    """Computes the gradients together with the loss; backward only scales them."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        hidden: Tensor,
+        weight: Tensor,
+        targets: Tensor,
+        vocab_size: int,
+        chunk_tokens: int,
+        dtype: torch.dtype,
+        with_grad: bool,
+    ) -> Tensor:
+        w = weight.to(dtype)  # (Vp, C)
+        loss = hidden.new_zeros((), dtype=torch.float32)
+        d_hidden = torch.empty_like(hidden) if with_grad else None  # (N, C)
+        d_weight = torch.zeros_like(weight) if with_grad else None  # (Vp, C)
+        for start in range(0, hidden.size(0), chunk_tokens):
+            part = slice(start, start + chunk_tokens)
+            h, t = hidden[part].to(dtype), targets[part].unsqueeze(1)  # (n, C), (n, 1)
+            logits = h @ w.t()  # (n, Vp)
+            logits[:, vocab_size:] = -torch.inf  # padding is never predicted
+            log_p = F.log_softmax(logits, dim=1, dtype=torch.float32)  # (n, Vp)
+            loss -= log_p.gather(1, t).sum()
+            if d_hidden is not None and d_weight is not None:
+                d_logits = log_p.exp_().scatter_add_(1, t, torch.full_like(t, -1.0, dtype=torch.float32))
+                d_logits = d_logits.to(dtype)  # softmax - one_hot
+                d_hidden[part] = d_logits @ w
+                d_weight += d_logits.t() @ h
+        ctx.save_for_backward(d_hidden, d_weight)
+        return loss
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
+        d_hidden, d_weight = ctx.saved_tensors
+        return d_hidden.mul_(grad), d_weight.mul_(grad), None, None, None, None, None
+
+
+def linear_cross_entropy(
+    hidden: Tensor, weight: Tensor, targets: Tensor, vocab_size: int, *, chunk_tokens: int | None = None
+) -> Tensor:
+    """Sum over tokens of -log softmax(hidden @ weight.T)[target], in nats; a float32 scalar.
+
+    hidden (..., C) and targets (...) line up; weight is (Vp, C) with Vp >= vocab_size, columns past vocab_size
+    are left out of the softmax. Products run in the autocast dtype when autocast is on, the softmax and the sum
+    in float32. ``chunk_tokens`` bounds the tokens whose logits exist at once (6 bytes x Vp each, with bfloat16
+    products); the default is 1,024 on a CPU (300 MB) and 8,192 elsewhere (2.5 GB). Backward may run once.
+    """
+    device = hidden.device.type
+    dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else hidden.dtype
+    if chunk_tokens is None:
+        chunk_tokens = 1024 if device == "cpu" else 8192
+    with_grad = torch.is_grad_enabled() and (hidden.requires_grad or weight.requires_grad)
+    flat = hidden.reshape(-1, hidden.size(-1))
+    with torch.autocast(device, enabled=False):
+        return _LinearCrossEntropy.apply(
+            flat, weight, targets.reshape(-1), vocab_size, chunk_tokens, dtype, with_grad
+        )

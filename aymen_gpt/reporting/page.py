@@ -1,0 +1,716 @@
+"""A run folder -> ``report.html``: one file that opens by double click, complete without network or script.
+
+``write_report(Path("runs/demo"))`` may be called at any moment of a run, by the trainer or by hand; the page
+is written beside and renamed, so a browser never sees half of it. Whatever comes from the run is escaped, and
+a Content-Security-Policy forbids the page to load anything at all.
+"""
+
+import base64
+import hashlib
+import json
+import math
+import os
+import shlex
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from html import escape
+from pathlib import Path
+from typing import Any
+
+from aymen_gpt.errors import CannotWrite
+from aymen_gpt.reporting.anchors import CHANCE, neighbours
+from aymen_gpt.reporting.charts import (
+    Axis,
+    Dots,
+    Level,
+    Line,
+    Mark,
+    Rug,
+    chart,
+    human,
+    legend,
+    linear_axis,
+    percent,
+    smooth,
+    value_axis,
+)
+from aymen_gpt.reporting.runs import Row, Run, Sample, Score, Series, number, read_run
+
+PROTOCOLS = {
+    "completion": "completion protocol: context + ending as they are, loss per token of the ending",
+    "harness": "lm-evaluation-harness protocol: cleaned text, log-likelihood per character of the ending",
+}
+STATES = {"running": "Running", "stopped": "Stopped, saved", "done": "Done", "failed": "Failed"}
+UNITS = {  # of config.json's keys, where the name does not say it
+    "steps": "updates", "warmup_steps": "updates", "val_every": "updates", "hellaswag_every": "updates",
+    "sample_every": "updates", "checkpoint_every": "updates", "tokens_per_step": "tokens",
+    "block_size": "tokens", "micro_batch": "rows", "vocab_size": "tokens", "n_params": "parameters",
+    "flops_per_token": "FLOP", "train_tokens": "tokens", "val_tokens": "tokens", "memory_gb": "GB",
+    "world_size": "processes", "peak_tflops": "TFLOP/s", "cores": "cores",
+}  # fmt: skip
+MAX_SECTIONS, MAX_SAMPLES, MAX_CHARS = 24, 6, 2000  # samples shown: steps, per step, characters each
+
+
+# ---- words -------------------------------------------------------------------------------------------
+
+
+def duration(seconds: float) -> str:
+    """42 -> "42 s", 500 -> "8 min 20 s", 11100 -> "3 h 05 min", 187200 -> "2 d 4 h"."""
+    s = max(0, round(seconds))
+    if s < 60:
+        return f"{s} s"
+    if s < 3600:
+        return f"{s // 60} min {s % 60:02d} s"
+    if s < 2 * 86400:
+        return f"{s // 3600} h {s % 3600 // 60:02d} min"
+    return f"{s // 86400} d {s % 86400 // 3600} h"
+
+
+def moment(value: Any) -> datetime | None:
+    """An ISO time as UTC; None where it is none. A time without a zone is taken as UTC."""
+    try:
+        when = datetime.fromisoformat(value)
+    except (TypeError, ValueError):
+        return None
+    return (when if when.tzinfo else when.replace(tzinfo=UTC)).astimezone(UTC)
+
+
+def value_text(key: str, value: Any) -> str:
+    """A configuration value for people: numbers with separators and units, true as "yes", absent as "—"."""
+    if value is None or value == "":
+        return "—"
+    if isinstance(value, bool):
+        return "yes" if value else "no"
+    if isinstance(value, dict | list):
+        return json.dumps(value, ensure_ascii=False)
+    if isinstance(value, str) or number(value) is None:
+        return str(value)
+    if isinstance(value, int):
+        text = str(value) if key == "seed" else f"{value:,}"
+    else:
+        text = human(value) if abs(value) < 0.01 else f"{value:,.6g}"
+    return f"{text} {UNITS[key]}" if key in UNITS else text
+
+
+def describe_model(run: Run) -> str:
+    """ "16.1M-parameter GPT, 4 layers, 256 wide", as far as config.json says it."""
+    n, layers, width = (number(run.get(*k)) for k in (("n_params",), ("model", "n_layer"), ("model", "n_embd")))
+    heads, context = number(run.get("model", "n_head")), number(run.get("model", "block_size"))
+    parts = [f"{human(n)}-parameter GPT" if n else "GPT"]
+    named = ((layers, "layers"), (heads, "heads"), (width, "wide"), (context, "tokens of context"))
+    return ", ".join([*parts, *(f"{v:,.0f} {word}" for v, word in named if v)])
+
+
+# ---- what the charts and tiles stand on --------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class View:
+    """A run with what every part of the page asks of it: the step it is at and the x axis of the charts."""
+
+    run: Run
+    step: int
+    steps: int | None
+    tokens_per_step: float | None
+
+    @classmethod
+    def of(cls, run: Run) -> "View":
+        reached = number(run.status.get("step"))
+        last = run.rows[-1]["step"] if run.rows else 0
+        planned = number(run.status.get("steps")) or number(run.get("run", "steps"))
+        per_step = number(run.get("run", "tokens_per_step"))
+        for row in run.rows:
+            if (tokens := number(row.get("tokens"))) and row["step"]:
+                per_step = tokens / row["step"]
+        return cls(run, max(int(reached or 0), last), int(planned) if planned else None, per_step)
+
+    def x(self, step: float) -> float:
+        return step * (self.tokens_per_step or 1.0)
+
+    def points(self, key: str) -> Series:
+        return [(self.x(step), value) for step, value in self.run.series(key)]
+
+    def axis(self, count: int = 6) -> Axis:
+        last = self.run.rows[-1]["step"] if self.run.rows else 0
+        return linear_axis(0.0, self.x(max(last, 1)), "tokens" if self.tokens_per_step else "steps", count=count)
+
+    def at(self, step: float) -> str:
+        """ "step 1,200, 4.9M tokens"."""
+        tokens = f", {human(self.x(step))} tokens" if self.tokens_per_step else ""
+        return f"step {step:,.0f}{tokens}"
+
+
+def finite(points: Series) -> list[float]:
+    return [y for _, y in points if y is not None]
+
+
+def recent(run: Run, key: str, n: int = 50) -> float | None:
+    """Median of the last ``n`` finite values: what the run does now, without its hiccups."""
+    values: list[float] = []
+    for row in reversed(run.rows):
+        if (value := number(row.get(key))) is not None:
+            values.append(value)
+        if len(values) == n:
+            break
+    return sorted(values)[len(values) // 2] if values else None
+
+
+def main_scores(run: Run) -> list[Score]:
+    return run.scores("completion") or run.scores("harness")
+
+
+# ---- head and tiles ----------------------------------------------------------------------------------
+
+
+def _header(view: View) -> str:
+    run = view.run
+    state = str(run.status.get("state") or "")
+    css = state if state in STATES else "unknown"
+    when = moment(run.status.get("updated"))
+    facts = [f"step {view.step:,}" + (f" of {view.steps:,}" if view.steps else "")]
+    if view.tokens_per_step:
+        planned = f" of {human(view.x(view.steps))}" if view.steps else ""
+        facts.append(f"{human(view.x(view.step))}{planned} tokens")
+    if when:
+        facts.append(f'<time datetime="{when.isoformat()}">{when:%-d %B %Y, %H:%M} UTC</time>')
+    share = min(1.0, view.step / view.steps) if view.steps else 0.0
+    message = str(run.status.get("message") or "")
+    return (
+        f'<header><p class="over">Aymen-GPT · training report</p><h1>{escape(run.name)}</h1>'
+        f'<p class="lead">{escape(describe_model(run))}</p>'
+        f'<p class="status"><span class="state {css}">{escape(STATES.get(state, state or "State unknown"))}</span>'
+        f"{''.join(f'<span>{fact}</span>' for fact in facts)}</p>"
+        f'<div class="bar {css}" role="progressbar" aria-label="steps done" aria-valuemin="0" aria-valuemax="100" '
+        f'aria-valuenow="{100 * share:.0f}"><i style="width:{100 * share:.2f}%"></i></div>'
+        + (f'<p class="note">{escape(message)}</p>' if message else "")
+        + "".join(f'<p class="note warn">{escape(p)}</p>' for p in run.problems)
+        + "</header>"
+    )
+
+
+def _tile(label: str, value: str, note: str = "", *, small: str = "") -> str:
+    """``value`` large, ``small`` beside it, ``note`` under it; label and note are plain text."""
+    beside = f" <small>{escape(small)}</small>" if small else ""
+    return f"<div><dt>{escape(label)}</dt><dd><b>{escape(value)}</b>{beside}<p>{escape(note)}</p></dd></div>"
+
+
+def _loss_tile(view: View) -> str:
+    loss = view.run.last("loss")
+    if loss is None:
+        return _tile("Train loss", "—", "no update yet")
+    series = view.run.series("loss")
+    bad = sum(v is None for _, v in series)
+    note = (
+        f"{bad:,} of {len(series):,} steps not finite" if bad else f"perplexity {_perplexity(loss)}, latest step"
+    )
+    return _tile("Train loss", f"{loss:.3f}", note, small="nats/token")
+
+
+def _perplexity(loss: float) -> str:
+    return f"{math.exp(loss):,.1f}" if loss < 7 else human(math.exp(min(loss, 700)))
+
+
+def _val_tile(view: View) -> str:
+    measured = [(step, v) for step, v in view.run.series("val_loss") if v is not None]
+    if not measured:
+        return _tile("Validation loss", "—", "not measured yet")
+    step, loss = measured[-1]
+    return _tile(
+        "Validation loss", f"{loss:.3f}", f"perplexity {_perplexity(loss)}, step {step:,.0f}", small="nats/token"
+    )
+
+
+def _accuracy(score: Score) -> tuple[str, float | None, float | None]:
+    """The metric we show, acc_norm where there is one, with its value and standard error."""
+    if score.acc_norm is not None:
+        return "acc_norm", score.acc_norm, score.acc_norm_stderr
+    return "acc", score.acc, score.acc_stderr
+
+
+def _hellaswag_tile(view: View) -> str:
+    scores = main_scores(view.run)
+    if not scores:
+        return _tile("HellaSwag", "—", f"not scored yet; chance is {percent(CHANCE)}")
+    metric, value, error = _accuracy(scores[-1])
+    n = f", {scores[-1].n:,} examples" if scores[-1].n else ""
+    return _tile(
+        f"HellaSwag {metric}",
+        f"{100 * (value or 0):.2f} %",
+        f"{scores[-1].protocol}{n}; chance {percent(CHANCE)}",
+        small=f"± {100 * error:.2f}" if error is not None else "",
+    )
+
+
+def _speed_tile(view: View) -> str:
+    speed, mfu = recent(view.run, "tokens_per_second"), recent(view.run, "mfu")
+    if speed is None:
+        return _tile("Throughput", "—", "no update yet")
+    world = number(view.run.get("world_size")) or 1
+    device = str(view.run.get("device", "name") or view.run.get("run", "device") or "")
+    on = f"{world:,.0f} × {device}" if world > 1 else device
+    note = ", ".join(part for part in (f"MFU {percent(round(mfu, 3))}" if mfu else "", on) if part)
+    return _tile("Throughput", human(speed), note, small="tokens/s")
+
+
+def _time_tile(view: View) -> str:
+    run = view.run
+    spent = sum(finite(run.series("step_seconds")))
+    started, updated = moment(run.get("started")), moment(run.status.get("updated"))
+    wall = (updated - started).total_seconds() if started and updated else None
+    if not spent and wall is None:
+        return _tile("Elapsed", "—", "no update yet")
+    note = f"since {started:%-d %B %Y, %H:%M} UTC" if started else ""
+    each = recent(run, "step_seconds")
+    if run.status.get("state") == "running" and view.steps and each and view.steps > view.step:
+        note = f"about {duration((view.steps - view.step) * each)} of training left"
+    elif spent and wall is not None and wall > spent:
+        note = f"{duration(spent)} of it in training steps"
+    return _tile("Elapsed", duration(spent if wall is None else max(wall, spent)), note)
+
+
+# ---- charts ------------------------------------------------------------------------------------------
+
+
+def _figure(title: str, unit: str, svg: str, marks: Sequence[Mark], *, note: str = "", css: str = "") -> str:
+    return (
+        f'<figure class="{css}"><figcaption><h3>{escape(title)} <span>{escape(unit)}</span></h3>'
+        f'{legend(marks)}<output aria-hidden="true"></output></figcaption><div class="plot">{svg}</div>'
+        + (f'<p class="note">{escape(note)}</p>' if note else "")
+        + "</figure>"
+    )
+
+
+def _absent(title: str, note: str, css: str = "") -> str:
+    return f'<figure class="{css}"><figcaption><h3>{escape(title)}</h3></figcaption><p class="absent">{escape(note)}</p></figure>'
+
+
+def _loss_axis(loss: Series, val: Series) -> tuple[Axis, str]:
+    """The frame of the loss chart, and a note when the start of a long run does not fit into it.
+
+    The first 2 % of a long run fall from 11 to 5 and would press all that follows into the lowest third.
+    """
+    start = len(loss) // 50 if len(loss) >= 1000 else 0
+    begin = loss[start][0] if loss else 0.0
+    shown = finite(loss[start:]) + [y for x, y in val if y is not None and x >= begin]
+    shown = shown or finite(loss) or finite(val) or [0.0]
+    lo, hi = min(shown), max(shown)
+    axis = linear_axis(lo - 0.05 * (hi - lo), hi + 0.05 * (hi - lo), count=6)
+    peak = max([*finite(loss), *finite(val)], default=hi)
+    if peak <= axis.hi or not start:
+        return axis, ""
+    return axis, f"The run begins at {peak:.2f}, above the frame, which is fitted to what follows its first 2 %."
+
+
+def _loss_chart(view: View) -> str:
+    loss, val = view.points("loss"), view.points("val_loss")
+    if not finite(loss) and not finite(val):
+        return _absent("Loss", "No loss yet: the first update will put a point here.", "wide")
+    axis, note = _loss_axis(loss, val)
+    window = max(9, len(loss) // 100) | 1  # odd: as many steps before as after
+    marks: list[Mark] = [Line("train, each step", loss, "raw")]
+    if len(loss) > window:
+        marks.append(Line(f"train, mean of {window:,} steps", smooth(loss, window), "train"))
+    if finite(val):
+        marks.append(Dots("validation", val, "val"))
+    bad = [x for x, y in loss if y is None]
+    if bad:
+        marks.append(Rug(f"not finite ({len(bad):,})", bad, "bad"))
+    last = view.run.last("loss")
+    heard = f"Train loss by {view.axis().unit}, now {last if last is None else round(last, 3)}; " + (
+        f"validation loss, now {finite(val)[-1]:.3f}." if finite(val) else "no validation yet."
+    )
+    svg = chart("loss", "Train and validation loss", heard, view.axis(8), axis, marks, height=340)
+    return _figure("Loss", "nats per token", svg, marks, note=note, css="wide")
+
+
+def _levels(protocol: str, metric: str, best: float) -> list[Level]:
+    """Chance, the nearest published GPT-2 of the same protocol, and GPT-3's own for orientation."""
+    same = [Level(f"{a.model} · {percent(a.value)}", a.value, "same") for a in neighbours(protocol, metric, best)]
+    paper = [
+        Level(f"{a.model} · {percent(a.value)} *", a.value, "paper")
+        for a in neighbours("gpt3-paper", metric, best)
+    ]
+    return [Level(f"chance · {percent(CHANCE)}", CHANCE, "chance"), *same, *paper]
+
+
+def _hellaswag_chart(view: View, protocol: str) -> str:
+    scores = view.run.scores(protocol)
+    measured = [(view.x(s.step), *_accuracy(s)[1:]) for s in scores]
+    metric = _accuracy(scores[-1])[0]
+    points: Series = [(x, value) for x, value, _ in measured]
+    errors = [error for _, _, error in measured]
+    marks: list[Mark] = [Dots("", points, "val", errors), *_levels(protocol, metric, max(finite(points)))]
+    ends = [v + s * (e or 0.0) for _, v, e in measured if v is not None for s in (-1, 1)]
+    ends += [m.value for m in marks if isinstance(m, Level)]
+    margin = 0.06 * (max(ends) - min(ends))
+    y = linear_axis(min(ends) - margin, max(ends) + margin, label=lambda t: f"{100 * t:.4g} %")
+    n = f"{scores[-1].n:,} of 10,042 validation examples" if scores[-1].n else "validation set"
+    note = f"{n}, {PROTOCOLS[protocol]}. Bars: ± one standard error. Dashed: GPT-2 by the same protocol."
+    if metric == "acc_norm":
+        note += " * Dotted: the GPT-3 paper's own protocol, for orientation, not for comparison."
+    heard = f"HellaSwag {metric} by the {protocol} protocol, now {percent(finite(points)[-1])}, chance {percent(CHANCE)}."
+    svg = chart(f"hellaswag-{protocol}", "HellaSwag accuracy", heard, view.axis(8), y, marks, height=300)
+    return _figure("HellaSwag", f"{metric}, {protocol}", svg, marks, note=note, css="wide labelled")
+
+
+def _small_chart(
+    view: View, key: str, title: str, unit: str, *, label: Callable[[float], str] | None = None
+) -> str:
+    points = view.points(key)
+    if not finite(points):
+        return _absent(title, "Not measured yet.")
+    y = value_axis(finite(points), log_from=math.inf if key != "grad_norm" else 30.0)
+    if label:
+        y = Axis(y.lo, y.hi, y.ticks, [label(t) for t in y.ticks])
+    marks: list[Mark] = [Line(title.lower(), points, "raw" if key == "grad_norm" else "train")]
+    window = max(9, len(points) // 100) | 1
+    if key == "grad_norm" and len(points) > window:
+        marks.append(Line(f"mean of {window:,} steps", smooth(points, window), "train"))
+    if bad := [x for x, v in points if v is None and key == "grad_norm"]:
+        marks.append(Rug(f"not finite ({len(bad):,})", bad, "bad"))
+    heard = f"{title} ({unit}) by {view.axis().unit}, now {human(finite(points)[-1])}."
+    svg = chart(key, title, heard, view.axis(4), y, marks, height=170)
+    return _figure(title, unit + (", log scale" if y.log else ""), svg, marks)
+
+
+def _charts(view: View) -> str:
+    scored = [p for p in PROTOCOLS if view.run.scores(p)]
+    hellaswag = [_hellaswag_chart(view, p) for p in scored]
+    small = [
+        _small_chart(view, "lr", "Learning rate", "per update"),
+        _small_chart(view, "grad_norm", "Gradient norm", "before clipping"),
+        _small_chart(view, "tokens_per_second", "Throughput", "tokens/s"),
+    ]
+    if finite(view.run.series("mfu")):
+        small.append(_small_chart(view, "mfu", "MFU", "of peak FLOP/s", label=percent))
+    missing = "Not scored in this run yet; python hellaswag.py scores its latest checkpoint (see Commands)."
+    return (
+        f'<section aria-label="Curves">{_loss_chart(view)}'
+        + ("".join(hellaswag) or _absent("HellaSwag", missing, "wide"))
+        + f'<div class="small n{len(small)}">{"".join(small)}</div>{_table(view)}</section>'
+    )
+
+
+def _table(view: View) -> str:
+    """The measured points in numbers, latest first: what a screen reader, or a doubter, can use."""
+    rows = [r for r in view.run.rows if "val_loss" in r or "hellaswag" in r]
+    if not rows:
+        return ""
+    n, shown = len(rows), rows[:: max(1, -(-len(rows) // 400))]
+    shown = shown if shown[-1] is rows[-1] else [*shown, rows[-1]]
+    body = "".join(_table_row(view, row) for row in reversed(shown))
+    some = f", {len(shown):,} of {n:,} shown" if len(shown) < n else ""
+    head = "".join(f'<th scope="col">{h}</th>' for h in ("step", "tokens", "val loss", "perplexity", "HellaSwag"))
+    return (
+        f"<details><summary>Validation in numbers <span>{n:,} measurements{some}</span></summary>"
+        f'<div class="scroll"><table class="numbers"><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table></div></details>'
+    )
+
+
+def _table_row(view: View, row: Row) -> str:
+    val = number(row.get("val_loss"))
+    cells = [f"{row['step']:,}", human(view.x(row["step"])) if view.tokens_per_step else "—"]
+    cells += [f"{val:.4f}", _perplexity(val)] if val is not None else ["—", "—"]
+    score = next(iter(main_scores(Run(view.run.folder, {}, [row], {}, []))), None)
+    if score:
+        metric, value, error = _accuracy(score)
+        spread = f" ± {100 * error:.2f}" if error is not None else ""
+        cells.append(f"{100 * (value or 0):.2f}{spread} % {metric}, {score.protocol}")
+    else:
+        cells.append("—")
+    return "<tr>" + "".join(f"<td>{escape(c)}</td>" for c in cells) + "</tr>"
+
+
+# ---- samples, configuration, commands ----------------------------------------------------------------
+
+
+def _sample(sample: Sample) -> str:
+    text = sample.text
+    text = text.removeprefix(sample.prompt) if sample.prompt else text
+    if sample.prompt and text and not text[0].isspace():
+        text = " " + text if text == sample.text else text
+    cut = text[:MAX_CHARS] + (" …" if len(text) > MAX_CHARS else "")
+    return f"<blockquote><p><b>{escape(sample.prompt)}</b>{escape(cut)}</p></blockquote>"
+
+
+def _spread(steps: list[int]) -> list[int]:
+    """At most MAX_SECTIONS steps, latest first: evenly spread, the first and the last among them."""
+    if len(steps) <= MAX_SECTIONS:
+        return steps[::-1]
+    last = MAX_SECTIONS - 1
+    return [steps[i * (len(steps) - 1) // last] for i in range(last, -1, -1)]
+
+
+def _samples(view: View) -> str:
+    by_step: dict[int, list[Sample]] = {}
+    for sample in view.run.samples:
+        by_step.setdefault(sample.step, []).append(sample)
+    if not by_step:
+        return '<section><h2>Samples</h2><p class="absent">No samples yet.</p></section>'
+    shown = _spread(list(by_step))
+    parts = []
+    for i, step in enumerate(shown):
+        found = by_step[step]
+        body = "".join(_sample(s) for s in found[:MAX_SAMPLES])
+        if len(found) > MAX_SAMPLES:
+            body += f'<p class="note">{len(found) - MAX_SAMPLES:,} more in samples.md</p>'
+        opening = f"{found[0].prompt} {found[0].text.removeprefix(found[0].prompt).strip()}"[:90]
+        parts.append(
+            f'<h3>{view.at(step)}</h3><div class="texts">{body}</div>'
+            if i == 0
+            else f"<details><summary>{view.at(step)} <span>{escape(opening)}</span></summary>"
+            f'<div class="texts">{body}</div></details>'
+        )
+    some = f'<p class="note">{len(shown)} of {len(by_step):,} moments; all of them are in samples.md.</p>'
+    return f"<section><h2>Samples</h2>{''.join(parts)}{some if len(shown) < len(by_step) else ''}</section>"
+
+
+def _facts(title: str, values: Any) -> str:
+    """A table of names and values; nothing where there are none."""
+    if not isinstance(values, dict) or not values:
+        return ""
+    rows = "".join(
+        f'<tr><th scope="row">{escape(str(k))}</th><td>{escape(value_text(str(k), v))}</td></tr>'
+        for k, v in values.items()
+    )
+    return f"<div><h3>{escape(title)}</h3><table>{rows}</table></div>"
+
+
+def _configuration(view: View) -> str:
+    run = view.run
+    data = run.get("data") if isinstance(run.get("data"), dict) else {}
+    train = number(data.get("train_tokens"))
+    if train and view.steps and view.tokens_per_step:
+        data = {**data, "epochs planned": f"{view.x(view.steps) / train:.2f}"}
+    model = {**(run.get("model") or {})} if isinstance(run.get("model"), dict) else {}
+    model |= {k: run.config[k] for k in ("n_params", "flops_per_token") if k in run.config}
+    where = {**(run.get("host") if isinstance(run.get("host"), dict) else {})}
+    where |= (
+        {f"device {k}": v for k, v in (run.get("device") or {}).items()}
+        if isinstance(run.get("device"), dict)
+        else {}
+    )
+    where |= {k: run.config[k] for k in ("world_size",) if k in run.config}
+    made = {**(run.get("versions") if isinstance(run.get("versions"), dict) else {})}
+    made |= {k: run.config[k] for k in ("git_commit", "started") if k in run.config}
+    tables = [_facts("Training", run.get("run"))]
+    others = [_facts("Model", model), _facts("Data", data), _facts("Host", where), _facts("Versions", made)]
+    if not any([*tables, *others]):
+        return '<section><h2>Configuration</h2><p class="absent">No config.json in this run.</p></section>'
+    return (
+        f'<section><h2>Configuration and provenance</h2><div class="facts"><div>{"".join(tables)}</div>'
+        f"<div>{''.join(others)}</div></div></section>"
+    )
+
+
+def commands(run: Run) -> list[tuple[str, str]]:
+    """What to type to go on from here. Starting a run's command again continues it."""
+    folder = run.folder.resolve()
+    shown = folder.relative_to(Path.cwd()) if folder.is_relative_to(Path.cwd()) else folder
+    typed = run.get("command") or run.get("run", "command")
+    if isinstance(typed, list):
+        typed = shlex.join(str(part) for part in typed)
+    if not isinstance(typed, str):
+        world = int(number(run.get("world_size")) or 1)
+        launch = f"torchrun --standalone --nproc_per_node={world}" if world > 1 else "python"
+        options = [(k, run.get("run", k)) for k in ("preset", "name")]
+        typed = " ".join([launch, "pretrain.py", *(f"--{k} {shlex.quote(str(v))}" for k, v in options if v)])
+    model = shlex.quote(shown.as_posix())
+    return [
+        ("Continue, or add steps", typed),
+        ("Generate text", f"python generate.py -m {model}"),
+        ("Score on HellaSwag", f"python hellaswag.py -m {model}"),
+    ]
+
+
+def _commands(run: Run) -> str:
+    rows = "".join(f"<dt>{escape(what)}</dt><dd><code>{escape(line)}</code></dd>" for what, line in commands(run))
+    return f'<section><h2>Commands</h2><dl class="commands">{rows}</dl></section>'
+
+
+# ---- the page ----------------------------------------------------------------------------------------
+
+
+def build_page(run: Run) -> str:
+    """The whole document as text."""
+    view = View.of(run)
+    tiles = (_loss_tile, _val_tile, _hellaswag_tile, _speed_tile, _time_tile)
+    version = str(run.get("versions", "aymen_gpt") or "")
+    script_hash = base64.b64encode(hashlib.sha256(SCRIPT.encode()).digest()).decode()
+    policy = f"default-src 'none'; style-src 'unsafe-inline'; img-src data:; script-src 'sha256-{script_hash}'"
+    return (
+        '<!DOCTYPE html>\n<html lang="en"><head><meta charset="utf-8">'
+        f'<meta http-equiv="Content-Security-Policy" content="{policy}">'
+        '<meta name="viewport" content="width=device-width, initial-scale=1">'
+        '<meta name="color-scheme" content="light dark"><link rel="icon" href="data:,">'
+        f"<title>{escape(run.name)} · Aymen-GPT</title>\n<style>{STYLE}</style></head>\n<body><main>"
+        f'{_header(view)}<dl class="tiles">{"".join(tile(view) for tile in tiles)}</dl>\n'
+        f"{_charts(view)}\n{_samples(view)}\n{_configuration(view)}\n{_commands(run)}"
+        f"<footer>Aymen-GPT {escape(version)} · made from config.json, metrics.jsonl, status.json and samples.md "
+        "beside this file; it loads nothing else.</footer>"
+        f"</main><script>{SCRIPT}</script></body></html>\n"
+    )
+
+
+def write_report(folder: Path) -> Path:
+    """Write ``folder``/report.html, whole or not at all, and return its path."""
+    path = Path(folder) / "report.html"
+    page = build_page(read_run(Path(folder)))
+    beside = path.with_name(f".report.html.{os.getpid()}.tmp")
+    try:
+        beside.write_text(page, encoding="utf-8", newline="\n")
+        os.replace(beside, path)
+    except OSError as error:
+        beside.unlink(missing_ok=True)
+        raise CannotWrite(f"cannot write {path}: {error.strerror or error}") from error
+    return path
+
+
+STYLE = """
+:root{--bg:#fcfbf8;--ink:#1b1c20;--soft:#5f626b;--line:#dcd9d0;--grid:#ece9e2;--panel:#f5f3ee;
+--train:#2b5bc7;--val:#b8450f;--bad:#b3261e;--good:#1d7346;--wait:#8a5a00;
+--serif:"Iowan Old Style","Palatino Linotype",Palatino,"Book Antiqua",Georgia,serif;
+--sans:system-ui,-apple-system,"Segoe UI",Roboto,"Helvetica Neue",Arial,sans-serif;
+--mono:ui-monospace,"SF Mono",Menlo,Consolas,"Liberation Mono",monospace}
+@media screen and (prefers-color-scheme:dark){:root{--bg:#131418;--ink:#e8e6e1;--soft:#a0a2ab;--line:#34363d;
+--grid:#25272d;--panel:#1b1d22;--train:#88abf7;--val:#f0935e;--bad:#ff8a80;--good:#6fcb95;--wait:#e0b25a}}
+*{box-sizing:border-box}
+html{-webkit-text-size-adjust:100%;text-size-adjust:100%}
+body{margin:0;background:var(--bg);color:var(--ink);font:15px/1.55 var(--sans);font-variant-numeric:tabular-nums}
+main{max-width:1120px;margin:0 auto;padding:48px 32px 40px}
+h1,h2{font-family:var(--serif);font-weight:600;letter-spacing:-.01em;line-height:1.15;overflow-wrap:anywhere}
+h1{font-size:clamp(30px,5vw,44px);margin:4px 0 6px}
+h2{font-size:24px;margin:0 0 16px}
+h3{font-size:15px;font-weight:600;margin:0}
+h3 span,summary span{color:var(--soft);font-weight:400}
+p{margin:0}
+section{margin-top:52px}
+.over{color:var(--soft);font-size:13px;letter-spacing:.02em}
+.lead{font-family:var(--serif);font-size:18px;color:var(--soft)}
+.status{display:flex;flex-wrap:wrap;align-items:center;gap:4px 20px;margin:22px 0 10px;font-size:14px}
+.state{display:inline-flex;align-items:center;gap:8px;font-weight:600;color:var(--tone)}
+.state::before{content:"";width:9px;height:9px;border-radius:50%;background:currentColor}
+.running{--tone:var(--train)}.done{--tone:var(--good)}.stopped{--tone:var(--wait)}.failed{--tone:var(--bad)}
+.unknown{--tone:var(--soft)}
+.bar{height:3px;background:var(--line);border-radius:2px;overflow:hidden}
+.bar i{display:block;height:100%;background:var(--tone)}
+.note{color:var(--soft);font-size:13px;margin-top:10px;max-width:80ch}
+.warn{color:var(--wait)}
+.tiles{display:grid;grid-template-columns:repeat(5,1fr);gap:28px 24px;margin:36px 0 0}
+.tiles div{border-top:1px solid var(--ink);padding-top:10px;min-width:0}
+.tiles dt{font-size:13px;color:var(--soft)}
+.tiles dd{margin:0}
+.tiles b{font-size:27px;font-weight:600;letter-spacing:-.02em;line-height:1.4;white-space:nowrap}
+.tiles small{font-size:13px;color:var(--soft);white-space:nowrap}
+.tiles p{font-size:13px;line-height:1.4;color:var(--soft);overflow-wrap:anywhere}
+figure{margin:0 0 44px;min-width:0}
+figcaption{display:flex;flex-wrap:wrap;align-items:baseline;gap:2px 22px;min-height:24px;margin-bottom:14px}
+figcaption output{margin-left:auto;font-size:13px;color:var(--soft);min-height:20px}
+.legend{display:flex;flex-wrap:wrap;gap:2px 18px;list-style:none;margin:0;padding:0;font-size:13px;color:var(--soft)}
+.legend li{display:inline-flex;align-items:center;gap:7px}
+.key{display:inline-block;width:16px;height:0;border-top:2px solid currentColor}
+.key.dots{width:8px;height:8px;border:0;border-radius:50%;background:currentColor}
+.key.rug{width:0;height:10px;border:0;border-left:2px solid currentColor}
+.key.raw{opacity:.45}
+.raw,.train{color:var(--train)}.val{color:var(--val)}.bad{color:var(--bad)}
+.plot{padding:0 18px 40px 54px}
+.labelled .plot{padding-right:172px}
+.small{display:grid;grid-template-columns:repeat(3,1fr);gap:0 36px}
+.small.n4{grid-template-columns:repeat(2,1fr)}
+.small figcaption{display:block}
+.small output{display:block;margin:0}
+svg{display:block;overflow:visible}
+svg.curves{overflow:hidden}
+.area{fill:transparent}
+.grid line{stroke:var(--grid)}
+.axis line{stroke:var(--soft);stroke-opacity:.6}
+.axis .tick{transform:translateY(2.5px);stroke-width:1}
+.chart text{font:12px var(--sans);font-variant-numeric:tabular-nums;fill:var(--soft)}
+.chart .y{text-anchor:end;dominant-baseline:central}
+.chart .x{text-anchor:middle;transform:translateY(19px)}
+.chart .unit{text-anchor:end;transform:translateY(36px)}
+.curve,.join{fill:none;stroke:currentColor;stroke-linejoin:round;stroke-linecap:round;stroke-width:1.8}
+.curve.raw{stroke-width:1;stroke-opacity:.38}
+.curve.lone{stroke-width:7;stroke-opacity:1}
+.join{stroke-width:1;stroke-opacity:.5}
+.dots circle{fill:currentColor;stroke:var(--bg);stroke-width:.8}
+.dots line{stroke:currentColor;stroke-opacity:.55}
+.rug line{stroke:currentColor;stroke-width:1.5}
+.level line{stroke:var(--soft);stroke-dasharray:6 4}
+.level.paper line{stroke-dasharray:1 4;stroke-linecap:round;stroke-width:1.4}
+.level.chance line{stroke-dasharray:none;stroke-opacity:.55}
+.level text{dominant-baseline:central;transform:translateX(10px)}
+.cursor{stroke:var(--soft);stroke-opacity:.5;pointer-events:none}
+.absent{color:var(--soft);padding:22px 0;border-top:1px solid var(--line);border-bottom:1px solid var(--line)}
+details{border-top:1px solid var(--line)}
+details:last-of-type{border-bottom:1px solid var(--line)}
+summary{padding:10px 2px;cursor:pointer;font-weight:600;white-space:nowrap;overflow:hidden;text-overflow:ellipsis}
+summary span{margin-left:10px;font-size:14px}
+summary:focus-visible{outline:2px solid var(--train);outline-offset:2px}
+.texts{display:grid;grid-template-columns:repeat(auto-fit,minmax(min(100%,440px),1fr));gap:16px;padding:12px 0 24px}
+blockquote{margin:0;padding:16px 20px;background:var(--panel);border-radius:6px;min-width:0}
+blockquote p{font:16px/1.6 var(--serif);white-space:pre-wrap;overflow-wrap:anywhere}
+table{border-collapse:collapse;width:100%;font-size:14px}
+th,td{text-align:left;vertical-align:top;padding:6px 0;border-top:1px solid var(--grid);font-weight:400}
+th{color:var(--soft);padding-right:24px;white-space:nowrap;width:1%}
+td{overflow-wrap:anywhere}
+.facts{display:grid;grid-template-columns:1fr 1fr;gap:0 48px}
+.facts h3{margin-bottom:8px}
+.facts>div>div{margin-bottom:28px}
+.scroll{overflow-x:auto;max-height:420px;overflow-y:auto;margin-bottom:20px}
+.numbers th,.numbers td{text-align:right;white-space:nowrap;padding:5px 0 5px 20px;width:auto}
+.numbers th{position:sticky;top:0;background:var(--bg);border:0}
+.commands{margin:0}
+.commands dt{font-size:13px;color:var(--soft);margin-bottom:4px}
+.commands dd{margin:0 0 16px}
+code{display:block;font:13.5px/1.5 var(--mono);background:var(--panel);padding:10px 14px;border-radius:6px;
+overflow-wrap:anywhere;user-select:all}
+footer{margin-top:56px;padding-top:14px;border-top:1px solid var(--line);color:var(--soft);font-size:13px}
+@media (max-width:900px){.tiles{grid-template-columns:repeat(3,1fr)}.small{grid-template-columns:1fr 1fr}}
+@media (max-width:680px){main{padding:28px 18px 32px}section{margin-top:40px}
+.tiles{grid-template-columns:1fr 1fr;gap:22px 18px}.tiles b{font-size:24px}
+.small,.small.n4,.facts{grid-template-columns:1fr}
+.plot{padding:0 12px 40px 44px}.labelled .plot{padding-right:12px}
+.level text{text-anchor:end;transform:translateY(-9px);paint-order:stroke;stroke:var(--bg);stroke-width:4px}
+figcaption{display:block}figcaption output{display:block}.legend{margin-top:4px}
+summary span{display:block;margin:0;overflow:hidden;text-overflow:ellipsis}
+blockquote{padding:14px 16px}th{white-space:normal;width:44%}}
+@media print{body{font-size:11pt}main{max-width:none;padding:0}figure,blockquote,tr{break-inside:avoid}
+.scroll{max-height:none}section{margin-top:28px}code{border:1px solid var(--line)}
+details::details-content{content-visibility:visible;display:block}
+*{-webkit-print-color-adjust:exact;print-color-adjust:exact}}
+"""
+
+SCRIPT = """
+const short = v => { const a = Math.abs(v);
+  for (const [s, l] of [[1e12, 'T'], [1e9, 'B'], [1e6, 'M'], [1e4, 'K']])
+    if (a >= s) return +(v / (l === 'K' ? 1e3 : s)).toPrecision(3) + l;
+  return a && a < 0.01 ? v.toExponential(2).replace(/\\.?0+e/, 'e') : String(+v.toPrecision(4)); };
+for (const svg of document.querySelectorAll('svg.chart')) {
+  const title = svg.querySelector('title');
+  svg.setAttribute('aria-label', title.textContent);
+  svg.setAttribute('aria-describedby', svg.querySelector('desc').id);
+  svg.removeAttribute('aria-labelledby');
+  title.remove();
+  const [x0, x1] = svg.dataset.x.split(' ').map(Number), [y0, y1] = svg.dataset.y.split(' ').map(Number);
+  const log = svg.dataset.log === '1', out = svg.closest('figure').querySelector('output');
+  const curves = [...svg.querySelectorAll('path[data-name]')].map(p => ({ name: p.dataset.name,
+    at: [...p.getAttribute('d').matchAll(/(-?\\d+) (-?\\d+)/g)].map(m => [m[1] / 1e4, 1 - m[2] / 1e4]) }));
+  const cursor = document.createElementNS(svg.namespaceURI, 'line');
+  cursor.setAttribute('class', 'cursor'); cursor.setAttribute('y2', '100%');
+  svg.addEventListener('pointermove', event => {
+    const box = svg.querySelector('.area').getBoundingClientRect();
+    const f = Math.min(1, Math.max(0, (event.clientX - box.left) / box.width));
+    const near = curves.filter(c => c.at.length).map(c => [c.name,
+      c.at.reduce((a, b) => Math.abs(b[0] - f) < Math.abs(a[0] - f) ? b : a)]);
+    for (const end of ['x1', 'x2']) cursor.setAttribute(end, 100 * f + '%');
+    svg.append(cursor);
+    const value = y => log ? y0 * (y1 / y0) ** y : y0 + y * (y1 - y0);
+    out.textContent = short(x0 + f * (x1 - x0)) + ' ' + svg.dataset.xunit + ' — ' +
+      near.map(([name, p]) => (name ? name + ' ' : '') + short(value(p[1]))).join(', ');
+  });
+  svg.addEventListener('pointerleave', () => { cursor.remove(); out.textContent = ''; });
+}
+addEventListener('beforeprint', () => document.querySelectorAll('details').forEach(d => { d.open = true; }));
+"""

@@ -1,0 +1,123 @@
+"""What to compute on, in which precision, chosen once at the start of a command."""
+
+import ctypes
+import os
+import platform
+import sys
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass
+
+import torch
+
+from aymen_gpt.errors import UsageError
+
+# Dense bf16 peak of one device in FLOP/s, from the makers' data sheets; the first name found in the device's
+# name counts. MFU is tokens/s x GPTConfig.flops_per_token / this, and is not reported for unknown devices.
+PEAK_FLOPS = {
+    "B200": 2250e12,
+    "H200": 989e12,
+    "H100 PCIe": 756e12,
+    "H100": 989e12,
+    "GH200": 989e12,
+    "A100": 312e12,
+    "L40S": 362e12,
+    "A10G": 70e12,
+    "RTX 4090": 165e12,
+    "RTX 3090": 71e12,
+}
+
+
+@dataclass(frozen=True)
+class Device:
+    """A torch device, the dtype that matrix products run in, and what a reader of the log wants to know."""
+
+    torch: torch.device
+    dtype: torch.dtype
+    name: str
+    peak_flops: float | None
+
+    def autocast(self) -> AbstractContextManager[object]:
+        """Matrix products in ``dtype``; weights, softmax, norms and sums stay float32."""
+        if self.dtype == torch.float32:
+            return nullcontext()
+        return torch.autocast(self.torch.type, dtype=self.dtype)
+
+
+def choose_device(name: str = "auto", dtype: str = "auto", local_rank: int = 0) -> Device:
+    """The device of this process; UsageError when the one asked for is not there.
+
+    ``name`` is auto (cuda, else mps, else cpu), cpu, mps, cuda or cuda:N; under torchrun each process takes the
+    GPU of its local rank. ``dtype`` auto is bfloat16 where the hardware multiplies it fast, else float32.
+    """
+    kind = name.partition(":")[0]
+    if kind == "auto":
+        kind = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
+        name = kind
+    if kind not in ("cpu", "mps", "cuda"):
+        raise UsageError(f"--device {name}: expected auto, cpu, mps, cuda or cuda:N")
+    if kind == "cuda" and not torch.cuda.is_available():
+        raise UsageError(f"--device {name}: this machine has no CUDA device that torch can use; try --device cpu")
+    if kind == "mps" and not torch.backends.mps.is_available():
+        raise UsageError("--device mps: this machine has no Apple GPU that torch can use; try --device cpu")
+    device = torch.device(f"cuda:{local_rank}" if name == "cuda" else name)
+    if kind == "cuda":
+        torch.cuda.set_device(device)
+        torch.set_float32_matmul_precision("high")  # TF32 for what autocast leaves in float32
+    full_name = torch.cuda.get_device_name(device) if kind == "cuda" else cpu_name()
+    peak = next((flops for key, flops in PEAK_FLOPS.items() if key in full_name), None)
+    return Device(device, _dtype(dtype, kind), full_name, peak)
+
+
+def _dtype(name: str, kind: str) -> torch.dtype:
+    if name == "auto":
+        return torch.bfloat16 if has_fast_bfloat16(kind) else torch.float32
+    if name not in ("float32", "bfloat16"):
+        raise UsageError(f"--dtype {name}: expected auto, float32 or bfloat16")
+    return torch.bfloat16 if name == "bfloat16" else torch.float32
+
+
+def has_fast_bfloat16(kind: str) -> bool:
+    """Whether the hardware multiplies bfloat16 (CPUs without AVX512-BF16 or AMX emulate it, slowly)."""
+    if kind == "cuda":
+        return torch.cuda.is_bf16_supported(including_emulation=False)
+    if kind == "cpu":
+        return any(flag in _cpu_flags() for flag in ("avx512_bf16", "amx_bf16"))
+    return False
+
+
+def _cpu_info() -> dict[str, str]:
+    """First processor of /proc/cpuinfo, {} where there is none (macOS, Windows)."""
+    try:
+        with open("/proc/cpuinfo") as f:
+            lines = f.read().partition("\n\n")[0].splitlines()
+    except OSError:
+        return {}
+    return {key.strip(): value.strip() for key, _, value in (line.partition(":") for line in lines)}
+
+
+def _cpu_flags() -> list[str]:
+    return _cpu_info().get("flags", "").split()
+
+
+def cpu_name() -> str:
+    return _cpu_info().get("model name") or platform.processor() or platform.machine()
+
+
+def memory_gb() -> float | None:
+    """Physical memory in GB, None where the system does not tell."""
+    try:
+        return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 1e9
+    except (ValueError, OSError, AttributeError):
+        return None
+
+
+def keep_freed_memory() -> None:
+    """Let glibc keep big freed blocks instead of returning them to the system, for training on a CPU.
+
+    Every step frees and takes the same large tensors; by default each goes through mmap and munmap, and the
+    kernel zeroes its pages anew. Constants are those of malloc.h: M_TRIM_THRESHOLD -1, M_MMAP_MAX -4.
+    """
+    if sys.platform == "linux" and platform.libc_ver()[0] == "glibc":
+        libc = ctypes.CDLL(None)
+        libc.mallopt(-4, 0)
+        libc.mallopt(-1, 2**31 - 1)

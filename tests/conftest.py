@@ -1,0 +1,55 @@
+"""Shared by all tests: one thread a process (two test processes share two cores), tiny shards, the doors."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+os.environ["HF_HUB_OFFLINE"] = "1"
+ROOT = Path(__file__).parent.parent
+
+
+@pytest.fixture
+def shards(tmp_path):
+    """A folder of small token shards: 20,000 val and 80,000 train tokens in documents of about 200."""
+    return make_shards(tmp_path / "shards")
+
+
+def make_shards(folder: Path, seed: int = 0) -> Path:
+    from aymen_gpt.data.shards import shard_name, write_shard
+
+    rng = np.random.default_rng(seed)
+    for index, (split, n) in enumerate((("val", 20_000), ("train", 50_000), ("train", 30_000))):
+        tokens = rng.integers(0, 2000, n).astype(np.uint16)
+        tokens[rng.integers(0, n, n // 200)] = 50256
+        tokens[0] = 50256
+        write_shard(folder / shard_name(split, index), tokens)
+    return folder
+
+
+@pytest.fixture
+def door(tmp_path):
+    """Run a command as a user does, in a folder of its own: door("pretrain.py", "--steps", 3)."""
+
+    def run(*words, processes=None, timeout=240, **environment):
+        return subprocess.run(
+            door_command(*words, processes=processes),
+            cwd=tmp_path,
+            env=os.environ | environment,
+            capture_output=True,
+            text=True,
+            timeout=timeout,
+        )
+
+    return run
+
+
+def door_command(script, *words, processes=None):
+    torchrun = (
+        ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}"] if processes else []
+    )
+    return [sys.executable, *torchrun, str(ROOT / script), *map(str, words)]

@@ -1,0 +1,164 @@
+"""fineweb.py as a person uses it: words in, shards out, one clear line when something is wrong, kill -9 forgiven."""
+
+import hashlib
+import json
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+from conftest import door_command
+from fake_hub import FakeHub
+from test_prepare import make_texts, tokens_of, write_jsonl, write_parquet
+
+
+def digest(folder):
+    return {path.name: hashlib.sha256(path.read_bytes()).hexdigest() for path in sorted(folder.glob("[!.]*"))}
+
+
+@pytest.fixture
+def texts(tmp_path):
+    return write_jsonl(tmp_path / "texts.jsonl", ["", *make_texts(400)])
+
+
+def test_help_is_complete_and_needs_nothing_heavy():
+    code = (
+        "import sys; from aymen_gpt.commands import fineweb; text = fineweb.parser().format_help();"
+        "print(text); heavy = {'numpy', 'pyarrow', 'torch', 'tiktoken', 'huggingface_hub'} & set(sys.modules);"
+        "assert not heavy, heavy"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    flags = ["--source", "--out", "--shard-tokens", "--workers", "--max-tokens", "--text-column", "--revision"]
+    for word in [*flags, "--keep-source", "--verify", "--repair", "python fineweb.py --source builtin"]:
+        assert word in done.stdout
+
+
+def test_text_becomes_shards_and_the_summary_says_what_happened(door, texts, tmp_path):
+    done = door("fineweb.py", "--source", texts, "--out", "my data", "--shard-tokens", "2e3", "--workers", 1)
+    assert done.returncode == 0, done.stderr
+    n_tokens = sum(map(len, tokens_of(tmp_path / "my data")))
+    lines = done.stdout.splitlines()
+    assert lines[0].startswith("prepared: my data, ")
+    assert lines[1:3][0].split() == ["documents", "400"]
+    assert lines[2].startswith(f"tokens     {n_tokens:,} (")
+    assert lines[3].split() == ["skipped", "1", "empty"]
+    assert lines[4] == "next       python pretrain.py --data 'my data'"
+    again = door("fineweb.py", "--source", texts, "--out", "my data", "--shard-tokens", "2_000")
+    assert again.stdout.startswith("already prepared: my data, ")
+
+
+def test_verify_and_repair(door, texts, tmp_path):
+    words = ["fineweb.py", "--out", "d"]
+    assert door(*words, "--source", texts, "--shard-tokens", 2000, "--workers", 0).returncode == 0
+    assert door(*words, "--verify").stdout == "d: all shards are as the manifest says\n"
+    before = digest(tmp_path / "d")
+    victim = tmp_path / "d/edufineweb_train_000002.bin"
+    victim.write_bytes(victim.read_bytes()[:-2] + b"\x01\x00")
+    broken = door(*words, "--verify")
+    assert broken.returncode == 65
+    assert broken.stderr.startswith("error: 1 damaged shards in d (edufineweb_train_000002.bin: sha256 ")
+    assert broken.stderr.endswith("): run fineweb.py --out d --repair\n")
+    assert door(*words, "--repair", "--workers", 0).stdout.startswith("d: 1 shards rebuilt")
+    assert digest(tmp_path / "d") == before
+
+
+@pytest.mark.parametrize(
+    ("words", "code", "message"),
+    [
+        (["--source", "nowhere"], 2, "error: --source nowhere: no such file or folder"),
+        (["--shard-tokens", "0"], 2, "error: --shard-tokens must be at least 1, got 0"),
+        (["--workers", "-1"], 2, "error: --workers must be at least 0, got -1"),
+        (["--max-tokens", "1.5"], 2, "invalid whole number value: '1.5'"),
+        (["--verify", "--repair"], 2, "not allowed with argument"),
+        (["--verify"], 65, "has no manifest.json"),
+        (["--repair"], 65, "has no manifest.json"),
+        ([], 69, "HF_HUB_OFFLINE is set"),
+        (["--out", "file"], 73, "error: cannot write into file"),
+    ],
+)
+def test_a_mistake_is_one_line_and_its_exit_code(door, tmp_path, words, code, message):
+    (tmp_path / "file").touch()
+    done = door("fineweb.py", *words)
+    assert done.returncode == code, done.stderr
+    assert message in done.stderr.splitlines()[-1]
+    assert "Traceback" not in done.stderr
+
+
+def test_a_full_disk_is_exit_73_and_the_same_command_continues(texts, tmp_path):
+    resource = pytest.importorskip("resource")
+    words = ["fineweb.py", "--source", texts, "--shard-tokens", 4000, "--workers", 0, "--out"]
+    subprocess.run(door_command(*words, tmp_path / "whole"), check=True, capture_output=True)
+
+    def full():  # a file may have 5,000 bytes: shard 0 (val) fits, shard 1 does not
+        resource.setrlimit(resource.RLIMIT_FSIZE, (5000, resource.RLIM_INFINITY))
+
+    out = tmp_path / "full"
+    done = subprocess.run(door_command(*words, out), preexec_fn=full, capture_output=True, text=True)
+    assert done.returncode == 73, done.stderr
+    assert "edufineweb_train_000001.bin: File too large; make room" in done.stderr
+    assert [path.name for path in out.glob("*.bin")] == ["edufineweb_val_000000.bin"]
+    assert not list(out.glob(".*.tmp"))
+    subprocess.run(door_command(*words, out), check=True, capture_output=True)
+    assert digest(out) == digest(tmp_path / "whole")
+
+
+def test_the_published_command_speaks_to_the_hub_through_its_environment(door, tmp_path):
+    files = {f"sample/10BT/00{i}_00000.parquet": f"{i}.parquet" for i in range(2)}
+    for number, name in enumerate(files.values()):
+        write_parquet(tmp_path / name, make_texts(50, number))
+    contents = {name: (tmp_path / path).read_bytes() for name, path in files.items()}
+    with FakeHub(contents) as hub:
+        environment = {"HF_ENDPOINT": hub.endpoint, "HF_HUB_OFFLINE": "0", "HF_HOME": str(tmp_path / "hf")}
+        environment["HF_TOKEN"] = "hf_canary_secret"
+        done = door("fineweb.py", "--workers", 1, **environment)
+        hub.faults["GET api"] = ["404", ...]
+        refused = door("fineweb.py", "--out", "other", "--workers", 0, **environment)
+    assert done.returncode == 0, done.stderr
+    assert "downloading sample/10BT/001_00000.parquet" in done.stderr
+    assert done.stdout.splitlines()[-1] == "next       python pretrain.py"
+    manifest = (tmp_path / "edu_fineweb10B/manifest.json").read_text()
+    assert json.loads(manifest)["totals"]["documents"] == 100
+    assert refused.returncode == 69
+    assert "not found or private (HTTP 404)" in refused.stderr
+    assert "canary" not in manifest + done.stderr + done.stdout + refused.stderr
+
+
+def children(pid):
+    path = Path(f"/proc/{pid}/task/{pid}/children")
+    return [int(word) for word in path.read_text().split()] if path.exists() else []
+
+
+@pytest.mark.skipif(not Path("/proc/self/task").exists(), reason="finds worker processes through /proc")
+def test_kill_minus_nine_at_any_moment_then_the_same_command_gives_the_same_bytes(tmp_path):
+    texts = write_jsonl(tmp_path / "texts.jsonl", make_texts(9000, longest=120))
+    command = ["fineweb.py", "--source", texts, "--shard-tokens", 50_000, "--workers", 2, "--out"]
+    subprocess.run(door_command(*command, tmp_path / "whole"), check=True, capture_output=True)
+    dice = random.Random(7)
+    out, moments, finished = tmp_path / "out", [], False
+    for attempt in range(12):
+        process = subprocess.Popen(
+            door_command(*command, out), stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True
+        )
+        time.sleep(dice.uniform(0.3, 1.3))
+        workers = children(process.pid)
+        victim = dice.choice(workers) if workers and attempt % 3 == 2 else process.pid
+        alive = process.poll() is None
+        if alive:
+            os.kill(victim, signal.SIGKILL)
+        code = process.wait(timeout=60)
+        said = process.stderr.read()
+        finished = finished or code == 0
+        moments.append((victim == process.pid, code))
+        assert code in (0, 1, -9), said
+        if code == 1:
+            assert "died with exit code" in said
+            assert "Traceback" not in said
+        if finished:
+            break
+    assert sum(code != 0 for _, code in moments) >= 2, moments
+    subprocess.run(door_command(*command, out), check=True, capture_output=True)
+    assert digest(out) == digest(tmp_path / "whole")

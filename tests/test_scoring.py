@@ -1,0 +1,215 @@
+"""The packed scorer against the plain one: a row per ending, all logits, float32."""
+
+import copy
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from transformers import GPT2Config, GPT2LMHeadModel
+
+from aymen_gpt.evaluation import scoring
+from aymen_gpt.evaluation.scoring import TokenizedExample, score
+from aymen_gpt.model.gpt import GPT, GPTConfig
+from aymen_gpt.model.huggingface import config_to_huggingface, to_huggingface
+
+V = 300
+CONFIG = GPTConfig(block_size=48, vocab_size=V, n_layer=2, n_head=2, n_embd=32)
+
+
+def make_model(config=CONFIG, seed=0):
+    """Random weights ten times the usual size, so that endings differ by many nats."""
+    model = GPT(config, torch.Generator().manual_seed(seed)).eval()
+    with torch.no_grad():
+        for p in model.parameters():
+            if p.dim() == 2:
+                p.mul_(10)
+    return model
+
+
+def make_examples(n=12, seed=0, context=(1, 20), ending=(1, 12)):
+    rng = np.random.default_rng(seed)
+    draw = lambda low, high: rng.integers(0, V, rng.integers(low, high + 1)).tolist()  # noqa: E731
+    return [TokenizedExample(draw(*context), [draw(*ending) for _ in range(4)]) for _ in range(n)]
+
+
+@torch.no_grad()
+def plain(logits_of, examples, block_size=CONFIG.block_size, vocab_size=V):
+    """One forward pass per ending; texts cut on the left to block_size inputs, as lm-evaluation-harness does."""
+    out = []
+    for example in examples:
+        sums = []
+        for ending in example.endings:
+            text = (example.context + ending)[-(block_size + 1) :]
+            log_p = logits_of(torch.tensor([text[:-1]]))[0, :, :vocab_size].float().log_softmax(-1)
+            n = min(len(ending), block_size)
+            sums.append(sum(log_p[-n + i, t].item() for i, t in enumerate(text[-n:])))
+        out.append(sums)
+    return np.array(out)
+
+
+def likelihoods(scores):
+    return np.array([s.log_likelihoods for s in scores])
+
+
+def test_log_likelihoods_equal_one_row_per_ending():
+    model, examples = make_model(), make_examples(30)
+    ours, theirs = likelihoods(score(model, examples)), plain(model, examples)
+    assert np.ptp(theirs, axis=1).min() > 1  # the endings do differ
+    np.testing.assert_allclose(ours, theirs, atol=1e-4)
+    assert (ours.argmax(1) == theirs.argmax(1)).all()
+
+
+def test_log_likelihoods_equal_hugging_face():
+    model, examples = make_model(), make_examples()
+    theirs = GPT2LMHeadModel(GPT2Config(**config_to_huggingface(CONFIG))).eval()
+    state = to_huggingface(model.state_dict(), V)
+    assert theirs.load_state_dict(state, strict=False).missing_keys == ["lm_head.weight"]
+    theirs.tie_weights()
+    expected = plain(lambda ids: theirs(ids).logits, examples)
+    np.testing.assert_allclose(likelihoods(score(model, examples)), expected, atol=1e-4)
+
+
+@settings(max_examples=25, deadline=None)
+@given(st.data())
+def test_any_lengths_and_any_number_of_endings(data):
+    tokens = st.lists(st.integers(0, V - 1), min_size=1, max_size=60)
+    lists = st.lists(tokens, min_size=1, max_size=5)
+    examples = [TokenizedExample(data.draw(tokens), data.draw(lists)) for _ in range(3)]
+    model = make_model()
+    for example, scores in zip(examples, score(model, examples, batch_tokens=100), strict=True):
+        np.testing.assert_allclose(scores.log_likelihoods, plain(model, [example])[0], atol=1e-4)
+        assert scores.token_counts == [min(len(e), CONFIG.block_size) for e in example.endings]
+
+
+@pytest.mark.parametrize("block_size", [4, 9, 16])
+def test_texts_too_long_for_the_model_lose_their_beginning(block_size):
+    config = GPTConfig(block_size=block_size, vocab_size=V, n_layer=2, n_head=2, n_embd=32)
+    model, examples = make_model(config), make_examples()
+    assert any(len(e.context) + len(x) > block_size + 1 for e in examples for x in e.endings)
+    np.testing.assert_allclose(
+        likelihoods(score(model, examples)), plain(model, examples, block_size), atol=1e-4
+    )
+
+
+def test_an_ending_longer_than_the_model_counts_the_tokens_it_scores():
+    config = GPTConfig(block_size=4, vocab_size=V, n_layer=1, n_head=1, n_embd=8)
+    scores = score(make_model(config), [TokenizedExample([1, 2], [[3] * 3, [4] * 9])])
+    assert scores[0].token_counts == [3, 4]
+
+
+def test_batch_size_does_not_change_the_scores():
+    model, examples = make_model(), make_examples(20)
+    whole = likelihoods(score(model, examples, batch_tokens=10**6))
+    for batch_tokens in (1, 64, 500):
+        np.testing.assert_allclose(
+            likelihoods(score(model, examples, batch_tokens=batch_tokens)), whole, atol=1e-4
+        )
+
+
+def test_ranks_score_their_share_to_the_same_numbers():
+    model, examples = make_model(), make_examples(10)
+    whole = likelihoods(score(model, examples))
+    for world_size in (2, 3):
+        for rank in range(world_size):
+            part = likelihoods(score(model, examples[rank::world_size]))
+            np.testing.assert_allclose(part, whole[rank::world_size], atol=1e-4)
+
+
+def test_an_ending_does_not_see_the_others():
+    model = make_model()
+    a, b, c = [5, 6, 7], [8, 9], [10, 11, 12, 13]
+    first = score(model, [TokenizedExample([1, 2, 3], [a, b])])[0].log_likelihoods[0]
+    second = score(model, [TokenizedExample([1, 2, 3], [c, c, a])])[0].log_likelihoods[2]
+    assert first == pytest.approx(second, abs=1e-5)
+
+
+def test_padding_rows_of_the_embedding_are_never_counted():
+    model, examples = make_model(), make_examples()
+    before = likelihoods(score(model, examples))
+    with torch.no_grad():
+        model.wte.weight[V:] = 100.0
+    np.testing.assert_array_equal(likelihoods(score(model, examples)), before)
+
+
+def test_vocab_size_leaves_out_columns_that_a_checkpoint_carries_as_padding():
+    small, examples = make_model(), make_examples()
+    wide = make_model(GPTConfig(**{**vars(CONFIG), "vocab_size": 384}))
+    state = copy.deepcopy(small.state_dict())
+    state["wte.weight"][V:] = 1.0
+    wide.load_state_dict(state)
+    expected = likelihoods(score(small, examples))
+    assert np.abs(likelihoods(score(wide, examples)) - expected).max() > 0.1
+    np.testing.assert_allclose(likelihoods(score(wide, examples, vocab_size=V)), expected, atol=1e-5)
+
+
+def test_bfloat16_keeps_the_choices_and_the_model():
+    model, examples = make_model(), make_examples(50)
+    exact = likelihoods(score(model, examples))
+    rough = likelihoods(score(model, examples, dtype=torch.bfloat16))
+    assert 0 < np.abs(exact - rough).max() < 0.02 * np.abs(exact).max()
+    assert (exact.argmax(1) == rough.argmax(1)).mean() >= 0.98
+    assert model.wte.weight.dtype == torch.float32
+
+
+def test_bfloat16_bears_logits_far_from_zero_as_trained_models_have_them():
+    """A direction that all tokens share moves every logit alike and no probability."""
+    model, examples = make_model(), make_examples(50)
+    direction = torch.zeros(CONFIG.n_embd)
+    direction[0] = 1.0
+    with torch.no_grad():
+        model.ln_f.bias.copy_(10 * direction)
+        rough = likelihoods(score(model, examples, dtype=torch.bfloat16))
+        exact = likelihoods(score(model, examples))
+        error = np.abs(rough - exact).max()
+        model.wpe.weight -= model.wte.weight.mean() * 0  # positions stay; only the shared direction moves
+        head = model.wte.weight - 10 * direction  # logits near -100
+        hidden = model.hidden(torch.tensor([examples[0].context]))
+        assert (hidden @ head.t())[..., :V].mean() < -90
+        shifted = scoring.centred_head(_with_embedding(model, head), V, torch.bfloat16)
+        plain_head = scoring.centred_head(model, V, torch.bfloat16)
+    assert error < 1.0
+    torch.testing.assert_close(shifted, plain_head, atol=0.02, rtol=0.01)
+
+
+def _with_embedding(model, weight):
+    other = copy.deepcopy(model)
+    other.wte.weight.data = weight
+    return other
+
+
+def test_only_tokens_that_predict_reach_the_output_layer(monkeypatch):
+    seen = []
+    linear = torch.nn.functional.linear
+    monkeypatch.setattr(scoring.F, "linear", lambda x, w: seen.append(len(x)) or linear(x, w))
+    example = TokenizedExample([1] * 20, [[2] * 5, [3] * 1, [4] * 7, [5] * 3])
+    score(make_model(), [example])
+    heads = seen[-1]
+    assert heads == 1 + (5 - 1) + 0 + (7 - 1) + (3 - 1)  # the last context token serves all four
+
+
+def test_shapes_are_few():
+    rows = scoring.pack(make_examples(200, ending=(1, 8)), CONFIG.block_size)
+    shapes = {(len(chosen), length) for chosen, length in scoring.batches(rows, 256)}
+    lengths = {length for _, length in shapes}
+    assert all(length % scoring.LENGTH_STEP == 0 for length in lengths)
+    assert len(shapes) <= len(lengths) + 1  # one size per length, and a last batch that is not full
+
+
+def test_progress_ends_with_all_endings():
+    heard = []
+    score(make_model(), make_examples(9), batch_tokens=100, progress=lambda *at: heard.append(at))
+    assert heard[-1] == (36, 36)
+    assert heard == sorted(heard)
+    assert len(heard) > 1
+
+
+def test_no_examples_no_scores():
+    assert score(make_model(), []) == []
+
+
+@pytest.mark.parametrize(("context", "endings"), [([], [[1]]), ([1], [[2], []])])
+def test_texts_without_tokens_are_refused(context, endings):
+    with pytest.raises(ValueError, match="no likelihood"):
+        TokenizedExample(context, endings)

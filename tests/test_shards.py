@@ -1,0 +1,278 @@
+"""shards.py: llm.c's format by its description, other people's shards, damage named, the manifest as guard."""
+
+import hashlib
+import json
+import struct
+
+import numpy as np
+import pytest
+
+from aymen_gpt.data import shards, tokenizer
+from aymen_gpt.errors import CannotWrite, DataError
+
+TOKENS = np.array([50256, 1, 2, 3, 50256, 65535 % 50257, 0], np.uint16)
+
+
+def llmc_bytes(tokens, magic=20240520, version=1, count=None):
+    """llm.c's shard written from its description alone: 256 int32, then uint16, little-endian."""
+    header = [magic, version, len(tokens) if count is None else count, *[0] * 253]
+    return struct.pack("<256i", *header) + struct.pack(f"<{len(tokens)}H", *tokens)
+
+
+def test_our_shard_is_llmcs_byte_for_byte(tmp_path):
+    path = tmp_path / "a b é" / shards.shard_name("train", 7)
+    assert shards.write_shard(path, TOKENS) == len(TOKENS)
+    assert path.name == "edufineweb_train_000007.bin"
+    assert path.read_bytes() == llmc_bytes(TOKENS.tolist())
+    assert [entry.name for entry in path.parent.iterdir()] == [path.name]
+
+
+def test_a_shard_can_be_written_piece_by_piece(tmp_path):
+    path = tmp_path / "x_train_000001.bin"
+    assert shards.write_shard(path, (TOKENS[i : i + 2] for i in range(0, 7, 2))) == 7
+    assert path.read_bytes() == llmc_bytes(TOKENS.tolist())
+
+
+def test_a_shard_that_fails_half_way_does_not_appear(tmp_path):
+    def pieces():
+        yield TOKENS
+        raise OSError(28, "No space left on device")
+
+    with pytest.raises(CannotWrite, match=r"x_train_000001.bin: No space left"):
+        shards.write_shard(tmp_path / "x_train_000001.bin", pieces())
+    assert list(tmp_path.iterdir()) == []
+
+
+def save_npy(path, array):
+    np.save(path, array)
+
+
+READABLE = {
+    "x_train_000001.bin": lambda path: path.write_bytes(llmc_bytes(TOKENS.tolist())),
+    "train.bin": lambda path: TOKENS.astype("<u2").tofile(path),
+    "x_train_000002.npy": lambda path: np.save(path, TOKENS),
+}
+CONVERTED = {kind: TOKENS.astype(kind) for kind in (">u2", "uint32", "int64")}
+
+
+@pytest.mark.parametrize("name", READABLE)
+def test_shards_of_llmc_nanogpt_and_numpy_are_mapped_read_only(tmp_path, name):
+    READABLE[name](tmp_path / name)
+    tokens = shards.open_shard(tmp_path / name)
+    assert isinstance(tokens, np.memmap)
+    assert (tokens.dtype, tokens.tolist()) == (np.uint16, TOKENS.tolist())
+    with pytest.raises(ValueError, match="read-only"):
+        tokens[0] = 1
+
+
+@pytest.mark.parametrize("kind", CONVERTED)
+def test_other_integers_that_fit_are_converted_with_a_notice(tmp_path, kind):
+    np.save(tmp_path / "x_train_000001.npy", CONVERTED[kind])
+    with pytest.warns(UserWarning, match="read into memory as uint16"):
+        tokens = shards.open_shard(tmp_path / "x_train_000001.npy")
+    assert (tokens.dtype, tokens.tolist()) == (np.uint16, TOKENS.tolist())
+
+
+BAD_BIN = {
+    b"": "begins with 0",
+    b"<!doctype html>" * 100: "begins with 1868833084, not with llm.c's magic number 20240520",
+    llmc_bytes([1, 2, 3], version=7): "has version 7",
+    llmc_bytes([1, 2, 3], count=4): "has 1,030 bytes; 4 tokens need 1,032",
+    llmc_bytes([1, 2, 3])[:-1]: "has 1,029 bytes; 3 tokens need 1,030",
+    llmc_bytes([]): "has 1,024 bytes; 0 tokens",
+    llmc_bytes([1], count=-5): "-5 tokens",
+}
+
+
+@pytest.mark.parametrize("content", BAD_BIN)
+def test_a_damaged_bin_is_refused_by_name_and_reason(tmp_path, content):
+    path = tmp_path / "x_train_000001.bin"
+    path.write_bytes(content)
+    with pytest.raises(DataError) as caught:
+        shards.open_shard(path)
+    assert str(path) in str(caught.value)
+    assert BAD_BIN[content] in str(caught.value)
+
+
+@pytest.mark.parametrize("content", [b"", b"\0"])
+def test_a_headerless_file_of_no_whole_token_is_refused(tmp_path, content):
+    (tmp_path / "train.bin").write_bytes(content)
+    with pytest.raises(DataError, match=r"train.bin has \d bytes"):
+        shards.open_shard(tmp_path / "train.bin")
+
+
+BAD_NPY = {
+    "float": np.ones(3),
+    "table": np.ones((2, 2), np.uint16),
+    "object": np.array([1, "a"], object),
+    "too large": np.array([1, 65536], np.uint32),
+    "negative": np.array([-1]),
+    "empty": np.array([], np.uint16),
+}
+
+
+@pytest.mark.parametrize("array", BAD_NPY.values(), ids=BAD_NPY)
+def test_an_array_that_is_no_row_of_ids_is_refused(tmp_path, array):
+    np.save(tmp_path / "x_train_000001.npy", array, allow_pickle=True)
+    with pytest.raises(DataError, match=r"x_train_000001.npy"):
+        shards.open_shard(tmp_path / "x_train_000001.npy")
+
+
+def test_a_cut_array_and_a_missing_shard_are_refused(tmp_path):
+    np.save(tmp_path / "a.npy", TOKENS)
+    (tmp_path / "a.npy").write_bytes((tmp_path / "a.npy").read_bytes()[:-3])
+    with pytest.raises(DataError, match=r"a.npy is not a readable .npy array"):
+        shards.open_shard(tmp_path / "a.npy")
+    with pytest.raises(DataError, match=r"b.bin is missing"):
+        shards.open_shard(tmp_path / "b.bin")
+
+
+def test_only_whole_numbered_shards_are_listed_in_order_of_number(tmp_path):
+    names = ["x_train_000010.bin", "x_train_000002.npy", "x_val_000000.bin"]
+    for name in [
+        *names,
+        ".x_train_000003.bin.77.tmp",
+        "x_train_000004.bin.tmp",
+        "x_train_5.bin",
+        "x_train_000006.txt",
+    ]:
+        (tmp_path / name).touch()
+    assert [path.name for path in shards.list_shards(tmp_path, "train")] == [
+        "x_train_000002.npy",
+        "x_train_000010.bin",
+    ]
+    assert [path.name for path in shards.list_shards(tmp_path, "val")] == ["x_val_000000.bin"]
+    assert shards.list_shards(tmp_path / "nowhere", "val") == []
+    (tmp_path / "y_train_000002.bin").touch()
+    with pytest.raises(DataError, match="two train shards have number 2"):
+        shards.list_shards(tmp_path, "train")
+
+
+def test_nanogpts_two_files_are_the_two_splits(tmp_path):
+    for split in ("train", "val"):
+        TOKENS.tofile(tmp_path / f"{split}.bin")
+        assert shards.list_shards(tmp_path, split) == [tmp_path / f"{split}.bin"]
+
+
+@pytest.fixture
+def folder(tmp_path):
+    """Two small shards with a manifest."""
+    records = []
+    for index, split in enumerate(("val", "train")):
+        path = tmp_path / shards.shard_name(split, index)
+        shards.write_shard(path, TOKENS)
+        sha256 = hashlib.sha256(path.read_bytes()).hexdigest()
+        records.append({"file": path.name, "tokens": 7, "documents": 2, "sha256": sha256})
+    identity = {"name": "gpt2", "vocabulary_sha256": tokenizer.vocabulary_sha256()}
+    manifest = {"format": shards.FORMAT, "complete": True, "tokenizer": identity, "shards": records}
+    shards.write_manifest(tmp_path, manifest)
+    return tmp_path
+
+
+def change(folder, **values):
+    shards.write_manifest(folder, shards.read_manifest(folder) | values)
+
+
+def test_a_sound_folder_passes_both_checks(folder):
+    shards.check_shards(folder)
+    assert shards.verify(folder) == {}
+
+
+def test_a_folder_without_manifest_is_taken_for_gpt2s_with_a_warning(folder):
+    (folder / "manifest.json").unlink()
+    with pytest.warns(UserWarning, match=r"has no manifest.json"):
+        shards.check_shards(folder)
+    with pytest.raises(DataError, match=r"no manifest.json"):
+        shards.verify(folder)
+
+
+@pytest.mark.parametrize("spoil", ["another size", "missing", "unlisted", "unfinished", "tokenizer"])
+def test_training_refuses_a_folder_that_is_not_what_its_manifest_says(folder, spoil):
+    train = folder / shards.shard_name("train", 1)
+    if spoil == "another size":
+        shards.write_shard(train, TOKENS[:5])
+    elif spoil == "missing":
+        train.unlink()
+    elif spoil == "unlisted":
+        shards.write_shard(folder / shards.shard_name("train", 2), TOKENS)
+    elif spoil == "unfinished":
+        change(folder, complete=False)
+    else:
+        change(folder, tokenizer={"name": "other", "vocabulary_sha256": "0"})
+    reason = {
+        "another size": "000001.bin has 5 tokens, manifest.json says 7",
+        "missing": "000001.bin is missing: rebuild it with fineweb.py --out",
+        "unlisted": "holds edufineweb_train_000002.bin, which its manifest.json does not list",
+        "unfinished": "is not finished: run the same fineweb.py command again",
+        "tokenizer": "made with another tokenizer",
+    }[spoil]
+    with pytest.raises(DataError, match=reason):
+        shards.check_shards(folder)
+
+
+@pytest.mark.parametrize("n_tokens", [100, 2**20])
+@pytest.mark.parametrize("place", [0, -1])
+def test_an_id_outside_the_vocabulary_is_found_before_training(tmp_path, n_tokens, place):
+    tokens = np.zeros(n_tokens, np.uint16)
+    tokens[place] = 60000
+    path = tmp_path / shards.shard_name("train", 1)
+    shards.write_shard(path, tokens)
+    position = f"{place % n_tokens:,}"
+    with (
+        pytest.warns(UserWarning, match="no manifest"),
+        pytest.raises(DataError, match=rf"000001.bin has id 60000 at position {position} \(vocabulary 50257\)"),
+    ):
+        shards.check_shards(tmp_path)
+
+
+def test_verify_finds_a_flipped_bit_and_a_missing_file(folder):
+    names = [record["file"] for record in shards.read_manifest(folder)["shards"]]
+    content = bytearray((folder / names[0]).read_bytes())
+    content[-1] ^= 1
+    (folder / names[0]).write_bytes(content)
+    (folder / names[1]).unlink()
+    damaged = shards.verify(folder)
+    assert damaged.keys() == set(names)
+    assert "sha256" in damaged[names[0]]
+    assert damaged[names[1]] == "missing"
+
+
+@pytest.mark.parametrize("name", ["../outside.bin", "/etc/passwd", "a/b.bin", "", ".hidden.bin", "..", "x.txt"])
+def test_a_manifest_cannot_name_a_file_outside_its_folder(folder, name):
+    change(folder, shards=[{"file": name, "tokens": 1, "sha256": ""}])
+    with pytest.raises(DataError, match="unsafe path"):
+        shards.verify(folder)
+
+
+@pytest.mark.parametrize(
+    "text", ["", "{", "[]", '{"format": 1}', '{"format": "x", "shards": []}', '{"shards": {}}']
+)
+def test_a_damaged_manifest_is_named(folder, text):
+    (folder / "manifest.json").write_text(text)
+    with pytest.raises(DataError, match=r"manifest.json (is damaged|says 'x')"):
+        shards.read_manifest(folder)
+
+
+def test_the_manifest_hash_follows_the_tokens_and_nothing_else(folder):
+    before = shards.manifest_hash(folder)
+    change(folder, note="elsewhere")
+    assert shards.manifest_hash(folder) == before
+    records = shards.read_manifest(folder)["shards"]
+    change(folder, shards=[records[0] | {"sha256": "f" * 64}, records[1]])
+    assert shards.manifest_hash(folder) != before
+    (folder / "manifest.json").unlink()
+    assert len(shards.manifest_hash(folder)) == 64
+
+
+def test_document_sources_are_kept_beside_the_shard(tmp_path):
+    path = tmp_path / shards.shard_name("train", 1)
+    assert shards.read_document_sources(path) is None
+    shards.write_document_sources(path, ["a", None], ["u", "v"])
+    assert shards.read_document_sources(path) == [("a", "u"), (None, "v")]
+    assert shards.list_shards(tmp_path, "train") == []
+
+
+def test_the_manifest_is_json_that_people_can_read(folder):
+    text = (folder / "manifest.json").read_text()
+    assert json.loads(text)["format"] == "aymen-gpt shards, version 1"
+    assert text.count("\n") > 10
