@@ -1,4 +1,4 @@
-"""fineweb.py as a person uses it: words in, shards out, one clear line when something is wrong, kill -9 forgiven."""
+"""fineweb.py as a person uses it: words in, shards out, one clear line for a mistake, kill -9 forgiven."""
 
 import hashlib
 import json
@@ -90,11 +90,13 @@ def test_a_mistake_is_one_line_and_its_exit_code(door, tmp_path, words, code, me
 
 def test_a_full_disk_is_exit_73_and_the_same_command_continues(texts, tmp_path):
     resource = pytest.importorskip("resource")
-    words = ["fineweb.py", "--source", texts, "--shard-tokens", 4000, "--workers", 0, "--out"]
+    words = ["fineweb.py", "--source", texts, "--shard-tokens", 8000, "--workers", 0, "--out"]
     subprocess.run(door_command(*words, tmp_path / "whole"), check=True, capture_output=True)
 
-    def full():  # a file may have 5,000 bytes: shard 0 (val) fits, shard 1 does not
-        resource.setrlimit(resource.RLIMIT_FSIZE, (5000, resource.RLIM_INFINITY))
+    largest = (tmp_path / "whole/edufineweb_val_000000.bin").stat().st_size
+
+    def full():  # shard 0 (validation) fits, shard 1 does not
+        resource.setrlimit(resource.RLIMIT_FSIZE, (largest, resource.RLIM_INFINITY))
 
     out = tmp_path / "full"
     done = subprocess.run(door_command(*words, out), preexec_fn=full, capture_output=True, text=True)
@@ -137,28 +139,27 @@ def test_kill_minus_nine_at_any_moment_then_the_same_command_gives_the_same_byte
     texts = write_jsonl(tmp_path / "texts.jsonl", make_texts(9000, longest=120))
     command = ["fineweb.py", "--source", texts, "--shard-tokens", 50_000, "--workers", 2, "--out"]
     subprocess.run(door_command(*command, tmp_path / "whole"), check=True, capture_output=True)
+    whole = digest(tmp_path / "whole")
     dice = random.Random(7)
-    out, moments, finished = tmp_path / "out", [], False
-    for attempt in range(12):
-        process = subprocess.Popen(
-            door_command(*command, out), stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True
-        )
-        time.sleep(dice.uniform(0.3, 1.3))
-        workers = children(process.pid)
-        victim = dice.choice(workers) if workers and attempt % 3 == 2 else process.pid
-        alive = process.poll() is None
-        if alive:
-            os.kill(victim, signal.SIGKILL)
-        code = process.wait(timeout=60)
-        said = process.stderr.read()
-        finished = finished or code == 0
-        moments.append((victim == process.pid, code))
-        assert code in (0, 1, -9), said
-        if code == 1:
-            assert "died with exit code" in said
+    kills = rounds = 0
+    while kills < 10:
+        rounds += 1
+        assert rounds < 8, f"the machine is too fast or too slow: {kills} kills"
+        out = tmp_path / f"out{rounds}"
+        while (
+            not (out / "manifest.json").exists() or not json.loads((out / "manifest.json").read_text())["complete"]
+        ):
+            process = subprocess.Popen(
+                door_command(*command, out), stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True
+            )
+            time.sleep(dice.uniform(0.3, 1.2))
+            workers = children(process.pid)
+            victim = dice.choice(workers) if workers and kills % 3 == 2 else process.pid
+            if process.poll() is None:
+                os.kill(victim, signal.SIGKILL)
+            said, code = process.communicate(timeout=60)[1], process.returncode
+            kills += code != 0
+            assert code in (0, 1, -9), said
             assert "Traceback" not in said
-        if finished:
-            break
-    assert sum(code != 0 for _, code in moments) >= 2, moments
-    subprocess.run(door_command(*command, out), check=True, capture_output=True)
-    assert digest(out) == digest(tmp_path / "whole")
+            assert code != 1 or "a worker process died" in said
+        assert digest(out) == whole

@@ -167,9 +167,9 @@ def test_any_number_of_workers_writes_the_same_bytes(options, tmp_path, workers)
     assert digest(tmp_path / "other") == digest(options.out)
 
 
-@settings(deadline=None, max_examples=40)
+@settings(deadline=None, max_examples=25)
 @given(
-    st.lists(st.integers(0, 40), min_size=1, max_size=30).filter(lambda lengths: sum(lengths) >= 20),
+    st.lists(st.integers(0, 40), min_size=1, max_size=12).filter(lambda lengths: sum(lengths) >= 20),
     st.integers(1, 50),
 )
 def test_documents_of_any_length_are_cut_into_shards_of_any_size(tmp_path_factory, lengths, shard_tokens):
@@ -200,10 +200,10 @@ def test_a_corpus_smaller_than_a_shard_gives_both_splits(tmp_path, texts):
     assert 0.05 <= len(val) / len(val + train) <= 0.5
 
 
-@pytest.mark.parametrize("texts", [[], [""], ["just a few words"]])
+@pytest.mark.parametrize("texts", [[], [""], ["-" * 640]])
 def test_a_corpus_too_small_for_two_splits_is_an_error(tmp_path, texts):
     write_jsonl(tmp_path / "a.jsonl", texts)
-    with pytest.raises(DataError, match=r"has only \d tokens: too few for training and validation"):
+    with pytest.raises(DataError, match=r"has only \d+ tokens: too few for training and validation"):
         prepare.prepare(PrepareOptions((str(tmp_path / "a.jsonl"),), tmp_path / "out", workers=0), quiet)
 
 
@@ -380,7 +380,7 @@ def test_a_full_disk_keeps_finished_shards_and_leaves_no_partial_one(options, tm
     syncs = iter(range(100))
 
     def full(handle):
-        if next(syncs) >= 7:
+        if next(syncs) >= 14:
             raise OSError(28, os.strerror(28))
         real(handle)
 
@@ -422,7 +422,7 @@ def test_a_damaged_file_is_named_and_the_shards_before_it_stay(options, workers)
     content = bytearray(path.read_bytes())
     content[4:3000] = bytes(2996)
     path.write_bytes(content)
-    with pytest.raises(DataError, match=r"cannot read part 0 of .*b.parquet.*delete the file and get it again"):
+    with pytest.raises(DataError, match=r"b.parquet is damaged or cut off .*: delete it and get it again"):
         prepare.prepare(replace(options, workers=workers), quiet)
     done = [record["file"] for record in shards.read_manifest(options.out)["shards"]]
     assert len(done) >= 2
@@ -430,31 +430,29 @@ def test_a_damaged_file_is_named_and_the_shards_before_it_stay(options, workers)
 
 
 def test_a_worker_that_dies_is_an_error_not_a_hang(options, monkeypatch):
-    class Dying(prepare.Crew):
-        def batches(self, parts):
-            yield next(batches := super().batches(parts))
-            self._workers[1][0].kill()
-            yield from batches
+    class Dying(prepare.ProcessPoolExecutor):
+        def submit(self, function, part):
+            if (part.file, part.index) == (1, 2):
+                return super().submit(os._exit, 9)
+            return super().submit(function, part)
 
-    monkeypatch.setattr(prepare, "Crew", Dying)
-    with pytest.raises(AymenError, match=r"worker 1 \(pid \d+\) died with exit code -9 near .*same command again"):
+    monkeypatch.setattr(prepare, "ProcessPoolExecutor", Dying)
+    with pytest.raises(AymenError, match=r"a worker process died; finished shards are safe: run the same command"):
         prepare.prepare(replace(options, workers=2), quiet)
     monkeypatch.undo()
     prepare.prepare(replace(options, workers=2), quiet)
     assert joined(tokens_of(options.out)) == reference(ALL_TEXTS)
 
 
-def test_a_bug_in_a_worker_keeps_its_traceback(options, monkeypatch):
-    part = sources.Part(0, 0, None, 0, 1, None, 0)  # a path that is None: our own mistake
-    with prepare.Crew(1) as crew, pytest.raises(RuntimeError, match="AttributeError"):
-        list(crew.batches([part]))
-
-
-def test_memory_is_bounded_by_the_batches_a_worker_may_be_ahead(tmp_path):
-    path = write_jsonl(tmp_path / "a.jsonl", ["word " * 300_000] * 12)  # 1.5 MB each, more than a batch
-    (part,) = [*sources.parts(sources.open_source([str(path)]), 0, path)][:1]
-    batches = list(prepare.tokenize(part))
-    assert [len(batch.rows) for batch in batches[:-1]] == [1] * (len(batches) - 1)
+def test_parts_are_dealt_only_so_far_ahead(tmp_path):
+    path = write_parquet(tmp_path / "a.parquet", make_texts(40), rows=1)
+    dealt = []
+    parts = sources.parts(sources.open_source([str(path)]), 0, path)
+    batches = prepare.tokenize_all((dealt.append(part) or part for part in parts), 1)
+    for read in range(1, 31):
+        assert next(batches).part.index == read - 1
+        assert len(dealt) <= read + prepare.AHEAD
+    batches.close()
 
 
 def test_repair_rebuilds_only_what_is_damaged(options, tmp_path):

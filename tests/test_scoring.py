@@ -88,9 +88,7 @@ def test_texts_too_long_for_the_model_lose_their_beginning(block_size):
     config = GPTConfig(block_size=block_size, vocab_size=V, n_layer=2, n_head=2, n_embd=32)
     model, examples = make_model(config), make_examples()
     assert any(len(e.context) + len(x) > block_size + 1 for e in examples for x in e.endings)
-    np.testing.assert_allclose(
-        likelihoods(score(model, examples)), plain(model, examples, block_size), atol=1e-4
-    )
+    np.testing.assert_allclose(likelihoods(score(model, examples)), plain(model, examples, block_size), atol=1e-4)
 
 
 def test_an_ending_longer_than_the_model_counts_the_tokens_it_scores():
@@ -154,39 +152,26 @@ def test_bfloat16_keeps_the_choices_and_the_model():
 
 
 def test_bfloat16_bears_logits_far_from_zero_as_trained_models_have_them():
-    """A direction that all tokens share moves every logit alike and no probability."""
-    model, examples = make_model(), make_examples(50)
-    direction = torch.zeros(CONFIG.n_embd)
-    direction[0] = 1.0
+    """What all embeddings share moves every logit alike, here to about -100, and no probability."""
+    model, examples = make_model(), make_examples(30)
     with torch.no_grad():
-        model.ln_f.bias.copy_(10 * direction)
-        rough = likelihoods(score(model, examples, dtype=torch.bfloat16))
-        exact = likelihoods(score(model, examples))
-        error = np.abs(rough - exact).max()
-        model.wpe.weight -= model.wte.weight.mean() * 0  # positions stay; only the shared direction moves
-        head = model.wte.weight - 10 * direction  # logits near -100
-        hidden = model.hidden(torch.tensor([examples[0].context]))
-        assert (hidden @ head.t())[..., :V].mean() < -90
-        shifted = scoring.centred_head(_with_embedding(model, head), V, torch.bfloat16)
-        plain_head = scoring.centred_head(model, V, torch.bfloat16)
-    assert error < 1.0
-    torch.testing.assert_close(shifted, plain_head, atol=0.02, rtol=0.01)
-
-
-def _with_embedding(model, weight):
-    other = copy.deepcopy(model)
-    other.wte.weight.data = weight
-    return other
+        model.wte.weight[:, 0] -= 10.0
+        model.ln_f.bias[0] += 16.0
+        assert model(torch.tensor([examples[0].context])).mean() < -90
+    exact = plain(model, examples)
+    with torch.autocast("cpu", torch.bfloat16):
+        rounded = np.abs(plain(model, examples) - exact).mean()
+    ours = np.abs(likelihoods(score(model, examples, dtype=torch.bfloat16)) - exact).mean()
+    assert ours < rounded / 3
 
 
 def test_only_tokens_that_predict_reach_the_output_layer(monkeypatch):
     seen = []
     linear = torch.nn.functional.linear
-    monkeypatch.setattr(scoring.F, "linear", lambda x, w: seen.append(len(x)) or linear(x, w))
+    monkeypatch.setattr(scoring.F, "linear", lambda x, *rest: seen.append(len(x)) or linear(x, *rest))
     example = TokenizedExample([1] * 20, [[2] * 5, [3] * 1, [4] * 7, [5] * 3])
     score(make_model(), [example])
-    heads = seen[-1]
-    assert heads == 1 + (5 - 1) + 0 + (7 - 1) + (3 - 1)  # the last context token serves all four
+    assert seen[-1] == 1 + (5 - 1) + 0 + (7 - 1) + (3 - 1)  # the last context token serves all four
 
 
 def test_shapes_are_few():

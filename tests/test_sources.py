@@ -103,7 +103,7 @@ def test_bad_rows_of_parquet_are_named_and_the_others_kept(tmp_path):
 def test_a_cut_parquet_file_is_named_with_the_way_out(tmp_path, keep):
     path = parquet(tmp_path / "a.parquet", {"text": ["x" * 50] * 50})
     path.write_bytes(path.read_bytes()[:keep])
-    with pytest.raises(DataError, match=r"a.parquet is not a whole parquet file .*delete it and get it again"):
+    with pytest.raises(DataError, match=r"a.parquet is damaged or cut off .*: delete it and get it again"):
         texts([path])
 
 
@@ -112,7 +112,7 @@ def test_a_damaged_page_of_parquet_is_named(tmp_path):
     content = bytearray(path.read_bytes())
     content[100:2000] = bytes(1900)
     path.write_bytes(content)
-    with pytest.raises(DataError, match=r"cannot read part 0 of .*a.parquet"):
+    with pytest.raises(DataError, match=r"a.parquet is damaged or cut off"):
         texts([path])
 
 
@@ -148,8 +148,26 @@ def test_jsonl_is_read_plain_and_compressed(tmp_path, suffix):
     assert documents[8].text == "last \ud800"
     path.write_bytes(path.read_bytes()[:-9])
     if suffix != ".jsonl":
-        with pytest.raises(DataError, match=r"cannot read part 0 of .*delete the file and get it again"):
+        with pytest.raises(DataError, match=r"is damaged or cut off .*: delete it and get it again"):
             read_all([path])
+
+
+def test_compressed_files_and_large_row_groups_are_cut_into_parts_that_carry_their_rows(tmp_path, monkeypatch):
+    monkeypatch.setattr(sources, "SLICE", 500)
+    monkeypatch.setattr(sources, "LARGE", 1000)
+    wanted = [f"{'x' * (i * 7 % 23)}{i}" for i in range(300)]
+    path = tmp_path / "a.jsonl.gz"
+    path.write_bytes(gzip.compress("\n".join(json.dumps({"text": text}) for text in wanted).encode()))
+    table = {"text": wanted, "id": list(map(str, range(300))), "other": wanted}
+    for file in (path, parquet(tmp_path / "a.parquet", table, row_group_size=100)):
+        source = sources.open_source([str(file)])
+        found = list(sources.parts(source, 0, file))
+        assert [part.index for part in found] == list(range(len(found)))
+        assert len(found) > 5
+        assert found[-1].fraction == 1
+        assert [document.text for part in found for document in sources.read(part)] == wanted
+        later = [document.text for document in sources.read(replace(found[3], skip=5))]
+        assert later == [document.text for document in sources.read(found[3])][5:]
 
 
 @pytest.mark.parametrize("slice_bytes", [1, 7, 16, 33, 1000])

@@ -1,6 +1,7 @@
 """What every command does at its edges: errors become one line and an exit code, flags speak of tokens."""
 
 import argparse
+import math
 import os
 import sys
 import traceback
@@ -48,7 +49,7 @@ def whole_number(text: str) -> int:
     """
     base, power, exponent = text.partition("**")
     value = int(base) ** int(exponent) if power else float(text) if "e" in text.lower() else int(text)
-    if value != int(value):
+    if not math.isfinite(value) or value != int(value):
         raise ValueError(f"{text} is not a whole number")
     return int(value)
 

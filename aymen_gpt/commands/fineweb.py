@@ -32,8 +32,8 @@ def parser() -> argparse.ArgumentParser:
         nargs="+",
         default=["hub"],
         metavar="WORD",
-        help="`hub` (FineWeb-Edu from Hugging Face, the default), `builtin` (documentation installed with Python), "
-        "or files and folders of .parquet, .jsonl, .jsonl.gz, .jsonl.zst, .txt",
+        help="`hub` (FineWeb-Edu from Hugging Face, the default), `builtin` (documentation installed with "
+        "Python), or files and folders of .parquet, .jsonl, .jsonl.gz, .jsonl.zst, .txt",
     )
     text.add_argument(
         "--text-column", metavar="NAME", help="column or key of the text (default: text, else content)"

@@ -144,7 +144,7 @@ def table(result: "Result", *, published: bool) -> str:
         s = result.tally(protocol).as_dict()
         acc, norm = share(s["acc"], s["acc_stderr"]), share(s["acc_norm"], s["acc_norm_stderr"])
         lines.append(f"{protocol:<12}{acc:<16}{norm:<16}{len(result.examples):>6,}")
-    lines.append(f"{'chance':<12}{share(CHANCE):<16}{share(CHANCE):<16}")
+    lines.append(f"{'chance':<12}{share(CHANCE):<16}{share(CHANCE)}")
     if published:
         lines += ["", "published, on all 10,042:"]
         for protocol in result.answers:

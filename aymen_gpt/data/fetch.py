@@ -48,20 +48,6 @@ def cache_dir() -> Path:
 
 
 @contextmanager
-def writing(path: Path) -> Iterator[None]:
-    """Turns "disk full" and "not allowed" into a CannotWrite that names the path."""
-    try:
-        yield
-    except OSError as error:
-        if error.errno not in CANNOT_WRITE:
-            raise
-        raise CannotWrite(
-            f"cannot write {path}: {error.strerror}; make room or choose another folder, "
-            f"then run the same command again"
-        ) from error
-
-
-@contextmanager
 def whole_file(path: Path) -> Iterator[BinaryIO]:
     """A file to write that appears as ``path`` when the block ends well, complete and on the disk, or never.
 
@@ -69,13 +55,18 @@ def whole_file(path: Path) -> Iterator[BinaryIO]:
     """
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
-        with writing(path):
-            path.parent.mkdir(parents=True, exist_ok=True)
-            with temporary.open("wb") as file:
-                yield file
-                file.flush()
-                os.fsync(file.fileno())
-            os.replace(temporary, path)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with temporary.open("wb") as file:
+            yield file
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+        files.sync(path.parent)
+    except OSError as error:
+        if error.errno not in CANNOT_WRITE:
+            raise
+        reason = f"cannot write {path}: {error.strerror}; make room or choose another folder"
+        raise CannotWrite(f"{reason}, then run the same command again") from error
     finally:
         with suppress(OSError):
             temporary.unlink(missing_ok=True)

@@ -57,7 +57,8 @@ class TokenRows:
         self.seed = seed
         self.paths = list_shards(folder, split)
         if not self.paths:
-            out = "" if str(folder) == "edu_fineweb10B" else f" --out {folder}"
+            source = " --source builtin" if folder.name == "builtin" else ""
+            out = "" if str(folder) == "edu_fineweb10B" else f"{source} --out {folder}"
             raise DataError(f"no {split} shards in {folder}: run python fineweb.py{out} first")
         lengths = np.array([len(open_shard(path)) for path in self.paths])
         self.n_tokens = int(lengths.sum())

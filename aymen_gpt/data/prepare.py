@@ -12,16 +12,15 @@ Shard 0 is the validation split. It has shard_tokens tokens, but at most a twent
 import itertools
 import multiprocessing
 import os
-import queue
 import shutil
 import signal
 import threading
-import traceback
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Generator, Iterable, Iterator
+from concurrent.futures import Future, ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
+from contextlib import closing, contextmanager
 from dataclasses import asdict, dataclass, field, replace
-from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
 
@@ -33,9 +32,7 @@ from aymen_gpt.data.fetch import check_name
 from aymen_gpt.data.sources import Part, Source, SourceFile
 from aymen_gpt.errors import AymenError, DataError, UsageError
 
-BATCH = 2**20  # characters of text that travel together from a worker
-BUFFERED = 16  # batches a worker may be ahead: enough for one part of a usual size
-AHEAD = 2  # parts given to each worker before the first is needed
+AHEAD = 3  # parts dealt per worker before the first of them is needed: they bound the memory
 BYTES_PER_TOKEN = 4  # of English text, for estimates
 SMALL_VAL = 10_000  # tokens of validation that a small corpus should have
 BAD_ROWS = 1 / 1000  # more than this share of rows without usable text is an error
@@ -97,7 +94,7 @@ class Summary:
 
 @dataclass(frozen=True)
 class Batch:
-    """Some consecutive rows of a part, tokenized."""
+    """A part, tokenized: D documents, n tokens."""
 
     part: Part
     tokens: np.ndarray  # (n,) uint16, each document behind its separator
@@ -118,130 +115,60 @@ class Piece:
     urls: list[str | None]
 
 
-def tokenize(part: Part) -> Iterator[Batch]:
-    """The batches of a part: at least one, the last one possibly empty."""
-    documents: list[sources.Document] = []
-    skipped: list[tuple[int, str]] = []
-    size = 0
-    for document in sources.read(part):
-        if document.skipped:
-            skipped.append((document.row, document.skipped))
-            continue
-        documents.append(document)
-        size += len(document.text)
-        if size >= BATCH:
-            yield _batch(part, documents, skipped)
-            documents, skipped, size = [], [], 0
-    yield _batch(part, documents, skipped)
-
-
-def _batch(part: Part, documents: list[sources.Document], skipped: list[tuple[int, str]]) -> Batch:
-    separator = np.array([tokenizer.EOT], np.uint16)
+def tokenize(part: Part) -> Batch:
+    """Read a part and turn its documents into tokens; the work that workers do."""
+    rows = list(sources.read(part))
+    documents = [row for row in rows if not row.skipped]
     ids = [tokenizer.encode(document.text) for document in documents]
-    bounds = np.cumsum([0, *(1 + len(tokens) for tokens in ids)])
+    separator = np.array([tokenizer.EOT], np.uint16)
     pieces = [piece for tokens in ids for piece in (separator, tokens)]
     return Batch(
-        part,
+        replace(part, content=None),
         np.concatenate(pieces) if pieces else np.empty(0, np.uint16),
-        bounds,
+        np.cumsum([0, *(1 + len(tokens) for tokens in ids)]),
         [document.row for document in documents],
         [len(document.text.encode("utf-8", "surrogatepass")) for document in documents],
         [document.id for document in documents],
         [document.url for document in documents],
-        skipped,
+        [(row.row, row.skipped) for row in rows if row.skipped],
     )
 
 
-class Crew:
-    """Worker processes that tokenize parts: ``with Crew(2) as crew: crew.batches(parts)``."""
-
-    def __init__(self, workers: int) -> None:
-        spawn = multiprocessing.get_context("spawn")
-        self._workers = []
-        for _ in range(workers):
-            their_tasks, tasks = spawn.Pipe(duplex=False)
-            results, their_results = spawn.Pipe(duplex=False)
-            process = spawn.Process(target=_work, args=(their_tasks, their_results), daemon=True)
-            process.start()
-            their_tasks.close()  # so that either side sees the end of the pipe when the other dies
-            their_results.close()
-            self._workers.append((process, tasks, results))
-
-    def __enter__(self) -> "Crew":
-        return self
-
-    def __exit__(self, *error: object) -> None:
-        for process, tasks, results in self._workers:
-            process.kill()  # it has nothing to tidy up
-            process.join()
-            tasks.close()
-            results.close()
-
-    def batches(self, parts: Iterable[Part]) -> Iterator[Batch]:
-        """The batches of the parts, in the parts' order whoever is faster; parts are read only so far ahead."""
-        turns = itertools.cycle(range(len(self._workers)))
-        waiting: deque[tuple[int, Part]] = deque()
-        for part in parts:
-            worker = next(turns)
-            with self._watching(worker, part):
-                self._workers[worker][1].send(part)
-            waiting.append((worker, part))
-            if len(waiting) > AHEAD * len(self._workers):
-                yield from self._results(*waiting.popleft())
-        while waiting:
-            yield from self._results(*waiting.popleft())
-
-    def _results(self, worker: int, part: Part) -> Iterator[Batch]:
-        while True:
-            with self._watching(worker, part):
-                result = self._workers[worker][2].recv()
-            if result is None:
-                return
-            if isinstance(result, Exception):
-                raise result
-            yield result
-
-    @contextmanager
-    def _watching(self, worker: int, part: Part) -> Iterator[None]:
-        try:
-            yield
-        except (EOFError, OSError):
-            process = self._workers[worker][0]
-            process.join(timeout=5)
-            raise AymenError(
-                f"worker {worker} (pid {process.pid}) died with exit code {process.exitcode} near {part.path}, "
-                f"part {part.index}; finished shards are safe: run the same command again "
-                f"(with fewer --workers if memory ran out)"
-            ) from None
-
-
-def _work(tasks: Connection, results: Connection) -> None:
-    """A worker's life: parts come in, batches go out, None ends a part, an exception ends it all."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the parent's to answer
-    outbox: queue.Queue[object] = queue.Queue(BUFFERED)
-    sender = threading.Thread(target=_send, args=(outbox, results), daemon=True)
-    sender.start()
+def tokenize_all(parts: Iterable[Part], workers: int) -> Generator[Batch, None, None]:
+    """The parts tokenized by that many processes (0: by this one), in their order whoever is faster."""
+    if workers == 0:
+        yield from map(tokenize, parts)
+        return
+    spawn = multiprocessing.get_context("spawn")
+    pool = ProcessPoolExecutor(workers, spawn, _begin_worker)
+    waiting: deque[Future[Batch]] = deque()
     try:
-        while True:
-            for batch in tokenize(tasks.recv()):
-                outbox.put(batch)
-            outbox.put(None)
-    except EOFError:
-        return  # the parent is gone
-    except AymenError as error:
-        outbox.put(error)
-    except Exception:
-        outbox.put(RuntimeError(f"in a worker:\n{traceback.format_exc()}"))
-    outbox.join()
+        for part in parts:
+            waiting.append(pool.submit(tokenize, part))
+            if len(waiting) > AHEAD * workers:
+                yield waiting.popleft().result()
+        while waiting:
+            yield waiting.popleft().result()
+    except BrokenProcessPool:
+        raise AymenError(
+            "a worker process died; finished shards are safe: run the same command again "
+            "(with fewer --workers if memory ran out)"
+        ) from None
+    finally:
+        pool.shutdown(wait=False, cancel_futures=True)
 
 
-def _send(outbox: "queue.Queue[object]", results: Connection) -> None:
-    while True:
-        try:
-            results.send(outbox.get())
-        except OSError:
-            os._exit(1)  # the parent is gone
-        outbox.task_done()
+def _begin_worker() -> None:
+    """Leave Ctrl-C to the parent, and end when the parent does, even by kill -9."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    threading.Thread(target=_end_with_parent, daemon=True).start()
+
+
+def _end_with_parent() -> None:
+    parent = multiprocessing.parent_process()
+    assert parent is not None
+    parent.join()
+    os._exit(1)
 
 
 class TokenStream:
@@ -330,8 +257,7 @@ def prepare(options: PrepareOptions, report: Report) -> Summary:
             _write_shards(options, source, manifest, report)
         manifest["complete"] = True
         shards.write_manifest(options.out, manifest)
-        if not options.keep_source:
-            _drop_downloads(options.out, source, len(source.files))
+        _drop_downloads(options, source, len(source.files))
         return _summary(options.out, manifest, already=False)
 
 
@@ -349,8 +275,7 @@ def repair(out: Path, report: Report, *, workers: int | None = None, keep_source
             if record["file"] in damaged:
                 report(f"rebuilding {record['file']} ({damaged[record['file']]})")
                 _rebuild(options, source, record, report)
-        if not keep_source:
-            _drop_downloads(out, source, len(source.files))
+        _drop_downloads(options, source, len(source.files))
         return list(damaged)
 
 
@@ -374,7 +299,8 @@ def _write_shards(options: PrepareOptions, source: Source, manifest: dict[str, A
         report(f"continuing after {len(done)} finished shards ({totals.tokens:,} tokens)")
 
     def tell() -> None:
-        reached = before[stream.part.file] + stream.part.bytes_done if stream.part else 0
+        part = stream.part
+        reached = before[part.file] + source.files[part.file].bytes * part.fraction if part else 0
         report(Progress(totals, len(done), max(reached / max(before[-1], 1), totals.tokens / limit)))
 
     with _stream(options, source, position, totals, report) as stream:
@@ -385,8 +311,7 @@ def _write_shards(options: PrepareOptions, source: Source, manifest: dict[str, A
             manifest["totals"] = asdict(totals)
             _check_bad_rows(totals, at_least=100)
             shards.write_manifest(options.out, manifest)
-            if not options.keep_source:
-                _drop_downloads(options.out, source, stream.position.file)
+            _drop_downloads(options, source, stream.position.file)
     manifest["totals"] = asdict(totals)
     _check_bad_rows(totals, at_least=1)
 
@@ -416,14 +341,10 @@ def _write_shard(stream: TokenStream, path: Path, room: int, tell: Callable[[], 
 def _stream(
     options: PrepareOptions, source: Source, position: Position, totals: Totals, report: Report
 ) -> Iterator[TokenStream]:
-    tokenizer.gpt2()  # fetched once, before the workers want it
-    parts = _parts(options, source, position, report)
+    tokenizer.gpt2()  # its vocabulary is fetched once, before the workers want it
     workers = (os.cpu_count() or 1) if options.workers is None else options.workers
-    if workers == 0:
-        yield TokenStream(source, itertools.chain.from_iterable(map(tokenize, parts)), position, totals)
-        return
-    with Crew(workers) as crew:
-        yield TokenStream(source, crew.batches(parts), position, totals)
+    with closing(tokenize_all(_parts(options, source, position, report), workers)) as batches:
+        yield TokenStream(source, batches, position, totals)
 
 
 def _parts(options: PrepareOptions, source: Source, position: Position, report: Report) -> Iterator[Part]:
@@ -442,14 +363,15 @@ def _parts(options: PrepareOptions, source: Source, position: Position, report: 
                 yield part
 
 
-def _drop_downloads(out: Path, source: Source, count: int) -> None:
+def _drop_downloads(options: PrepareOptions, source: Source, count: int) -> None:
     """Delete the first ``count`` files of the source where they were downloaded."""
-    if source.repo is None:
+    if source.repo is None or options.keep_source:
         return
+    folder = options.out / SOURCE_FOLDER
     for file in source.files[:count]:
-        (out / SOURCE_FOLDER / file.name).unlink(missing_ok=True)
+        (folder / file.name).unlink(missing_ok=True)
     if count == len(source.files):
-        shutil.rmtree(out / SOURCE_FOLDER, ignore_errors=True)
+        shutil.rmtree(folder, ignore_errors=True)
 
 
 def _open_source(options: PrepareOptions, manifest: dict[str, Any] | None) -> Source:
@@ -520,9 +442,8 @@ def _check_bad_rows(totals: Totals, at_least: int) -> None:
     skipped = sum(totals.skipped.values())
     bad, rows = skipped - totals.skipped.get("empty", 0), skipped + totals.documents
     if bad >= at_least and bad > BAD_ROWS * rows:
-        raise DataError(
-            f"{bad:,} of {rows:,} rows have no usable text (more than {BAD_ROWS:.1%}); the first: {totals.first_bad}"
-        )
+        share = f"{bad:,} of {rows:,} rows have no usable text (more than {BAD_ROWS:.1%})"
+        raise DataError(f"{share}; the first: {totals.first_bad}")
 
 
 def _summary(folder: Path, manifest: dict[str, Any], *, already: bool) -> Summary:

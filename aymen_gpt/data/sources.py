@@ -1,8 +1,9 @@
 """Where text comes from: the words after --source become files, and files become parts.
 
 A part (one row group of a parquet file, one slice of a jsonl or txt file) is small to describe, can be sent
-to another process, and can be read there alone. Files and parts have one fixed order, so (file, part, row)
-names a document for good; rows are counted in the part, skipped ones included.
+to another process, and can be read there alone; what cannot be entered half-way (a compressed file, a very
+large row group) is cut up here, and its parts carry their rows with them. Files and parts have one fixed
+order, so (file, part, row) names a document for good; rows are counted in the part, skipped ones included.
 
     hub              FineWeb-Edu's sample-10BT from the Hugging Face Hub (the default)
     builtin          the documentation on this machine (builtin.py)
@@ -11,16 +12,15 @@ names a document for good; rows are counted in the part, skipped ones included.
 
 import io
 import json
-import sys
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
-from itertools import accumulate
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, BinaryIO, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 from aymen_gpt.data import builtin, fetch
 from aymen_gpt.data.tokenizer import END_OF_TEXT
-from aymen_gpt.errors import DataError, UsageError
+from aymen_gpt.errors import AymenError, DataError, UsageError
 
 if TYPE_CHECKING:
     import pyarrow as pa
@@ -31,6 +31,8 @@ DATASET, DATASET_FOLDER = "HuggingFaceFW/fineweb-edu", "sample/10BT"
 REVISION = "87f09149ef4734204d70ed1d046ddc9ca3f2b8f9"
 SUFFIXES = (".parquet", ".jsonl", ".jsonl.gz", ".jsonl.zst", ".txt")
 SLICE = 2**23  # bytes of a jsonl or txt file that make one part
+LARGE = 2**25  # bytes of a row group that is cut into parts
+COMPRESSION = {".gz": "gzip", ".zst": "zstd"}
 LONGEST_SEPARATOR = 32  # bytes, more than a line of <|endoftext|> has
 
 
@@ -64,7 +66,8 @@ class Part:
     start: int
     stop: int
     text_column: str | None
-    bytes_done: int  # how far into the file it reaches, for progress
+    fraction: float  # of the file that is read when this part is
+    content: Any = None  # the part's rows, when they travel with it: bytes, or an arrow RecordBatch
     skip: int = 0  # rows at the beginning that are not wanted
 
 
@@ -137,46 +140,82 @@ def estimated_bytes(source: Source) -> int:
 
 def _estimated_bytes(file: SourceFile) -> int:
     if file.path is not None and file.name.endswith(".parquet"):
-        groups = _parquet(file.path).metadata
-        return sum(groups.row_group(i).total_byte_size for i in range(groups.num_row_groups))
+        with _readable(file.path):
+            groups = _parquet(file.path).metadata
+            return sum(groups.row_group(i).total_byte_size for i in range(groups.num_row_groups))
     return file.bytes * (2 if file.name.endswith((".parquet", ".gz", ".zst")) else 1)
 
 
-def parts(source: Source, number: int, path: Path) -> list[Part]:
+def parts(source: Source, number: int, path: Path) -> Iterator[Part]:
     """The parts of one file, in order. DataError when it is not what its name says."""
-    file, column = source.files[number], source.text_column
-    if file.name.endswith(".parquet"):
-        column = _text_column(path, column)
-        groups = _parquet(path).metadata
-        spans = [(i, i + 1) for i in range(groups.num_row_groups)]
-        sizes = [groups.row_group(i).total_byte_size for i in range(groups.num_row_groups)]
-    elif file.name.endswith((".gz", ".zst")):  # can only be read from the beginning
-        spans, sizes = [(0, sys.maxsize)], [1]
-    else:
-        size = path.stat().st_size
-        spans = [(start, min(start + SLICE, size)) for start in range(0, size, SLICE)]
-        sizes = [stop - start for start, stop in spans]
-    done = [file.bytes * size // max(sum(sizes), 1) for size in accumulate(sizes)]
-    return [
-        Part(number, index, path, start, stop, column, bytes_done)
-        for index, ((start, stop), bytes_done) in enumerate(zip(spans, done, strict=True))
-    ]
+    kind = source.files[number].name
+    with _readable(path):
+        if kind.endswith(".parquet"):
+            found = _parquet_parts(path, source.text_column)
+        elif kind.endswith((".gz", ".zst")):
+            found = _compressed_parts(path, source.text_column)
+        else:
+            found = _text_parts(path, source.text_column)
+        for index, part in enumerate(found):
+            yield replace(part, file=number, index=index)
+
+
+def _parquet_parts(path: Path, text_column: str | None) -> Iterator[Part]:
+    column = _text_column(path, text_column)
+    file = _parquet(path)
+    groups = [file.metadata.row_group(i) for i in range(file.num_row_groups)]
+    total = sum(group.num_rows for group in groups)
+    done = 0
+    for i, group in enumerate(groups):
+        done += group.num_rows
+        part = Part(0, 0, path, i, i + 1, column, done / max(total, 1))
+        if group.total_byte_size <= LARGE:
+            yield part
+        else:
+            rows = max(group.num_rows * SLICE // group.total_byte_size, 1)
+            for batch in _batches(file, part, rows):
+                yield replace(part, content=batch)
+
+
+def _compressed_parts(path: Path, text_column: str | None) -> Iterator[Part]:
+    import pyarrow as pa
+
+    with path.open("rb") as packed, pa.input_stream(packed, compression=COMPRESSION[path.suffix]) as stream:
+        file = io.BufferedReader(stream, 2**20)
+        while lines := file.readlines(SLICE):
+            content = b"".join(lines)
+            yield Part(0, 0, path, 0, len(content), text_column, packed.tell() / path.stat().st_size, content)
+
+
+def _text_parts(path: Path, text_column: str | None) -> Iterator[Part]:
+    size = path.stat().st_size
+    for start in range(0, size, SLICE):
+        stop = min(start + SLICE, size)
+        yield Part(0, 0, path, start, stop, text_column, stop / size)
 
 
 def read(part: Part) -> Iterator[Document]:
     """The rows of a part from ``part.skip`` on. DataError when the file is damaged."""
-    import pyarrow as pa
-
-    try:
+    with _readable(part.path):
         if part.path.name.endswith(".parquet"):
             yield from _read_parquet(part)
         elif part.path.name.endswith(".txt"):
             yield from _read_txt(part)
         else:
             yield from _read_jsonl(part)
+
+
+@contextmanager
+def _readable(path: Path) -> Iterator[None]:
+    import pyarrow as pa
+
+    try:
+        yield
     except (pa.ArrowException, OSError, EOFError) as error:
-        where = f"part {part.index} of {part.path}"
-        raise DataError(f"cannot read {where} ({fetch.one_line(str(error))}): delete the file and get it again") from None
+        if isinstance(error, AymenError):
+            raise
+        reason = fetch.one_line(str(error))
+        raise DataError(f"{path} is damaged or cut off ({reason}): delete it and get it again") from None
 
 
 def _document(row: int, value: object, id: object = None, url: object = None) -> Document:
@@ -195,13 +234,14 @@ def _document(row: int, value: object, id: object = None, url: object = None) ->
 
 
 def _parquet(path: Path) -> "pq.ParquetFile":
-    import pyarrow as pa
     import pyarrow.parquet as pq
 
-    try:
-        return pq.ParquetFile(path, buffer_size=2**20, pre_buffer=False)  # reads no more than it must
-    except (pa.ArrowException, OSError) as error:
-        raise DataError(f"{path} is not a whole parquet file ({fetch.one_line(str(error))}): delete it and get it again") from None
+    return pq.ParquetFile(path, buffer_size=2**20, pre_buffer=False)  # reads no more than it must
+
+
+def _batches(file: "pq.ParquetFile", part: Part, rows: int) -> Iterator["pa.RecordBatch"]:
+    names = [name for name in ("id", "url") if name in file.schema_arrow.names and name != part.text_column]
+    return file.iter_batches(rows, row_groups=[part.start], columns=[part.text_column, *names])
 
 
 def _text_column(path: Path, wanted: str | None) -> str:
@@ -228,18 +268,15 @@ def _holds_text(kind: "pa.DataType") -> bool:
 
 
 def _read_parquet(part: Part) -> Iterator[Document]:
-    file = _parquet(part.path)
-    named = [name for name in ("id", "url") if name in file.schema_arrow.names and name != part.text_column]
     row = 0
-    for batch in file.iter_batches(256, row_groups=[part.start], columns=[part.text_column, *named]):
-        if row + len(batch) > part.skip:
-            texts = _texts(batch.column(part.text_column))
-            known = {name: batch.column(name).to_pylist() for name in named}
-            for i in range(max(part.skip - row, 0), len(batch)):
-                yield _document(
-                    row + i, texts[i], *(known[name][i] if name in known else None for name in ("id", "url"))
-                )
-        row += len(batch)
+    for batch in _batches(_parquet(part.path), part, 256) if part.content is None else [part.content]:
+        wanted = batch.slice(min(max(part.skip - row, 0), len(batch)))
+        row += len(batch) - len(wanted)
+        nothing = [None] * len(wanted)
+        known = [wanted.column(n).to_pylist() if n in wanted.schema.names else nothing for n in ("id", "url")]
+        for text, id, url in zip(_texts(wanted.column(part.text_column)), *known, strict=True):
+            yield _document(row, text, id, url)
+            row += 1
 
 
 def _texts(column: "pa.Array") -> list[Any]:
@@ -254,7 +291,7 @@ def _texts(column: "pa.Array") -> list[Any]:
 
 def _read_jsonl(part: Part) -> Iterator[Document]:
     row = -1
-    for offset, line in _lines(part.path, part.start - 1):
+    for offset, line in _lines(part, part.start - 1):
         if offset >= part.stop:
             return
         row += offset >= part.start
@@ -283,7 +320,7 @@ def _read_txt(part: Part) -> Iterator[Document]:
     """Documents that begin in the part: the file's first byte, and what follows a line of <|endoftext|>."""
     url, row = part.path.name, 0
     lines: list[bytes] | None = [] if part.start == 0 else None  # of the document being read, None before it
-    for offset, line in _lines(part.path, part.start - LONGEST_SEPARATOR):
+    for offset, line in _lines(part, part.start - LONGEST_SEPARATOR):
         if line.strip() != END_OF_TEXT.encode():
             if lines is not None:
                 lines.append(line)
@@ -302,9 +339,9 @@ def _read_txt(part: Part) -> Iterator[Document]:
         yield _document(row, b"".join(lines), None, url)
 
 
-def _lines(path: Path, start: int) -> Iterator[tuple[int, bytes]]:
-    """(offset, line) of every whole line that begins after byte ``start``, or at the file's first byte."""
-    with _opened(path) as file:
+def _lines(part: Part, start: int) -> Iterator[tuple[int, bytes]]:
+    """(offset, line) of every whole line that begins after byte ``start``, or at the first byte."""
+    with part.path.open("rb") if part.content is None else io.BytesIO(part.content) as file:
         offset = max(start, 0)
         if offset:
             file.seek(offset)
@@ -312,11 +349,3 @@ def _lines(path: Path, start: int) -> Iterator[tuple[int, bytes]]:
         for line in file:
             yield offset, line
             offset += len(line)
-
-
-def _opened(path: Path) -> BinaryIO:
-    if path.suffix not in (".gz", ".zst"):
-        return path.open("rb")
-    import pyarrow as pa
-
-    return io.BufferedReader(pa.input_stream(str(path), compression="detect"), 2**20)

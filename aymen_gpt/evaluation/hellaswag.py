@@ -111,7 +111,7 @@ def _parquet(examples: Sequence[Example]) -> bytes:
 
     sink = pa.BufferOutputStream()
     table = pa.Table.from_pylist([asdict(example) for example in examples])
-    pq.write_table(table, sink, compression="zstd", compression_level=19)
+    pq.write_table(table, sink, compression="zstd", compression_level=9)
     return sink.getvalue().to_pybytes()
 
 

@@ -32,10 +32,11 @@ def load_model(name: str, device: torch.device) -> tuple[GPT, str]:
     folder, description = find_model(name)
     try:
         model = load_pretrained(folder)
-    except FileNotFoundError as error:
-        raise DataError(f"no model in {folder}: {Path(error.filename or folder).name} is missing") from None
+    except FileNotFoundError:
+        raise DataError(f"no model in {folder}: model.safetensors, or a part of it, is missing") from None
     except (ValueError, RuntimeError, SafetensorError, OSError) as error:
-        raise DataError(f"cannot use the model in {folder}: {str(error).splitlines()[0]}") from None
+        why = " ".join(str(error).split())[:200]
+        raise DataError(f"cannot use the model in {folder}: {why}") from None
     return model.to(device).eval(), f"{description}, {model.config.n_params:,} parameters"
 
 
@@ -59,7 +60,9 @@ def find_model(name: str) -> tuple[Path, str]:
 def newest_checkpoint(run: Path) -> tuple[Path, str]:
     folder, problems = folders.latest_valid(run)
     if folder is None:
-        raise DataError(f"no usable checkpoint in {run}/checkpoints: {problems[0] if problems else 'it is empty'}")
+        if not problems:
+            raise DataError(f"no checkpoint yet in {run}: let its training get to one, or name another model")
+        raise DataError(f"no usable checkpoint in {run}: {'; '.join(problems)}")
     skipped = f" (skipped as damaged: {'; '.join(problems)})" if problems else ""
     return folder, f"{folder}{skipped}"
 

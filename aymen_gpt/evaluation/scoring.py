@@ -220,8 +220,8 @@ def log_probabilities(model: GPT, head: Tensor, batch: Batch) -> Tensor:
 def split_by_example(
     examples: Sequence[TokenizedExample], sums: np.ndarray, counts: np.ndarray
 ) -> list[EndingScores]:
-    ends = np.cumsum([len(example.endings) for example in examples], dtype=np.int64)[:-1]
-    return [
-        EndingScores(s.tolist(), c.tolist())
-        for s, c in zip(np.split(sums, ends), np.split(counts, ends), strict=True)
-    ]
+    scores, end = [], 0
+    for example in examples:
+        start, end = end, end + len(example.endings)
+        scores.append(EndingScores(sums[start:end].tolist(), counts[start:end].tolist()))
+    return scores

@@ -10,7 +10,7 @@ import math
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from html import escape
-from itertools import accumulate
+from statistics import median
 
 Point = tuple[float, float | None]  # y is None where nothing finite was measured: a gap in the curve
 
@@ -42,7 +42,7 @@ def percent(value: float) -> str:
 
 
 def tick_labels(ticks: Sequence[float]) -> list[str]:
-    """Evenly spaced ticks with the digits that tell them apart: [3, 3.5] -> "3.0", "3.5"; [0, 2e-4] -> "0", "2e-4"."""
+    """Even ticks with the digits that tell them apart: [3, 3.5] -> "3.0", "3.5"; [0, 2e-4] -> "0", "2e-4"."""
     big = max((abs(t) for t in ticks), default=0.0)
     if len(ticks) < 2 or big >= 10_000 or big < 0.01:
         return [human(t) for t in ticks]
@@ -138,15 +138,18 @@ def decimate(points: Sequence[Point], limit: int = 1000) -> list[Point]:
     return [*kept, points[-1]]
 
 
-def smooth(points: Sequence[Point], window: int) -> list[Point]:
-    """Centred mean over ``window`` points, of the values there are; a window without any gives None."""
-    total = [0.0, *accumulate(0.0 if y is None else y for _, y in points)]
-    count = [0, *accumulate(y is not None for _, y in points)]
+def smooth(points: Sequence[Point], window: int, limit: int = 500) -> list[Point]:
+    """Running median over ``window`` points, centred, at ``limit`` even places: a spike leaves no step in it.
+
+    None, where nothing finite was measured, is passed over; a window without any value gives None.
+    """
+    places = range(len(points))
+    if len(points) > limit:
+        places = [i * (len(points) - 1) // (limit - 1) for i in range(limit)]  # type: ignore[assignment]
     out: list[Point] = []
-    for i, (x, _) in enumerate(points):
-        a, b = max(0, i - window // 2), min(len(points), i + window // 2 + 1)
-        n = count[b] - count[a]
-        out.append((x, (total[b] - total[a]) / n if n else None))
+    for i in places:
+        near = sorted(y for _, y in points[max(0, i - window // 2) : i + window // 2 + 1] if y is not None)
+        out.append((points[i][0], median(near) if near else None))
     return out
 
 
@@ -227,6 +230,7 @@ def _dots(mark: Dots, x: Axis, y: Axis) -> str:
     """Circles and error bars of the points that are in the frame."""
     errors = {p: e for p, e in zip(mark.points, mark.errors, strict=False) if e}
     points = decimate(mark.points)
+    radius = next(r for n, r in ((40, 3.2), (120, 2.2), (math.inf, 1.5)) if len(points) <= n)
     out = []
     for px, py in points:
         if py is None or not 0 <= y.place(py) <= 1:
@@ -235,7 +239,7 @@ def _dots(mark: Dots, x: Axis, y: Axis) -> str:
         if e := errors.get((px, py)):
             top, foot = _pc(1 - y.place(py + e)), _pc(1 - y.place(py - e))
             out.append(f'<line x1="{cx}" x2="{cx}" y1="{top}" y2="{foot}"/>')
-        out.append(f'<circle cx="{cx}" cy="{_pc(1 - y.place(py))}" r="{3.2 if len(points) <= 40 else 2.2}"/>')
+        out.append(f'<circle cx="{cx}" cy="{_pc(1 - y.place(py))}" r="{radius}"/>')
     return f'<g class="dots {mark.css}">{"".join(out)}</g>'
 
 

@@ -9,7 +9,6 @@ import base64
 import hashlib
 import json
 import math
-import os
 import shlex
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -19,6 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from aymen_gpt.errors import CannotWrite
+from aymen_gpt.files import replace_text
 from aymen_gpt.reporting.anchors import CHANCE, neighbours
 from aymen_gpt.reporting.charts import (
     Axis,
@@ -44,7 +44,7 @@ PROTOCOLS = {
 STATES = {"running": "Running", "stopped": "Stopped, saved", "done": "Done", "failed": "Failed"}
 UNITS = {  # of config.json's keys, where the name does not say it
     "steps": "updates", "warmup_steps": "updates", "val_every": "updates", "hellaswag_every": "updates",
-    "sample_every": "updates", "checkpoint_every": "updates", "tokens_per_step": "tokens",
+    "hellaswag_limit": "examples", "checkpoint_every": "updates", "tokens_per_step": "tokens",
     "block_size": "tokens", "micro_batch": "rows", "vocab_size": "tokens", "n_params": "parameters",
     "flops_per_token": "FLOP", "train_tokens": "tokens", "val_tokens": "tokens", "memory_gb": "GB",
     "world_size": "processes", "peak_tflops": "TFLOP/s", "cores": "cores",
@@ -74,6 +74,10 @@ def moment(value: Any) -> datetime | None:
     except (TypeError, ValueError):
         return None
     return (when if when.tzinfo else when.replace(tzinfo=UTC)).astimezone(UTC)
+
+
+def day(when: datetime) -> str:
+    return f"{when.day} {when:%B %Y, %H:%M} UTC"
 
 
 def value_text(key: str, value: Any) -> str:
@@ -173,7 +177,7 @@ def _header(view: View) -> str:
         planned = f" of {human(view.x(view.steps))}" if view.steps else ""
         facts.append(f"{human(view.x(view.step))}{planned} tokens")
     if when:
-        facts.append(f'<time datetime="{when.isoformat()}">{when:%-d %B %Y, %H:%M} UTC</time>')
+        facts.append(f'<time datetime="{when.isoformat()}">{day(when)}</time>')
     share = min(1.0, view.step / view.steps) if view.steps else 0.0
     message = str(run.status.get("message") or "")
     return (
@@ -217,7 +221,10 @@ def _val_tile(view: View) -> str:
         return _tile("Validation loss", "—", "not measured yet")
     step, loss = measured[-1]
     return _tile(
-        "Validation loss", f"{loss:.3f}", f"perplexity {_perplexity(loss)}, step {step:,.0f}", small="nats/token"
+        "Validation loss",
+        f"{loss:.3f}",
+        f"perplexity {_perplexity(loss)}, step {step:,.0f}",
+        small="nats/token",
     )
 
 
@@ -248,7 +255,7 @@ def _speed_tile(view: View) -> str:
         return _tile("Throughput", "—", "no update yet")
     world = number(view.run.get("world_size")) or 1
     device = str(view.run.get("device", "name") or view.run.get("run", "device") or "")
-    on = f"{world:,.0f} × {device}" if world > 1 else device
+    on = f"{world:,.0f} x {device}" if world > 1 else device
     note = ", ".join(part for part in (f"MFU {percent(round(mfu, 3))}" if mfu else "", on) if part)
     return _tile("Throughput", human(speed), note, small="tokens/s")
 
@@ -260,7 +267,7 @@ def _time_tile(view: View) -> str:
     wall = (updated - started).total_seconds() if started and updated else None
     if not spent and wall is None:
         return _tile("Elapsed", "—", "no update yet")
-    note = f"since {started:%-d %B %Y, %H:%M} UTC" if started else ""
+    note = f"last started {day(started)}" if started else ""
     each = recent(run, "step_seconds")
     if run.status.get("state") == "running" and view.steps and each and view.steps > view.step:
         note = f"about {duration((view.steps - view.step) * each)} of training left"
@@ -282,7 +289,8 @@ def _figure(title: str, unit: str, svg: str, marks: Sequence[Mark], *, note: str
 
 
 def _absent(title: str, note: str, css: str = "") -> str:
-    return f'<figure class="{css}"><figcaption><h3>{escape(title)}</h3></figcaption><p class="absent">{escape(note)}</p></figure>'
+    head = f"<figcaption><h3>{escape(title)}</h3></figcaption>"
+    return f'<figure class="{css}">{head}<p class="absent">{escape(note)}</p></figure>'
 
 
 def _loss_axis(loss: Series, val: Series) -> tuple[Axis, str]:
@@ -291,7 +299,7 @@ def _loss_axis(loss: Series, val: Series) -> tuple[Axis, str]:
     The first 2 % of a long run fall from 11 to 5 and would press all that follows into the lowest third.
     """
     start = len(loss) // 50 if len(loss) >= 1000 else 0
-    begin = loss[start][0] if loss else 0.0
+    begin = loss[start][0] if start else 0.0
     shown = finite(loss[start:]) + [y for x, y in val if y is not None and x >= begin]
     shown = shown or finite(loss) or finite(val) or [0.0]
     lo, hi = min(shown), max(shown)
@@ -299,7 +307,21 @@ def _loss_axis(loss: Series, val: Series) -> tuple[Axis, str]:
     peak = max([*finite(loss), *finite(val)], default=hi)
     if peak <= axis.hi or not start:
         return axis, ""
-    return axis, f"The run begins at {peak:.2f}, above the frame, which is fitted to what follows its first 2 %."
+    return (
+        axis,
+        f"The run begins at {peak:.2f}, above the frame, which is fitted to what follows its first 2 %.",
+    )
+
+
+def _noisy(name: str, points: Series) -> list[Mark]:
+    """A measured series: faint as it is, strong as its running median, and where it was not finite."""
+    marks: list[Mark] = [Line(name, points, "raw")]
+    window = max(9, len(points) // 100) | 1  # odd: as many steps before as after
+    if len(points) > window:
+        marks.append(Line(f"median of {window:,} steps", smooth(points, window), "train"))
+    if bad := [x for x, y in points if y is None]:
+        marks.append(Rug(f"not finite ({len(bad):,})", bad, "bad"))
+    return marks
 
 
 def _loss_chart(view: View) -> str:
@@ -307,15 +329,9 @@ def _loss_chart(view: View) -> str:
     if not finite(loss) and not finite(val):
         return _absent("Loss", "No loss yet: the first update will put a point here.", "wide")
     axis, note = _loss_axis(loss, val)
-    window = max(9, len(loss) // 100) | 1  # odd: as many steps before as after
-    marks: list[Mark] = [Line("train, each step", loss, "raw")]
-    if len(loss) > window:
-        marks.append(Line(f"train, mean of {window:,} steps", smooth(loss, window), "train"))
+    marks = _noisy("train, each step", loss)
     if finite(val):
         marks.append(Dots("validation", val, "val"))
-    bad = [x for x, y in loss if y is None]
-    if bad:
-        marks.append(Rug(f"not finite ({len(bad):,})", bad, "bad"))
     last = view.run.last("loss")
     heard = f"Train loss by {view.axis().unit}, now {last if last is None else round(last, 3)}; " + (
         f"validation loss, now {finite(val)[-1]:.3f}." if finite(val) else "no validation yet."
@@ -326,12 +342,12 @@ def _loss_chart(view: View) -> str:
 
 def _levels(protocol: str, metric: str, best: float) -> list[Level]:
     """Chance, the nearest published GPT-2 of the same protocol, and GPT-3's own for orientation."""
-    same = [Level(f"{a.model} · {percent(a.value)}", a.value, "same") for a in neighbours(protocol, metric, best)]
-    paper = [
-        Level(f"{a.model} · {percent(a.value)} *", a.value, "paper")
-        for a in neighbours("gpt3-paper", metric, best)
-    ]
-    return [Level(f"chance · {percent(CHANCE)}", CHANCE, "chance"), *same, *paper]
+    levels = [Level(f"chance · {percent(CHANCE)}", CHANCE, "chance")]
+    for measured_by, css, star in ((protocol, "same", ""), ("gpt3-paper", "paper", " *")):
+        near = neighbours(measured_by, metric, best)
+        near = near[:1] + [a for a in near[1:] if a.value - best <= 0.06]  # a far one presses the points flat
+        levels += [Level(f"{a.model} · {percent(a.value)}{star}", a.value, css) for a in near]
+    return levels
 
 
 def _hellaswag_chart(view: View, protocol: str) -> str:
@@ -349,7 +365,7 @@ def _hellaswag_chart(view: View, protocol: str) -> str:
     note = f"{n}, {PROTOCOLS[protocol]}. Bars: ± one standard error. Dashed: GPT-2 by the same protocol."
     if metric == "acc_norm":
         note += " * Dotted: the GPT-3 paper's own protocol, for orientation, not for comparison."
-    heard = f"HellaSwag {metric} by the {protocol} protocol, now {percent(finite(points)[-1])}, chance {percent(CHANCE)}."
+    heard = f"{metric} by the {protocol} protocol, now {percent(finite(points)[-1])}, chance {percent(CHANCE)}."
     svg = chart(f"hellaswag-{protocol}", "HellaSwag accuracy", heard, view.axis(8), y, marks, height=300)
     return _figure("HellaSwag", f"{metric}, {protocol}", svg, marks, note=note, css="wide labelled")
 
@@ -360,16 +376,11 @@ def _small_chart(
     points = view.points(key)
     if not finite(points):
         return _absent(title, "Not measured yet.")
-    y = value_axis(finite(points), log_from=math.inf if key != "grad_norm" else 30.0)
+    y = value_axis(finite(points), log_from=30.0 if key == "grad_norm" else math.inf)
     if label:
         y = Axis(y.lo, y.hi, y.ticks, [label(t) for t in y.ticks])
-    marks: list[Mark] = [Line(title.lower(), points, "raw" if key == "grad_norm" else "train")]
-    window = max(9, len(points) // 100) | 1
-    if key == "grad_norm" and len(points) > window:
-        marks.append(Line(f"mean of {window:,} steps", smooth(points, window), "train"))
-    if bad := [x for x, v in points if v is None and key == "grad_norm"]:
-        marks.append(Rug(f"not finite ({len(bad):,})", bad, "bad"))
-    heard = f"{title} ({unit}) by {view.axis().unit}, now {human(finite(points)[-1])}."
+    marks = [Line("", points, "train")] if key == "lr" else _noisy("each step", points)
+    heard = f"{title} by {view.axis().unit}, now {human(finite(points)[-1])}."
     svg = chart(key, title, heard, view.axis(4), y, marks, height=170)
     return _figure(title, unit + (", log scale" if y.log else ""), svg, marks)
 
@@ -378,7 +389,7 @@ def _charts(view: View) -> str:
     scored = [p for p in PROTOCOLS if view.run.scores(p)]
     hellaswag = [_hellaswag_chart(view, p) for p in scored]
     small = [
-        _small_chart(view, "lr", "Learning rate", "per update"),
+        _small_chart(view, "lr", "Learning rate", ""),
         _small_chart(view, "grad_norm", "Gradient norm", "before clipping"),
         _small_chart(view, "tokens_per_second", "Throughput", "tokens/s"),
     ]
@@ -404,7 +415,8 @@ def _table(view: View) -> str:
     head = "".join(f'<th scope="col">{h}</th>' for h in ("step", "tokens", "val loss", "perplexity", "HellaSwag"))
     return (
         f"<details><summary>Validation in numbers <span>{n:,} measurements{some}</span></summary>"
-        f'<div class="scroll"><table class="numbers"><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table></div></details>'
+        f'<div class="scroll"><table class="numbers"><thead><tr>{head}</tr></thead>'
+        f"<tbody>{body}</tbody></table></div></details>"
     )
 
 
@@ -426,10 +438,7 @@ def _table_row(view: View, row: Row) -> str:
 
 
 def _sample(sample: Sample) -> str:
-    text = sample.text
-    text = text.removeprefix(sample.prompt) if sample.prompt else text
-    if sample.prompt and text and not text[0].isspace():
-        text = " " + text if text == sample.text else text
+    text = sample.text.removeprefix(sample.prompt)
     cut = text[:MAX_CHARS] + (" …" if len(text) > MAX_CHARS else "")
     return f"<blockquote><p><b>{escape(sample.prompt)}</b>{escape(cut)}</p></blockquote>"
 
@@ -466,9 +475,18 @@ def _samples(view: View) -> str:
     return f"<section><h2>Samples</h2>{''.join(parts)}{some if len(shown) < len(by_step) else ''}</section>"
 
 
-def _facts(title: str, values: Any) -> str:
+def _part(run: Run, key: str) -> dict[str, Any]:
+    value = run.get(key)
+    return dict(value) if isinstance(value, dict) else {}
+
+
+def _top(run: Run, *keys: str) -> dict[str, Any]:
+    return {key: run.config[key] for key in keys if key in run.config}
+
+
+def _facts(title: str, values: dict[str, Any]) -> str:
     """A table of names and values; nothing where there are none."""
-    if not isinstance(values, dict) or not values:
+    if not values:
         return ""
     rows = "".join(
         f'<tr><th scope="row">{escape(str(k))}</th><td>{escape(value_text(str(k), v))}</td></tr>'
@@ -479,28 +497,21 @@ def _facts(title: str, values: Any) -> str:
 
 def _configuration(view: View) -> str:
     run = view.run
-    data = run.get("data") if isinstance(run.get("data"), dict) else {}
-    train = number(data.get("train_tokens"))
-    if train and view.steps and view.tokens_per_step:
-        data = {**data, "epochs planned": f"{view.x(view.steps) / train:.2f}"}
-    model = {**(run.get("model") or {})} if isinstance(run.get("model"), dict) else {}
-    model |= {k: run.config[k] for k in ("n_params", "flops_per_token") if k in run.config}
-    where = {**(run.get("host") if isinstance(run.get("host"), dict) else {})}
-    where |= (
-        {f"device {k}": v for k, v in (run.get("device") or {}).items()}
-        if isinstance(run.get("device"), dict)
-        else {}
-    )
-    where |= {k: run.config[k] for k in ("world_size",) if k in run.config}
-    made = {**(run.get("versions") if isinstance(run.get("versions"), dict) else {})}
-    made |= {k: run.config[k] for k in ("git_commit", "started") if k in run.config}
-    tables = [_facts("Training", run.get("run"))]
-    others = [_facts("Model", model), _facts("Data", data), _facts("Host", where), _facts("Versions", made)]
-    if not any([*tables, *others]):
+    if not run.config:
         return '<section><h2>Configuration</h2><p class="absent">No config.json in this run.</p></section>'
+    train = number(run.get("data", "train_tokens"))
+    epochs = f"{view.x(view.steps) / train:.2f}" if train and view.steps and view.tokens_per_step else None
+    device = {"device": run.get("device", "name"), "peak_tflops": run.get("device", "peak_tflops")}
+    right = [
+        ("Model", _part(run, "model") | _top(run, "n_params", "flops_per_token")),
+        ("Data", _part(run, "data") | ({"epochs planned": epochs} if epochs else {})),
+        ("Machine", _part(run, "host") | _top(run, "world_size") | (device if _part(run, "device") else {})),
+        ("Versions", _part(run, "versions") | _top(run, "git_commit", "started")),
+    ]
     return (
-        f'<section><h2>Configuration and provenance</h2><div class="facts"><div>{"".join(tables)}</div>'
-        f"<div>{''.join(others)}</div></div></section>"
+        '<section><h2>Configuration and provenance</h2><div class="facts">'
+        f"<div>{_facts('Training', _part(run, 'run'))}</div>"
+        f"<div>{''.join(_facts(title, values) for title, values in right)}</div></div></section>"
     )
 
 
@@ -508,18 +519,23 @@ def commands(run: Run) -> list[tuple[str, str]]:
     """What to type to go on from here. Starting a run's command again continues it."""
     folder = run.folder.resolve()
     shown = folder.relative_to(Path.cwd()) if folder.is_relative_to(Path.cwd()) else folder
-    typed = run.get("command") or run.get("run", "command")
-    if isinstance(typed, list):
-        typed = shlex.join(str(part) for part in typed)
-    if not isinstance(typed, str):
-        world = int(number(run.get("world_size")) or 1)
-        launch = f"torchrun --standalone --nproc_per_node={world}" if world > 1 else "python"
-        options = [(k, run.get("run", k)) for k in ("preset", "name")]
-        typed = " ".join([launch, "pretrain.py", *(f"--{k} {shlex.quote(str(v))}" for k, v in options if v)])
+    typed = run.get("command")
+    if not isinstance(typed, list) or not typed:
+        preset = run.get("run", "preset")
+        typed = [
+            "python",
+            "pretrain.py",
+            *(["--preset", preset] if preset else []),
+            "--run-dir",
+            shown.as_posix(),
+        ]
+    world = int(number(run.get("world_size")) or 1)
+    launch = ["torchrun", "--standalone", f"--nproc_per_node={world}"] if world > 1 else ["python"]
+    again = shlex.join([*launch, *(str(part) for part in typed[1:])])
     model = shlex.quote(shown.as_posix())
     return [
-        ("Continue, or add steps", typed),
-        ("Generate text", f"python generate.py -m {model}"),
+        ("Continue the run", again),
+        ("Generate text", f'python generate.py -m {model} "Once upon a time"'),
         ("Score on HellaSwag", f"python hellaswag.py -m {model}"),
     ]
 
@@ -557,12 +573,9 @@ def write_report(folder: Path) -> Path:
     """Write ``folder``/report.html, whole or not at all, and return its path."""
     path = Path(folder) / "report.html"
     page = build_page(read_run(Path(folder)))
-    beside = path.with_name(f".report.html.{os.getpid()}.tmp")
     try:
-        beside.write_text(page, encoding="utf-8", newline="\n")
-        os.replace(beside, path)
+        replace_text(path, page)
     except OSError as error:
-        beside.unlink(missing_ok=True)
         raise CannotWrite(f"cannot write {path}: {error.strerror or error}") from error
     return path
 
@@ -607,7 +620,8 @@ section{margin-top:52px}
 figure{margin:0 0 44px;min-width:0}
 figcaption{display:flex;flex-wrap:wrap;align-items:baseline;gap:2px 22px;min-height:24px;margin-bottom:14px}
 figcaption output{margin-left:auto;font-size:13px;color:var(--soft);min-height:20px}
-.legend{display:flex;flex-wrap:wrap;gap:2px 18px;list-style:none;margin:0;padding:0;font-size:13px;color:var(--soft)}
+.legend{display:flex;flex-wrap:wrap;gap:2px 18px;list-style:none;margin:0;padding:0;font-size:13px}
+.legend{color:var(--soft)}
 .legend li{display:inline-flex;align-items:center;gap:7px}
 .key{display:inline-block;width:16px;height:0;border-top:2px solid currentColor}
 .key.dots{width:8px;height:8px;border:0;border-radius:50%;background:currentColor}
@@ -618,7 +632,9 @@ figcaption output{margin-left:auto;font-size:13px;color:var(--soft);min-height:2
 .labelled .plot{padding-right:172px}
 .small{display:grid;grid-template-columns:repeat(3,1fr);gap:0 36px}
 .small.n4{grid-template-columns:repeat(2,1fr)}
-.small figcaption{display:block}
+.small figure{display:flex;flex-direction:column}
+.small .plot{margin-top:auto}
+.small figcaption{display:block;margin-bottom:8px}
 .small output{display:block;margin:0}
 svg{display:block;overflow:visible}
 svg.curves{overflow:hidden}
@@ -648,7 +664,8 @@ details:last-of-type{border-bottom:1px solid var(--line)}
 summary{padding:10px 2px;cursor:pointer;font-weight:600;white-space:nowrap;overflow:hidden;text-overflow:ellipsis}
 summary span{margin-left:10px;font-size:14px}
 summary:focus-visible{outline:2px solid var(--train);outline-offset:2px}
-.texts{display:grid;grid-template-columns:repeat(auto-fit,minmax(min(100%,440px),1fr));gap:16px;padding:12px 0 24px}
+.texts{display:grid;grid-template-columns:repeat(auto-fit,minmax(min(100%,440px),1fr));gap:16px}
+.texts{padding:12px 0 24px}
 blockquote{margin:0;padding:16px 20px;background:var(--panel);border-radius:6px;min-width:0}
 blockquote p{font:16px/1.6 var(--serif);white-space:pre-wrap;overflow-wrap:anywhere}
 table{border-collapse:collapse;width:100%;font-size:14px}

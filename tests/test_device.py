@@ -1,0 +1,71 @@
+"""Devices are chosen once, and one that is not there is refused with what to try."""
+
+import contextlib
+
+import pytest
+import torch
+
+from aymen_gpt.errors import UsageError
+from aymen_gpt.training import device as devices
+
+
+def test_the_cpu_is_always_there():
+    found = devices.choose_device("cpu", "float32")
+    assert (found.torch, found.dtype, found.peak_flops) == (torch.device("cpu"), torch.float32, None)
+    assert found.name
+
+
+@pytest.mark.parametrize(
+    ("flags", "expected"),
+    [
+        ("fma avx512_bf16", torch.bfloat16),
+        ("amx_bf16", torch.bfloat16),
+        ("fma avx2", torch.float32),
+        ("", torch.float32),
+    ],
+)
+def test_bfloat16_is_chosen_where_the_cpu_multiplies_it(monkeypatch, flags, expected):
+    monkeypatch.setattr(devices, "_cpu_flags", lambda: flags.split())
+    assert devices.choose_device("cpu", "auto").dtype == expected
+
+
+def test_auto_falls_back_to_the_cpu(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    monkeypatch.setattr(torch.backends.mps, "is_available", lambda: False)
+    assert devices.choose_device("auto", "float32").torch.type == "cpu"
+
+
+@pytest.mark.parametrize(
+    ("name", "dtype", "message"),
+    [
+        ("cuda", "auto", "--device cuda: this machine has no CUDA device"),
+        ("cuda:1", "auto", "--device cuda:1: this machine has no CUDA device"),
+        ("mps", "auto", "--device mps: this machine has no Apple GPU"),
+        ("tpu", "auto", "--device tpu: expected auto, cpu, mps, cuda or cuda:N"),
+        ("cpu", "fp8", "--dtype fp8: expected auto, float32 or bfloat16"),
+    ],
+)
+def test_what_is_not_there_is_refused(monkeypatch, name, dtype, message):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    monkeypatch.setattr(torch.backends.mps, "is_available", lambda: False)
+    with pytest.raises(UsageError, match=message):
+        devices.choose_device(name, dtype)
+
+
+def test_each_rank_takes_the_gpu_of_its_local_rank(monkeypatch):
+    chosen = []
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation: True)
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "NVIDIA H100 80GB HBM3")
+    monkeypatch.setattr(torch.cuda, "set_device", chosen.append)
+    before = torch.get_float32_matmul_precision()
+    found = devices.choose_device("auto", "auto", local_rank=3)
+    torch.set_float32_matmul_precision(before)
+    assert chosen == [torch.device("cuda:3")] == [found.torch]
+    assert (found.dtype, found.peak_flops) == (torch.bfloat16, 989e12)
+
+
+def test_float32_runs_without_autocast():
+    assert isinstance(devices.choose_device("cpu", "float32").autocast(), contextlib.nullcontext)
+    with devices.choose_device("cpu", "bfloat16").autocast():
+        assert (torch.ones(2, 2) @ torch.ones(2, 2)).dtype == torch.bfloat16

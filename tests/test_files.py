@@ -1,0 +1,54 @@
+"""Files that are whole, and folders that one process holds."""
+
+import hashlib
+import os
+import subprocess
+import sys
+
+import pytest
+
+from aymen_gpt import files
+from aymen_gpt.errors import CannotWrite
+
+
+def test_a_replaced_file_is_whole_and_leaves_nothing_beside_it(tmp_path):
+    path = tmp_path / "a.txt"
+    files.replace_text(path, "old")
+    files.replace_text(path, "new ü")
+    assert path.read_text(encoding="utf-8") == "new ü"
+    assert list(tmp_path.iterdir()) == [path]
+
+
+def test_a_replacement_that_fails_keeps_the_old_file(tmp_path, monkeypatch):
+    path = tmp_path / "a.txt"
+    files.replace_text(path, "old")
+    monkeypatch.setattr(os, "replace", lambda *names: (_ for _ in ()).throw(OSError("no")))
+    with pytest.raises(OSError, match="no"):
+        files.replace_text(path, "new")
+    assert path.read_text() == "old"
+
+
+def test_sha256_is_that_of_the_content(tmp_path):
+    (tmp_path / "f").write_bytes(b"abc" * 100_000)
+    assert files.sha256(tmp_path / "f") == hashlib.sha256(b"abc" * 100_000).hexdigest()
+
+
+HOLD = """
+import sys; from pathlib import Path; from aymen_gpt import files
+held = files.lock(Path(sys.argv[1]), "--run"); print("held", flush=True); sys.stdin.read()
+"""
+
+
+def test_a_folder_has_one_holder_and_a_dead_one_holds_nothing(tmp_path):
+    holder = subprocess.Popen(
+        [sys.executable, "-c", HOLD, str(tmp_path / "run")],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        text=True,
+    )
+    assert holder.stdout.readline() == "held\n"
+    with pytest.raises(CannotWrite, match=rf"run is in use by pid {holder.pid} since .*; .* another --run"):
+        files.lock(tmp_path / "run", "--run")
+    holder.kill()
+    holder.communicate()
+    files.lock(tmp_path / "run", "--run").close()

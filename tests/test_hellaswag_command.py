@@ -1,0 +1,125 @@
+"""hellaswag.py as people run it: what it prints, writes and refuses, on a few examples of their own."""
+
+import json
+import re
+
+import pytest
+import torch
+from safetensors.torch import save_file
+
+from aymen_gpt.model.gpt import GPT, GPTConfig
+from aymen_gpt.model.huggingface import config_to_huggingface, to_huggingface
+
+CONFIG = GPTConfig(block_size=32, n_layer=1, n_head=1, n_embd=16)
+N = 8
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("model")
+    weights = GPT(CONFIG, torch.Generator().manual_seed(0)).state_dict()
+    (folder / "config.json").write_text(json.dumps(config_to_huggingface(CONFIG)))
+    save_file(to_huggingface(weights, CONFIG.vocab_size), folder / "model.safetensors")
+    return folder
+
+
+@pytest.fixture
+def data(tmp_path):
+    rows = [
+        {
+            "ind": 100 + i,
+            "activity_label": "Counting",
+            "ctx_a": f"She counts to {i}.",
+            "ctx_b": "then she",
+            "ctx": f"She counts to {i}. then she",
+            "endings": ["stops.", "goes on and on and on.", "laughs.", "starts again."],
+            "label": i % 4,
+        }
+        for i in range(N)
+    ]
+    path = tmp_path / "own.jsonl"
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return path
+
+
+def scores(done):
+    """{protocol: its line} of the table."""
+    lines = done.stdout.splitlines()
+    return {words[0]: line for line in lines if (words := line.split()) and words[0] in ("completion", "harness")}
+
+
+def test_both_protocols_are_printed_and_every_answer_is_written(door, model, data, tmp_path):
+    done = door("hellaswag.py", "-m", model, "-d", "cpu", "--data", data, "--json", tmp_path / "new" / "s.json")
+    assert done.returncode == 0, done.stderr
+    found = json.loads((tmp_path / "new" / "s.json").read_text())
+    assert found["model"] == str(model)
+    assert [row["ind"] for row in found["examples"]] == list(range(100, 100 + N))
+    for protocol, line in scores(done).items():
+        s = found[protocol]
+        assert f"{100 * s['acc']:.2f}% ± {100 * s['acc_stderr']:.2f}" in line
+        assert f"{100 * s['acc_norm']:.2f}% ± {100 * s['acc_norm_stderr']:.2f}" in line
+        right = [row[protocol]["choice_norm"] == row["label"] for row in found["examples"]]
+        assert s["acc_norm"] == sum(right) / N
+    assert scores(done).keys() == {"completion", "harness"}
+    assert f"all {N} examples of {data}" in done.stdout
+    assert re.search(r"^chance +25\.00% +25\.00%$", done.stdout, re.MULTILINE)
+    assert "published" not in done.stdout  # own data compares with nothing
+    assert f"{2 * N} of {2 * N} scored" in done.stderr
+    assert "scored" not in done.stdout
+
+
+def test_one_protocol_and_a_subset_say_so(door, model, data):
+    done = door("hellaswag.py", "-m", model, "--protocol", "harness", "--limit", 5, "--data", data)
+    assert done.returncode == 0, done.stderr
+    assert scores(done).keys() == {"harness"}
+    assert f"a subset: 5 of {N} examples" in done.stdout
+
+
+def test_the_real_set_stands_beside_anchors_of_its_own_protocol(door, model):
+    done = door("hellaswag.py", "-m", model, "--protocol", "completion", "--limit", 6, "--dtype", "float32")
+    assert done.returncode == 0, done.stderr
+    assert "a subset: 6 of 10,042 validation examples" in done.stdout
+    published = done.stdout.partition("published")[2]
+    assert "29.55%" in published  # GPT-2 124M by completion
+    assert "31.14%" not in published  # the same by harness
+
+
+def test_dtypes_agree(door, model, data, tmp_path):
+    likelihoods = []
+    for dtype in ("float32", "bfloat16"):
+        path = tmp_path / f"{dtype}.json"
+        done = door("hellaswag.py", "-m", model, "--dtype", dtype, "--data", data, "--json", path)
+        assert done.returncode == 0, done.stderr
+        rows = json.loads(path.read_text())["examples"]
+        likelihoods.append(torch.tensor([row["completion"]["log_likelihoods"] for row in rows]))
+    assert 0 < (likelihoods[0] - likelihoods[1]).abs().max() < 0.5
+
+
+@pytest.mark.parametrize(
+    ("words", "code", "message"),
+    [
+        (["--limit", "0"], 2, "error: --limit 0: expected at least 1"),
+        (["--batch-tokens", "-4"], 2, "error: --batch-tokens -4: expected at least 1"),
+        (["--protocol", "mean"], 2, "invalid choice: 'mean'"),
+        (["--device", "tpu"], 2, "error: --device tpu: expected auto, cpu, mps, cuda"),
+        (["--dtype", "int8"], 2, "error: --dtype int8: expected auto, float32 or bfloat16"),
+        (["--json", "."], 2, "error: --json .: this is a folder"),
+        (["--data", "nowhere.jsonl"], 65, "error: nowhere.jsonl: no such file"),
+        (["-m", "runs/none", "--data", "own.jsonl"], 65, "error: no model at runs/none"),
+        (["-m", "gpt2", "--data", "own.jsonl"], 69, "error: cannot get config.json of openai-community/gpt2"),
+    ],
+)
+def test_mistakes_are_one_line_and_an_exit_code(door, data, tmp_path, words, code, message):
+    done = door("hellaswag.py", *words, HF_HOME=str(tmp_path / "hub"))
+    assert done.returncode == code
+    assert message in done.stderr
+    assert "Traceback" not in done.stderr
+    assert done.stdout == ""
+
+
+def test_a_bad_row_is_named(door, model, data):
+    data.write_text(data.read_text() + '{"label": 1}\n')
+    done = door("hellaswag.py", "-m", model, "--data", data)
+    assert done.returncode == 65
+    assert done.stderr.startswith(f"error: {data}: row {N + 1} lacks activity_label")
+    assert done.stderr.count("\n") == 1

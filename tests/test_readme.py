@@ -1,0 +1,81 @@
+"""README says only what works: every command in it is run here, in its order, at a small scale.
+
+``make demo`` and ``make test`` are run by people and CI; all else stands in SMALL with what makes it small.
+"""
+
+import gzip
+import json
+import re
+import shlex
+
+import pytest
+from conftest import ROOT
+from fake_hub import FakeHub
+from test_prepare import make_texts, write_parquet
+
+from aymen_gpt.reporting.anchors import ANCHORS
+
+TINY = "--preset tiny --steps 4 --val-every 2 --checkpoint-every 2 --val-tokens 256 --hellaswag-every 0"
+SMALL = {  # a command of README -> what is added to it here
+    "python fineweb.py": "--shard-tokens 20000 --workers 1",
+    "python pretrain.py": f"{TINY} --run runs/gpt2 --data edu_fineweb10B",
+    "torchrun --standalone --nproc_per_node=8 pretrain.py": f"{TINY} --run-dir runs/gpt2 --data edu_fineweb10B --steps 6",
+    "python hellaswag.py -m runs/gpt2": "--limit 4",
+    'python generate.py -m runs/gpt2 "The mitochondria is"': "--max-tokens 3",
+    "python fineweb.py --source my/texts notes.jsonl.gz --out data/mine": "--workers 1",
+    "python pretrain.py --preset demo --data data/mine --run runs/mine": TINY,
+    "python hellaswag.py -m runs/mine --limit 1000": "--limit 4",
+}
+ELSEWHERE = {"make demo", "make test"}
+
+
+def commands():
+    """The lines of README's bash blocks, without their comments."""
+    blocks = re.findall(r"```bash\n(.*?)```", (ROOT / "README.md").read_text(), re.S)
+    lines = [re.sub(r"\s+#.*", "", line).strip() for block in blocks for line in block.splitlines()]
+    return [line for line in lines if line]
+
+
+def test_every_command_of_readme_is_known_here():
+    assert set(commands()) == SMALL.keys() | ELSEWHERE
+
+
+def test_the_journey_of_readme_works_as_written(door, tmp_path):
+    texts = make_texts(300)
+    (tmp_path / "my/texts").mkdir(parents=True)
+    (tmp_path / "my/texts/a.txt").write_text("\n".join(texts))
+    write_gzip(tmp_path / "notes.jsonl.gz", texts)
+    parquet = write_parquet(tmp_path / "hub.parquet", texts * 10).read_bytes()
+    with FakeHub({"sample/10BT/000_00000.parquet": parquet}) as hub:
+        online = {"HF_ENDPOINT": hub.endpoint, "HF_HUB_OFFLINE": "0", "HF_HOME": str(tmp_path / "hf")}
+        for command in commands():
+            if command not in ELSEWHERE:
+                program, *words = shlex.split(f"{command} {SMALL[command]}")
+                processes = 2 if program == "torchrun" else None
+                words = [word for word in words if not word.startswith(("--standalone", "--nproc"))]
+                done = door(*words, processes=processes, **online)
+                assert done.returncode == 0, f"{command}\n{done.stderr}"
+    assert (tmp_path / "runs/gpt2/checkpoints/step-000000006/model.safetensors").exists()  # 8 GPUs went on
+    assert (tmp_path / "runs/mine/report.html").exists()
+
+
+def write_gzip(path, texts):
+    path.write_bytes(gzip.compress("".join(json.dumps({"text": text}) + "\n" for text in texts).encode()))
+
+
+def test_the_published_scores_are_those_of_the_code():
+    known = {(a.model, a.protocol, round(100 * a.value, 2)) for a in ANCHORS if a.metric == "acc_norm"}
+    protocols = {"completion": "completion", "harness": "harness", "the paper's own": "gpt3-paper"}
+    rows = re.findall(r"\| (GPT-[^|]*?) \|[^|]*\| ([^|]*?) \| ([\d.]+) % \|", (ROOT / "README.md").read_text())
+    assert len(rows) == 3
+    for model, protocol, value in rows:
+        short = model.removesuffix(" 125M")
+        assert (short, protocols[protocol], float(value)) in known
+
+
+@pytest.mark.parametrize(
+    "path", sorted(ROOT.glob("*.md")) + sorted((ROOT / "docs").glob("*.md")), ids=lambda p: p.name
+)
+def test_links_between_pages_lead_somewhere(path):
+    for target in re.findall(r"\]\(([^)#:]+)(?:#[^)]*)?\)", path.read_text()):
+        assert (path.parent / target).exists(), f"{path.name} links to {target}"
