@@ -11,7 +11,7 @@ from aymen_gpt.training import device as devices
 
 def test_the_cpu_is_always_there():
     found = devices.choose_device("cpu", "float32")
-    assert (found.torch, found.dtype, found.peak_flops) == (torch.device("cpu"), torch.float32, None)
+    assert (found.place, found.dtype, found.peak_flops) == (torch.device("cpu"), torch.float32, None)
     assert found.name
 
 
@@ -32,7 +32,7 @@ def test_bfloat16_is_chosen_where_the_cpu_multiplies_it(monkeypatch, flags, expe
 def test_auto_falls_back_to_the_cpu(monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     monkeypatch.setattr(torch.backends.mps, "is_available", lambda: False)
-    assert devices.choose_device("auto", "float32").torch.type == "cpu"
+    assert devices.choose_device("auto", "float32").place.type == "cpu"
 
 
 @pytest.mark.parametrize(
@@ -61,7 +61,7 @@ def test_each_rank_takes_the_gpu_of_its_local_rank(monkeypatch):
     before = torch.get_float32_matmul_precision()
     found = devices.choose_device("auto", "auto", local_rank=3)
     torch.set_float32_matmul_precision(before)
-    assert chosen == [torch.device("cuda:3")] == [found.torch]
+    assert chosen == [torch.device("cuda:3")] == [found.place]
     assert (found.dtype, found.peak_flops) == (torch.bfloat16, 989e12)
 
 

@@ -129,9 +129,11 @@ def test_the_published_command_speaks_to_the_hub_through_its_environment(door, t
     assert "canary" not in manifest + done.stderr + done.stdout + refused.stderr
 
 
-def children(pid):
+def workers_of(pid):
+    """The processes that tokenize for a fineweb.py (Python's own resource tracker is no worker)."""
     path = Path(f"/proc/{pid}/task/{pid}/children")
-    return [int(word) for word in path.read_text().split()] if path.exists() else []
+    found = path.read_text().split() if path.exists() else []
+    return [int(child) for child in found if b"spawn_main" in Path(f"/proc/{child}/cmdline").read_bytes()]
 
 
 @pytest.mark.skipif(not Path("/proc/self/task").exists(), reason="finds worker processes through /proc")
@@ -153,7 +155,7 @@ def test_kill_minus_nine_at_any_moment_then_the_same_command_gives_the_same_byte
                 door_command(*command, out), stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True
             )
             time.sleep(dice.uniform(0.3, 1.2))
-            workers = children(process.pid)
+            workers = workers_of(process.pid)
             victim = dice.choice(workers) if workers and kills % 3 == 2 else process.pid
             if process.poll() is None:
                 os.kill(victim, signal.SIGKILL)

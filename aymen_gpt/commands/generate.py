@@ -57,7 +57,7 @@ def main(argv: list[str] | None = None) -> int:
     from aymen_gpt.training.device import choose_device
 
     device = choose_device(options.device)
-    model, _ = load_model(options.model, device.torch)
+    model, _ = load_model(options.model, device.place)
     for number in range(options.samples):
         if options.samples > 1:
             print(f"--- sample {number + 1}")

@@ -72,7 +72,7 @@ def main(argv: list[str] | None = None) -> int:
         torch.set_float32_matmul_precision("highest")  # no TF32 for who asks for float32
     found = hellaswag.load_examples(options.data)
     examples = hellaswag.evenly_spaced(found, options.limit)
-    model, description = load_model(options.model, device.torch)
+    model, description = load_model(options.model, device.place)
     print(f"{description}, {str(device.dtype).removeprefix('torch.')} on {device.name}", file=sys.stderr)
     with progress_line() as progress:
         result = hellaswag.evaluate(

@@ -7,7 +7,7 @@ import subprocess
 import sys
 from collections.abc import Callable
 from contextlib import nullcontext
-from dataclasses import asdict, fields
+from dataclasses import Field, asdict, fields
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -38,23 +38,27 @@ def parser() -> argparse.ArgumentParser:
     )
     groups: dict[str, Any] = {}
     for f in fields(TrainConfig):
-        group = groups.setdefault(f.metadata["group"], None) or p.add_argument_group(f.metadata["group"])
-        groups[f.metadata["group"]] = group
-        shown = "" if f.default in ("", None, 0) else f" [{f.default}]"
-        arguments: dict[str, Any] = {"help": f.metadata["help"] + shown, "default": argparse.SUPPRESS}
-        if f.name == "preset":
-            arguments |= {"choices": list(RECIPES), "metavar": "NAME"}
-            arguments["help"] += ": " + ", ".join(RECIPES)
-        if f.name == "compile":
-            arguments["action"] = argparse.BooleanOptionalAction
-        else:
-            kinds: dict[type, Callable[[str], Any]] = {int: console.whole_number, float: float, str: str}
-            arguments |= {"type": kinds[f.type]} if f.type in kinds else {}  # type: ignore[index]
-            arguments.setdefault("metavar", {int: "N", float: "X", str: "NAME"}[f.type])  # type: ignore[index]
+        name = f.metadata["group"]
+        groups[name] = groups.get(name) or p.add_argument_group(name)
         # On Python 3.11 torchrun takes --run for an abbreviation of its own options; --run-dir passes.
-        names = ["--run", "--run-dir"] if f.name == "run" else [flag(f.name)]
-        group.add_argument(*names, dest=f.name, **arguments)
+        flags = ["--run", "--run-dir"] if f.name == "run" else [flag(f.name)]
+        groups[name].add_argument(*flags, dest=f.name, default=argparse.SUPPRESS, **argument(f))
     return p
+
+
+def argument(f: Field[Any]) -> dict[str, Any]:
+    """What argparse is told of one field of TrainConfig."""
+    help = f.metadata["help"]
+    if f.name == "preset":
+        return {"choices": list(RECIPES), "metavar": "NAME", "help": f"{help} [gpt2]: {', '.join(RECIPES)}"}
+    if f.name == "compile":
+        return {"action": argparse.BooleanOptionalAction, "help": help}
+    if f.default:
+        help += f" [{f.default}]"
+    kind, metavar = {"int": (console.whole_number, "N"), "float": (float, "X"), "str": (str, "NAME")}[
+        f.type.__name__
+    ]
+    return {"type": kind, "metavar": metavar, "help": help}
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -68,14 +72,14 @@ def main(argv: list[str] | None = None) -> int:
     stop = StopSignal()
     ranks = ranks_from_environment()
     device = devices.choose_device(config.device, config.dtype, ranks.local_rank)
-    if device.torch.type == "cpu":
+    if device.place.type == "cpu":
         devices.keep_freed_memory()
     folder = Path(config.run)
-    with process_group(ranks, device.torch):
+    with process_group(ranks, device.place):
         trainer = build(config, device, ranks)
         with RunLog(folder, config.steps, draw_report) if ranks.is_first else nullcontext() as log:
-            for line in introduction(trainer) if log else []:
-                log.say(line)
+            if log:
+                log.say(introduction(trainer))
             trainer.fit(folder, log, stop, describe(trainer) if log else {})
     if ranks.is_first:
         print(closing(folder))
@@ -116,19 +120,19 @@ def scorer(config: TrainConfig, device: "Device", ranks: "Ranks") -> "Callable[[
 
     def score(model: "GPT") -> dict[str, Any]:
         tally = hellaswag.evaluate(model, mine, protocols=("completion",), dtype=device.dtype).tally("completion")
-        counts = torch.tensor([tally.n, tally.correct, tally.correct_norm], device=device.torch)
+        counts = torch.tensor([tally.n, tally.correct, tally.correct_norm], device=device.place)
         summed = hellaswag.Tally(*ranks.sum(counts).tolist())
         return {"n": summed.n, "completion": summed.as_dict()}
 
     return score
 
 
-def introduction(trainer: "Trainer") -> list[str]:
+def introduction(trainer: "Trainer") -> str:
     """What is about to be trained, on what, in a few lines."""
     c, m, device, ranks = trainer.config, trainer.config.model, trainer.device, trainer.ranks
     tokens = c.steps * c.tokens_per_step
     epochs = c.steps * c.rows_per_step / trainer.train_rows.rows_per_epoch
-    return [
+    lines = [
         f"model    {c.preset}: {m.n_params:,} parameters, {m.n_layer} layers, {m.n_head} heads, {m.n_embd} wide, "
         f"context {m.block_size}",
         f"data     {c.data}: {trainer.train_rows.n_tokens:,} train and {trainer.val_rows.n_tokens:,} val tokens",
@@ -138,6 +142,7 @@ def introduction(trainer: "Trainer") -> list[str]:
         f"micro-batch {trainer.micro_batch}{', compiled' if trainer.compiled else ''}",
         f"run      {c.run}",
     ]
+    return "\n".join(lines)
 
 
 def describe(trainer: "Trainer") -> dict[str, Any]:
@@ -152,7 +157,7 @@ def describe(trainer: "Trainer") -> dict[str, Any]:
         "format": 1,
         "run": asdict(c)
         | {
-            "device": str(device.torch),
+            "device": str(device.place),
             "dtype": str(device.dtype).removeprefix("torch."),
             "micro_batch": trainer.micro_batch,
             "compile": trainer.compiled,

@@ -21,7 +21,7 @@ import re
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, TypeVar
 
 import numpy as np
 import torch
@@ -30,6 +30,8 @@ from aymen_gpt.data import fetch, tokenizer
 from aymen_gpt.errors import DataError, NetworkError
 from aymen_gpt.evaluation.scoring import EndingScores, Progress, TokenizedExample, score
 from aymen_gpt.model.gpt import GPT
+
+T = TypeVar("T")
 
 Protocol = Literal["completion", "harness"]
 PROTOCOLS: tuple[Protocol, ...] = ("completion", "harness")
@@ -154,23 +156,20 @@ def _example(row: Any, number: int, where: str) -> Example:
     missing = [name for name in columns if not isinstance(row, dict) or name not in row]
     if missing:
         raise DataError(f"{where} lacks {', '.join(missing)}; expected an object with {', '.join(columns)}")
-    ctx = row.get("ctx", f"{row['ctx_a']} {row['ctx_b']}".rstrip())
-    texts = [row["activity_label"], row["ctx_a"], row["ctx_b"], ctx]
-    if not all(isinstance(text, str) for text in texts) or not ctx.strip():
+    texts = {name: row[name] for name in columns[:3]}
+    texts["ctx"] = row.get("ctx", f"{row['ctx_a']} {row['ctx_b']}".rstrip())
+    if not all(isinstance(text, str) for text in texts.values()) or not texts["ctx"].strip():
         raise DataError(f"{where}: activity_label, ctx_a, ctx_b and ctx must be texts, ctx not empty")
-    endings = row["endings"]
-    if (
-        not isinstance(endings, list)
-        or len(endings) != N_ENDINGS
-        or not all(isinstance(ending, str) and ending.strip() for ending in endings)
-    ):
-        raise DataError(f"{where}: endings must be {N_ENDINGS} texts, none empty, found {str(endings)[:80]}")
+    endings = row["endings"] if isinstance(row["endings"], list) else []
+    if len(endings) != N_ENDINGS or not all(isinstance(text, str) and text.strip() for text in endings):
+        found = str(row["endings"])[:80]
+        raise DataError(f"{where}: endings must be {N_ENDINGS} texts, none empty, found {found}")
     if str(row["label"]) not in ("0", "1", "2", "3"):  # text in the Hub's copy, number in the authors'
         raise DataError(f"{where}: label must be 0, 1, 2 or 3, found {row['label']!r}")
-    return Example(row.get("ind", number), *texts, endings, int(row["label"]))
+    return Example(ind=row.get("ind", number), endings=endings, label=int(row["label"]), **texts)
 
 
-def evenly_spaced(examples: Sequence[Example], limit: int | None) -> list[Example]:
+def evenly_spaced(examples: Sequence[T], limit: int | None) -> list[T]:
     """``limit`` examples at equal distances, all of them for None or a larger number.
 
     The file's first third is ActivityNet and the rest WikiHow, so its first rows would be a biased sample.
@@ -282,13 +281,15 @@ class Result:
 
     def as_dict(self, model: str) -> dict[str, Any]:
         """What --json writes: the four numbers of each protocol, and every answer for paired comparisons."""
-        rows = [
+        record: dict[str, Any] = {"model": model, "n": len(self.examples)}
+        for protocol in self.answers:
+            record[protocol] = self.tally(protocol).as_dict()
+        record["examples"] = [
             {"ind": example.ind, "label": example.label}
             | {protocol: asdict(answers[i]) for protocol, answers in self.answers.items()}
             for i, example in enumerate(self.examples)
         ]
-        scores = {protocol: self.tally(protocol).as_dict() for protocol in self.answers}
-        return {"model": model, "n": len(self.examples), **scores, "examples": rows}
+        return record
 
 
 def evaluate(

@@ -109,7 +109,7 @@ def score(
         head = centred_head(model, vocab_size or model.config.vocab_size, dtype)
         for chosen, length in batches(rows, budget):
             batch = collate(chosen, length, device)
-            log_p = log_probabilities(model, head, batch).double().cpu().numpy()  # (R, K)
+            log_p = log_probabilities(model, head, batch).cpu().numpy()  # (R, K)
             real = batch.slots >= 0
             np.add.at(sums, batch.slots[real], log_p[real])
             np.add.at(counts, batch.slots[real], 1)
@@ -135,7 +135,8 @@ def fit(context: list[int], ending: list[int], block_size: int) -> tuple[list[in
 
 def pack(examples: Sequence[TokenizedExample], block_size: int) -> list[PackedRow]:
     """One row per example; endings whose context had to be cut to another length get a row of their own."""
-    rows, slot = [], 0
+    rows: list[PackedRow] = []
+    slot = 0
     for example in examples:
         by_context: dict[tuple[int, ...], PackedRow] = {}
         for ending in example.endings:
@@ -177,11 +178,14 @@ def collate(rows: list[PackedRow], length: int, device: torch.device) -> Batch:
             targets.extend([token] + [0] * (width - 1) for token in ending[1:])
             slots.extend([slot] + [-1] * (width - 1) for _ in ending[1:])
         predictors.append(np.arange(start - 1, end) + b * length)
-    on_device = [
-        torch.from_numpy(array).to(device)
-        for array in (ids, positions, segments, np.concatenate(predictors), np.array(targets))
-    ]
-    return Batch(*on_device, np.array(slots))
+    return Batch(
+        tokens=torch.from_numpy(ids).to(device),
+        positions=torch.from_numpy(positions).to(device),
+        segments=torch.from_numpy(segments).to(device),
+        predictors=torch.from_numpy(np.concatenate(predictors)).to(device),
+        targets=torch.tensor(targets, device=device),
+        slots=np.array(slots),
+    )
 
 
 def tree_mask(segments: Tensor) -> Tensor:

@@ -36,7 +36,7 @@ def problem(checkpoint: Path) -> str | None:
 
 def latest_valid(run: Path) -> tuple[Path | None, list[str]]:
     """The newest checkpoint that verifies, and one line for each newer one that does not."""
-    problems = []
+    problems: list[str] = []
     for folder in checkpoints(run):
         why = problem(folder)
         if why is None:

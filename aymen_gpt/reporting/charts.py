@@ -37,8 +37,8 @@ def human(value: float) -> str:
 
 
 def percent(value: float) -> str:
-    """0.2955 -> "29.55 %"; trailing zeros go: 0.25 -> "25 %"."""
-    return f"{100 * value:.2f}".rstrip("0").rstrip(".") + " %"
+    """0.2955 -> "29.55 %"; trailing zeros go: 0.25 -> "25 %". The space does not break."""
+    return f"{100 * value:.2f}".rstrip("0").rstrip(".") + "\u00a0%"
 
 
 def tick_labels(ticks: Sequence[float]) -> list[str]:
@@ -177,10 +177,11 @@ class Dots:
 
 @dataclass(frozen=True)
 class Level:
-    """A horizontal reference with its label."""
+    """A horizontal reference, labelled at its right end with ``shown`` (its value in words) and its label."""
 
     label: str
     value: float
+    shown: str
     css: str
 
 
@@ -201,7 +202,7 @@ def _pc(fraction: float) -> str:
 
 
 def _path(points: Sequence[Point], x: Axis, y: Axis) -> str:
-    """Path data in the BOX, "M0 5L10 7"; a lone point becomes a line of no length, which a round cap shows."""
+    """Path data in the BOX, "M0 5L10 7"; a point between two gaps is a line of no length (a dot)."""
     out: list[str] = []
     pen, lone = "M", ""
     for px, py in points:
@@ -217,13 +218,16 @@ def _path(points: Sequence[Point], x: Axis, y: Axis) -> str:
 
 
 def _curve(mark: Line | Dots, x: Axis, y: Axis) -> str:
-    points = decimate(mark.points)
-    lone = " lone" if isinstance(mark, Line) and sum(p[1] is not None for p in points) == 1 else ""
     kind = "curve" if isinstance(mark, Line) else "join"
     return (
-        f'<path class="{kind}{lone} {mark.css}" data-name="{escape(mark.name)}" '
-        f'd="{_path(points, x, y)}" vector-effect="non-scaling-stroke"/>'
+        f'<path class="{kind} {mark.css}" data-name="{escape(mark.name)}" '
+        f'd="{_path(decimate(mark.points), x, y)}" vector-effect="non-scaling-stroke"/>'
     )
+
+
+def _is_lone(mark: Line) -> bool:
+    """One value only: no curve yet, so it is drawn as a dot."""
+    return sum(y is not None for _, y in mark.points) == 1
 
 
 def _dots(mark: Dots, x: Axis, y: Axis) -> str:
@@ -240,19 +244,21 @@ def _dots(mark: Dots, x: Axis, y: Axis) -> str:
             top, foot = _pc(1 - y.place(py + e)), _pc(1 - y.place(py - e))
             out.append(f'<line x1="{cx}" x2="{cx}" y1="{top}" y2="{foot}"/>')
         out.append(f'<circle cx="{cx}" cy="{_pc(1 - y.place(py))}" r="{radius}"/>')
-    return f'<g class="dots {mark.css}">{"".join(out)}</g>'
+    many = " many" if len(points) > 120 else ""
+    return f'<g class="dots{many} {mark.css}">{"".join(out)}</g>'
 
 
 def _levels(marks: Sequence[Level], y: Axis, height: int) -> str:
-    """Reference lines; labels that would touch are pushed 15 pixels apart, downwards."""
+    """Reference lines; labels that would touch are pushed apart, downwards, by two lines of text."""
     out, floor = [], -math.inf
     for mark in sorted(marks, key=lambda m: -m.value):
         at = 1 - y.place(mark.value)
         label = max(at * height, floor)
-        floor = label + 15
+        floor = label + 28
         out.append(
             f'<g class="level {mark.css}"><line x1="0" x2="100%" y1="{_pc(at)}" y2="{_pc(at)}"/>'
-            f'<text x="100%" y="{label:.1f}">{escape(mark.label)}</text></g>'
+            f'<text class="shown" x="100%" y="{label:.1f}">{escape(mark.shown)}</text>'
+            f'<text class="name" x="100%" y="{label:.1f}">{escape(mark.label)}</text></g>'
         )
     return "".join(out)
 
@@ -272,22 +278,24 @@ def _grid(x: Axis, y: Axis) -> str:
         f'<text class="y" x="-9" y="{_pc(1 - y.place(t))}">{escape(s)}</text>'
         for t, s in zip(y.ticks, y.labels, strict=True)
     ]
-    for t, s in zip(x.ticks, x.labels, strict=True):
+    for i, (t, s) in enumerate(zip(x.ticks, x.labels, strict=True)):
         at = _pc(x.place(t))
+        spare = " spare" if len(x.ticks) > 5 and i % 2 else ""  # a phone has no room for it
         out.append(f'<line x1="{at}" x2="{at}" y1="100%" y2="100%" class="tick"/>')
-        out.append(f'<text class="x" x="{at}" y="100%">{escape(s)}</text>')
+        out.append(f'<text class="x{spare}" x="{at}" y="100%">{escape(s)}</text>')
     return "".join([*out, f'<text class="unit" x="100%" y="100%">{escape(x.unit)}</text></g>'])
 
 
 def chart(slug: str, title: str, desc: str, x: Axis, y: Axis, marks: Sequence[Mark], *, height: int = 220) -> str:
     """One chart as an <svg>; ``slug`` makes its ids unique in the page, ``desc`` is what a reader hears."""
     curves = "".join(_curve(m, x, y) for m in marks if isinstance(m, Line | Dots))
-    dots = "".join(_dots(m, x, y) for m in marks if isinstance(m, Dots))
+    lone = [Dots("", m.points, m.css) for m in marks if isinstance(m, Line) and _is_lone(m)]
+    dots = "".join(_dots(m, x, y) for m in [*marks, *lone] if isinstance(m, Dots))
     rugs = "".join(_rug(m, x) for m in marks if isinstance(m, Rug))
     return (
         f'<svg class="chart" role="img" aria-labelledby="{slug}-t {slug}-d" width="100%" height="{height}" '
         f'data-x="{x.lo:.9g} {x.hi:.9g}" data-y="{y.lo:.9g} {y.hi:.9g}" data-log="{int(y.log)}" '
-        f'data-xunit="{escape(x.unit)}">'
+        f'data-unit="{escape(y.unit)}">'
         f'<title id="{slug}-t">{escape(title)}</title><desc id="{slug}-d">{escape(desc)}</desc>'
         f'<rect class="area" width="100%" height="100%"/>{_grid(x, y)}'
         f'<svg class="curves" viewBox="0 0 {BOX} {BOX}" preserveAspectRatio="none" width="100%" height="100%">'

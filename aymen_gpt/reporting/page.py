@@ -47,7 +47,7 @@ UNITS = {  # of config.json's keys, where the name does not say it
     "hellaswag_limit": "examples", "checkpoint_every": "updates", "tokens_per_step": "tokens",
     "block_size": "tokens", "micro_batch": "rows", "vocab_size": "tokens", "n_params": "parameters",
     "flops_per_token": "FLOP", "train_tokens": "tokens", "val_tokens": "tokens", "memory_gb": "GB",
-    "world_size": "processes", "peak_tflops": "TFLOP/s", "cores": "cores",
+    "peak_tflops": "TFLOP/s", "cores": "cores",
 }  # fmt: skip
 MAX_SECTIONS, MAX_SAMPLES, MAX_CHARS = 24, 6, 2000  # samples shown: steps, per step, characters each
 
@@ -136,8 +136,9 @@ class View:
         return [(self.x(step), value) for step, value in self.run.series(key)]
 
     def axis(self, count: int = 6) -> Axis:
-        last = self.run.rows[-1]["step"] if self.run.rows else 0
-        return linear_axis(0.0, self.x(max(last, 1)), "tokens" if self.tokens_per_step else "steps", count=count)
+        last = max(self.run.rows[-1]["step"], 1) if self.run.rows else 1
+        unit = "tokens" if self.tokens_per_step else "steps"
+        return linear_axis(0.0, self.x(last), unit, count=min(count, last))
 
     def at(self, step: float) -> str:
         """ "step 1,200, 4.9M tokens"."""
@@ -266,7 +267,7 @@ def _time_tile(view: View) -> str:
     started, updated = moment(run.get("started")), moment(run.status.get("updated"))
     wall = (updated - started).total_seconds() if started and updated else None
     if not spent and wall is None:
-        return _tile("Elapsed", "—", "no update yet")
+        return _tile("Elapsed", "—", "not measured yet")
     note = f"last started {day(started)}" if started else ""
     each = recent(run, "step_seconds")
     if run.status.get("state") == "running" and view.steps and each and view.steps > view.step:
@@ -282,7 +283,7 @@ def _time_tile(view: View) -> str:
 def _figure(title: str, unit: str, svg: str, marks: Sequence[Mark], *, note: str = "", css: str = "") -> str:
     return (
         f'<figure class="{css}"><figcaption><h3>{escape(title)} <span>{escape(unit)}</span></h3>'
-        f'{legend(marks)}<output aria-hidden="true"></output></figcaption><div class="plot">{svg}</div>'
+        f'{legend(marks)}</figcaption><div class="plot">{svg}<output aria-hidden="true"></output></div>'
         + (f'<p class="note">{escape(note)}</p>' if note else "")
         + "</figure>"
     )
@@ -303,7 +304,8 @@ def _loss_axis(loss: Series, val: Series) -> tuple[Axis, str]:
     shown = finite(loss[start:]) + [y for x, y in val if y is not None and x >= begin]
     shown = shown or finite(loss) or finite(val) or [0.0]
     lo, hi = min(shown), max(shown)
-    axis = linear_axis(lo - 0.05 * (hi - lo), hi + 0.05 * (hi - lo), count=6)
+    margin = max(0.05 * (hi - lo), 0.01 * hi)
+    axis = linear_axis(lo - margin, hi + margin, count=6)
     peak = max([*finite(loss), *finite(val)], default=hi)
     if peak <= axis.hi or not start:
         return axis, ""
@@ -342,11 +344,11 @@ def _loss_chart(view: View) -> str:
 
 def _levels(protocol: str, metric: str, best: float) -> list[Level]:
     """Chance, the nearest published GPT-2 of the same protocol, and GPT-3's own for orientation."""
-    levels = [Level(f"chance · {percent(CHANCE)}", CHANCE, "chance")]
+    levels = [Level("chance", CHANCE, percent(CHANCE), "chance")]
     for measured_by, css, star in ((protocol, "same", ""), ("gpt3-paper", "paper", " *")):
         near = neighbours(measured_by, metric, best)
         near = near[:1] + [a for a in near[1:] if a.value - best <= 0.06]  # a far one presses the points flat
-        levels += [Level(f"{a.model} · {percent(a.value)}{star}", a.value, css) for a in near]
+        levels += [Level(a.model + star, a.value, percent(a.value), css) for a in near]
     return levels
 
 
@@ -360,9 +362,10 @@ def _hellaswag_chart(view: View, protocol: str) -> str:
     ends = [v + s * (e or 0.0) for _, v, e in measured if v is not None for s in (-1, 1)]
     ends += [m.value for m in marks if isinstance(m, Level)]
     margin = 0.06 * (max(ends) - min(ends))
-    y = linear_axis(min(ends) - margin, max(ends) + margin, label=lambda t: f"{100 * t:.4g} %")
-    n = f"{scores[-1].n:,} of 10,042 validation examples" if scores[-1].n else "validation set"
-    note = f"{n}, {PROTOCOLS[protocol]}. Bars: ± one standard error. Dashed: GPT-2 by the same protocol."
+    y = linear_axis(min(ends) - margin, max(ends) + margin, unit="%", label=lambda t: f"{100 * t:.4g} %")
+    n = scores[-1].n
+    some = "Validation set" if n is None else f"All {n:,} examples" if n == 10_042 else f"{n:,} of 10,042 examples"
+    note = f"{some}, {PROTOCOLS[protocol]}. Bars: ± one standard error. Dashed: GPT-2 by the same protocol."
     if metric == "acc_norm":
         note += " * Dotted: the GPT-3 paper's own protocol, for orientation, not for comparison."
     heard = f"{metric} by the {protocol} protocol, now {percent(finite(points)[-1])}, chance {percent(CHANCE)}."
@@ -378,7 +381,7 @@ def _small_chart(
         return _absent(title, "Not measured yet.")
     y = value_axis(finite(points), log_from=30.0 if key == "grad_norm" else math.inf)
     if label:
-        y = Axis(y.lo, y.hi, y.ticks, [label(t) for t in y.ticks])
+        y = Axis(y.lo, y.hi, y.ticks, [label(t) for t in y.ticks], "%")
     marks = [Line("", points, "train")] if key == "lr" else _noisy("each step", points)
     heard = f"{title} by {view.axis().unit}, now {human(finite(points)[-1])}."
     svg = chart(key, title, heard, view.axis(4), y, marks, height=170)
@@ -410,7 +413,8 @@ def _table(view: View) -> str:
         return ""
     n, shown = len(rows), rows[:: max(1, -(-len(rows) // 400))]
     shown = shown if shown[-1] is rows[-1] else [*shown, rows[-1]]
-    body = "".join(_table_row(view, row) for row in reversed(shown))
+    scores = {score.step: score for score in main_scores(view.run)}
+    body = "".join(_table_row(view, row, scores.get(row["step"])) for row in reversed(shown))
     some = f", {len(shown):,} of {n:,} shown" if len(shown) < n else ""
     head = "".join(f'<th scope="col">{h}</th>' for h in ("step", "tokens", "val loss", "perplexity", "HellaSwag"))
     return (
@@ -420,11 +424,10 @@ def _table(view: View) -> str:
     )
 
 
-def _table_row(view: View, row: Row) -> str:
+def _table_row(view: View, row: Row, score: Score | None) -> str:
     val = number(row.get("val_loss"))
     cells = [f"{row['step']:,}", human(view.x(row["step"])) if view.tokens_per_step else "—"]
     cells += [f"{val:.4f}", _perplexity(val)] if val is not None else ["—", "—"]
-    score = next(iter(main_scores(Run(view.run.folder, {}, [row], {}, []))), None)
     if score:
         metric, value, error = _accuracy(score)
         spread = f" ± {100 * error:.2f}" if error is not None else ""
@@ -619,7 +622,8 @@ section{margin-top:52px}
 .tiles p{font-size:13px;line-height:1.4;color:var(--soft);overflow-wrap:anywhere}
 figure{margin:0 0 44px;min-width:0}
 figcaption{display:flex;flex-wrap:wrap;align-items:baseline;gap:2px 22px;min-height:24px;margin-bottom:14px}
-figcaption output{margin-left:auto;font-size:13px;color:var(--soft);min-height:20px}
+output{position:absolute;left:54px;right:110px;bottom:0;font-size:12px;line-height:15px;color:var(--soft)}
+output{white-space:nowrap;overflow:hidden;text-overflow:ellipsis}
 .legend{display:flex;flex-wrap:wrap;gap:2px 18px;list-style:none;margin:0;padding:0;font-size:13px}
 .legend{color:var(--soft)}
 .legend li{display:inline-flex;align-items:center;gap:7px}
@@ -628,14 +632,13 @@ figcaption output{margin-left:auto;font-size:13px;color:var(--soft);min-height:2
 .key.rug{width:0;height:10px;border:0;border-left:2px solid currentColor}
 .key.raw{opacity:.45}
 .raw,.train{color:var(--train)}.val{color:var(--val)}.bad{color:var(--bad)}
-.plot{padding:0 18px 40px 54px}
+.plot{position:relative;padding:0 18px 40px 54px}
 .labelled .plot{padding-right:172px}
 .small{display:grid;grid-template-columns:repeat(3,1fr);gap:0 36px}
 .small.n4{grid-template-columns:repeat(2,1fr)}
 .small figure{display:flex;flex-direction:column}
 .small .plot{margin-top:auto}
 .small figcaption{display:block;margin-bottom:8px}
-.small output{display:block;margin:0}
 svg{display:block;overflow:visible}
 svg.curves{overflow:hidden}
 .area{fill:transparent}
@@ -648,15 +651,16 @@ svg.curves{overflow:hidden}
 .chart .unit{text-anchor:end;transform:translateY(36px)}
 .curve,.join{fill:none;stroke:currentColor;stroke-linejoin:round;stroke-linecap:round;stroke-width:1.8}
 .curve.raw{stroke-width:1;stroke-opacity:.38}
-.curve.lone{stroke-width:7;stroke-opacity:1}
 .join{stroke-width:1;stroke-opacity:.5}
 .dots circle{fill:currentColor;stroke:var(--bg);stroke-width:.8}
+.dots.many circle{stroke:none}
 .dots line{stroke:currentColor;stroke-opacity:.55}
 .rug line{stroke:currentColor;stroke-width:1.5}
 .level line{stroke:var(--soft);stroke-dasharray:6 4}
 .level.paper line{stroke-dasharray:1 4;stroke-linecap:round;stroke-width:1.4}
 .level.chance line{stroke-dasharray:none;stroke-opacity:.55}
 .level text{dominant-baseline:central;transform:translateX(10px)}
+.level .name{transform:translateX(66px);fill:var(--ink)}
 .cursor{stroke:var(--soft);stroke-opacity:.5;pointer-events:none}
 .absent{color:var(--soft);padding:22px 0;border-top:1px solid var(--line);border-bottom:1px solid var(--line)}
 details{border-top:1px solid var(--line)}
@@ -688,9 +692,10 @@ footer{margin-top:56px;padding-top:14px;border-top:1px solid var(--line);color:v
 @media (max-width:680px){main{padding:28px 18px 32px}section{margin-top:40px}
 .tiles{grid-template-columns:1fr 1fr;gap:22px 18px}.tiles b{font-size:24px}
 .small,.small.n4,.facts{grid-template-columns:1fr}
-.plot{padding:0 12px 40px 44px}.labelled .plot{padding-right:12px}
-.level text{text-anchor:end;transform:translateY(-9px);paint-order:stroke;stroke:var(--bg);stroke-width:4px}
-figcaption{display:block}figcaption output{display:block}.legend{margin-top:4px}
+.tiles div:last-child{grid-column:1/-1}.curve.raw{stroke-opacity:.26}.spare{display:none}
+.plot{padding:0 12px 40px 44px}.labelled .plot{padding-right:98px}
+.level .shown{transform:translate(8px,7px)}.level .name{transform:translate(8px,-6px)}
+figcaption{display:block}output{left:44px;right:76px}.legend{margin-top:4px}
 summary span{display:block;margin:0;overflow:hidden;text-overflow:ellipsis}
 blockquote{padding:14px 16px}th{white-space:normal;width:44%}}
 @media print{body{font-size:11pt}main{max-width:none;padding:0}figure,blockquote,tr{break-inside:avoid}
@@ -711,8 +716,10 @@ for (const svg of document.querySelectorAll('svg.chart')) {
   svg.removeAttribute('aria-labelledby');
   title.remove();
   const [x0, x1] = svg.dataset.x.split(' ').map(Number), [y0, y1] = svg.dataset.y.split(' ').map(Number);
+  const yunit = svg.dataset.unit;
   const log = svg.dataset.log === '1', out = svg.closest('figure').querySelector('output');
-  const curves = [...svg.querySelectorAll('path[data-name]')].map(p => ({ name: p.dataset.name,
+  const curves = [...svg.querySelectorAll('path[data-name]')].map(p => ({
+    name: p.dataset.name.replace(/^(train, )?each step| of .*/g, ''),
     at: [...p.getAttribute('d').matchAll(/(-?\\d+) (-?\\d+)/g)].map(m => [m[1] / 1e4, 1 - m[2] / 1e4]) }));
   const cursor = document.createElementNS(svg.namespaceURI, 'line');
   cursor.setAttribute('class', 'cursor'); cursor.setAttribute('y2', '100%');
@@ -724,8 +731,9 @@ for (const svg of document.querySelectorAll('svg.chart')) {
     for (const end of ['x1', 'x2']) cursor.setAttribute(end, 100 * f + '%');
     svg.append(cursor);
     const value = y => log ? y0 * (y1 / y0) ** y : y0 + y * (y1 - y0);
-    out.textContent = short(x0 + f * (x1 - x0)) + ' ' + svg.dataset.xunit + ' — ' +
-      near.map(([name, p]) => (name ? name + ' ' : '') + short(value(p[1]))).join(', ');
+    const say = y => yunit ? short(100 * value(y)) + ' %' : short(value(y));
+    out.textContent = short(x0 + f * (x1 - x0)) + ': ' +
+      near.map(([name, p]) => (name && name + ' ') + say(p[1])).join(', ');
   });
   svg.addEventListener('pointerleave', () => { cursor.remove(); out.textContent = ''; });
 }

@@ -81,7 +81,7 @@ class Run:
 
     def scores(self, protocol: str) -> list[Score]:
         """The HellaSwag measurements made by ``protocol`` ("completion" or "harness")."""
-        found = (_score(row["step"], row.get("hellaswag"), protocol) for row in self.rows)
+        found = (_score(r["step"], r["hellaswag"], protocol) for r in self.rows if "hellaswag" in r)
         return [s for s in found if s is not None]
 
 

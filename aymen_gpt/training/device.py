@@ -31,7 +31,7 @@ PEAK_FLOPS = {
 class Device:
     """A torch device, the dtype that matrix products run in, and what a reader of the log wants to know."""
 
-    torch: torch.device
+    place: torch.device
     dtype: torch.dtype
     name: str
     peak_flops: float | None
@@ -40,7 +40,7 @@ class Device:
         """Matrix products in ``dtype``; weights, softmax, norms and sums stay float32."""
         if self.dtype == torch.float32:
             return nullcontext()
-        return torch.autocast(self.torch.type, dtype=self.dtype)
+        return torch.autocast(self.place.type, dtype=self.dtype)
 
 
 def choose_device(name: str = "auto", dtype: str = "auto", local_rank: int = 0) -> Device:

@@ -7,15 +7,19 @@ and ranks may take different numbers of micro-batches.
 """
 
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
+from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 from torch._utils import _flatten_dense_tensors, _unflatten_dense_tensors
+
+
+T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -36,7 +40,7 @@ class Ranks:
             dist.all_reduce(values)
         return values
 
-    def sum_gradients(self, parameters: list[Tensor]) -> None:
+    def sum_gradients(self, parameters: Sequence[Tensor]) -> None:
         """Replace every parameter's gradient by its sum over all ranks."""
         if self.world_size == 1:
             return
@@ -51,11 +55,11 @@ class Ranks:
         if self.world_size > 1:
             dist.barrier()
 
-    def broadcast(self, value: object) -> object:
+    def broadcast(self, value: T) -> T:
         """The first rank's value (anything JSON could hold) on every rank."""
         if self.world_size == 1:
             return value
-        box = [value]
+        box: list[Any] = [value]
         dist.broadcast_object_list(box, src=0)
         return box[0]
 

@@ -54,12 +54,12 @@ class Trainer:
                 f"{self.ranks.world_size} processes for {c.rows_per_step} rows a step: use fewer, or raise "
                 f"--tokens-per-step to at least {self.ranks.world_size * c.block_size}"
             )
-        self.micro_batch = c.micro_batch or (64 if self.device.torch.type == "cuda" else 16)
-        self.model = GPT(c.model, torch.Generator().manual_seed(c.seed)).to(self.device.torch)
+        self.micro_batch = c.micro_batch or (64 if self.device.place.type == "cuda" else 16)
+        self.model = GPT(c.model, torch.Generator().manual_seed(c.seed)).to(self.device.place)
         self.parameters = list(self.model.parameters())
         betas = (c.beta1, c.beta2)
         self.optimizer = optim.adamw(self.model, lr=c.learning_rate, betas=betas, weight_decay=c.weight_decay)
-        self.compiled = self.device.torch.type == "cuda" if c.compile is None else c.compile
+        self.compiled = self.device.place.type == "cuda" if c.compile is None else c.compile
         self.loss = torch.compile(self._loss, dynamic=False) if self.compiled else self._loss
 
     def _loss(self, x: Tensor, y: Tensor) -> Tensor:
@@ -77,13 +77,13 @@ class Trainer:
 
     def batch(self, rows: TokenRows, first: int, count: int) -> tuple[Tensor, Tensor]:
         """Inputs and targets, (count, T) each, on the device."""
-        tokens = torch.from_numpy(rows.rows(first, count).astype(np.int64)).to(self.device.torch)  # (count, T + 1)
+        tokens = torch.from_numpy(rows.rows(first, count).astype(np.int64)).to(self.device.place)  # (count, T + 1)
         return tokens[:, :-1], tokens[:, 1:]
 
     def train_step(self, step: int, stop: bool) -> tuple[dict[str, Any], bool]:
         """Update number ``step`` (0 is the first): its row of metrics, and whether any rank was told to stop."""
         c, began = self.config, time.monotonic()
-        total = torch.zeros(2, device=self.device.torch)  # loss, ranks that want to stop
+        total = torch.zeros(2, device=self.device.place)  # loss, ranks that want to stop
         total[1] = float(stop)
         for first, count in self.micro_batches(self.train_rows, step * c.rows_per_step, c.rows_per_step):
             loss = self.loss(*self.batch(self.train_rows, first, count)) / c.tokens_per_step
@@ -116,10 +116,10 @@ class Trainer:
     def validation_loss(self) -> float:
         """Mean loss of the first ``val_tokens`` validation tokens, the same number on any ranks."""
         count = min(max(self.config.val_tokens // self.config.block_size, 1), self.val_rows.rows_per_epoch)
-        total = torch.zeros((), dtype=torch.float64 if self.device.torch.type != "mps" else torch.float32)
+        total = torch.zeros((), dtype=torch.float64 if self.device.place.type != "mps" else torch.float32)
         for first, n in self.micro_batches(self.val_rows, 0, count):
             total += self.loss(*self.batch(self.val_rows, first, n)).cpu()
-        total = self.ranks.sum(total.to(self.device.torch))
+        total = self.ranks.sum(total.to(self.device.place))
         return total.item() / (count * self.config.block_size)
 
     def sample(self, step: int) -> str:
@@ -155,11 +155,7 @@ class Trainer:
 
     def resume(self, folder: Path, log: RunLog | None) -> dict[str, Any] | None:
         """Continue from the newest checkpoint that verifies; its row of metrics, None for a fresh start."""
-        found: list[Any] = [None, []]
-        if self.ranks.is_first:
-            checkpoint.remove_partial(folder)
-            found = list(latest_valid(folder))
-        newest, problems = self.ranks.broadcast(found)  # type: ignore[misc]
+        newest, problems = self.ranks.broadcast(find_checkpoint(folder) if self.ranks.is_first else (None, []))
         if newest is None and problems:
             raise DataError(
                 "no checkpoint can be used: "
@@ -168,8 +164,9 @@ class Trainer:
             )
         if newest is None:
             return None
-        for line in problems if log else []:
-            log.say(f"warning: {line}; using {newest.name}")  # type: ignore[union-attr]
+        if log:
+            for line in problems:
+                log.say(f"warning: {line}; using {newest.name}")
         self._check_identity(checkpoint.read_snapshot(newest).run, folder)
         return checkpoint.restore(newest, self.model, self.optimizer).metrics
 
@@ -229,6 +226,12 @@ class Trainer:
             if "val_loss" in row:
                 log.samples(step, self.sample(step))
             log.write(row)
+
+
+def find_checkpoint(folder: Path) -> tuple[Path | None, list[str]]:
+    """The newest checkpoint that verifies and what is wrong with newer ones; sweeps up after killed saves."""
+    checkpoint.remove_partial(folder)
+    return latest_valid(folder)
 
 
 class StopSignal:
