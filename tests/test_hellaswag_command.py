@@ -84,17 +84,6 @@ def test_the_real_set_stands_beside_anchors_of_its_own_protocol(door, model):
     assert "31.14%" not in published  # the same by harness
 
 
-def test_dtypes_agree(door, model, data, tmp_path):
-    likelihoods = []
-    for dtype in ("float32", "bfloat16"):
-        path = tmp_path / f"{dtype}.json"
-        done = door("hellaswag.py", "-m", model, "--dtype", dtype, "--data", data, "--json", path)
-        assert done.returncode == 0, done.stderr
-        rows = json.loads(path.read_text())["examples"]
-        likelihoods.append(torch.tensor([row["completion"]["log_likelihoods"] for row in rows]))
-    assert 0 < (likelihoods[0] - likelihoods[1]).abs().max() < 0.5
-
-
 @pytest.mark.parametrize(
     ("words", "code", "message"),
     [

@@ -7,7 +7,7 @@ import subprocess
 import time
 
 import pytest
-from conftest import door_command
+from conftest import door_command, make_shards
 
 TINY = ["--preset", "tiny", "--dtype", "float32", "--val-every", 5, "--checkpoint-every", 5]
 
@@ -107,10 +107,14 @@ def test_a_second_process_on_the_same_run_is_refused(door, shards, tmp_path):
         (["--steps", "0"], 2, "error: --steps must be above 0, got 0"),
         (["--device", "tpu"], 2, "error: --device tpu: expected auto, cpu, mps, cuda or cuda:N"),
         (["--device", "cuda"], 2, "no CUDA device that torch can use"),
+        (["--data", "spoiled"], 65, "error: shard spoiled/edufineweb_train_000001.bin"),
         (["--dtype", "int8"], 2, "error: --dtype int8: expected auto, float32 or bfloat16"),
     ],
 )
-def test_mistakes_are_answered_in_one_line(door, words, code, message):
+def test_mistakes_are_answered_in_one_line(door, tmp_path, words, code, message):
+    if "spoiled" in words:
+        shard = make_shards(tmp_path / "spoiled") / "edufineweb_train_000001.bin"
+        shard.write_bytes(shard.read_bytes()[:-100])
     done = door("pretrain.py", *words, CUDA_VISIBLE_DEVICES="")
     assert done.returncode == code
     assert message in done.stderr

@@ -5,6 +5,7 @@ import math
 import os
 import sys
 import traceback
+import warnings
 from collections.abc import Callable
 from typing import NoReturn
 
@@ -16,6 +17,7 @@ def run(main: Callable[[], int]) -> NoReturn:
 
     AYMEN_GPT_DEBUG=1 shows the traceback of the former too.
     """
+    warnings.formatwarning = lambda message, *_: f"warning: {message}\n"
     try:
         code = main()
     except AymenError as error:

@@ -55,9 +55,8 @@ def argument(f: Field[Any]) -> dict[str, Any]:
         return {"action": argparse.BooleanOptionalAction, "help": help}
     if f.default:
         help += f" [{f.default}]"
-    kind, metavar = {"int": (console.whole_number, "N"), "float": (float, "X"), "str": (str, "NAME")}[
-        f.type.__name__
-    ]
+    kinds = {int: (console.whole_number, "N"), float: (float, "X"), str: (str, "NAME")}
+    kind, metavar = kinds[type(f.default)]
     return {"type": kind, "metavar": metavar, "help": help}
 
 
@@ -88,12 +87,14 @@ def main(argv: list[str] | None = None) -> int:
 
 def build(config: TrainConfig, device: "Device", ranks: "Ranks") -> "Trainer":
     from aymen_gpt.data.loader import TokenRows
-    from aymen_gpt.data.shards import manifest_hash
+    from aymen_gpt.data.shards import check_shards, manifest_hash
     from aymen_gpt.training.trainer import Trainer
 
     data = Path(config.data)
     train = TokenRows(data, "train", block_size=config.block_size, seed=config.seed)
     val = TokenRows(data, "val", block_size=config.block_size, seed=None)
+    if ranks.is_first:
+        check_shards(data)
     return Trainer(config, device, ranks, train, val, manifest_hash(data), score=scorer(config, device, ranks))
 
 
@@ -137,7 +138,7 @@ def introduction(trainer: "Trainer") -> str:
         f"context {m.block_size}",
         f"data     {c.data}: {trainer.train_rows.n_tokens:,} train and {trainer.val_rows.n_tokens:,} val tokens",
         f"recipe   {c.steps:,} steps x {c.tokens_per_step:,} tokens = {tokens:,} tokens = {epochs:.2f} epochs, "
-        f" peak rate {c.learning_rate:g}, {c.warmup_steps} warmup steps",
+        f"peak rate {c.learning_rate:g}, {c.warmup_steps} warmup steps",
         f"machine  {ranks.world_size} x {device.name}, {str(device.dtype).removeprefix('torch.')}, "
         f"micro-batch {trainer.micro_batch}{', compiled' if trainer.compiled else ''}",
         f"run      {c.run}",

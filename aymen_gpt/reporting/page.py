@@ -698,7 +698,8 @@ footer{margin-top:56px;padding-top:14px;border-top:1px solid var(--line);color:v
 figcaption{display:block}output{left:44px;right:76px}.legend{margin-top:4px}
 summary span{display:block;margin:0;overflow:hidden;text-overflow:ellipsis}
 blockquote{padding:14px 16px}th{white-space:normal;width:44%}}
-@media print{body{font-size:11pt}main{max-width:none;padding:0}figure,blockquote,tr{break-inside:avoid}
+@media print{:root{--bg:#fff;--panel:#f6f6f6}
+body{font-size:11pt}main{max-width:none;padding:0}figure,blockquote,tr{break-inside:avoid}
 .scroll{max-height:none}section{margin-top:28px}code{border:1px solid var(--line)}
 details::details-content{content-visibility:visible;display:block}
 *{-webkit-print-color-adjust:exact;print-color-adjust:exact}}
@@ -719,7 +720,7 @@ for (const svg of document.querySelectorAll('svg.chart')) {
   const yunit = svg.dataset.unit;
   const log = svg.dataset.log === '1', out = svg.closest('figure').querySelector('output');
   const curves = [...svg.querySelectorAll('path[data-name]')].map(p => ({
-    name: p.dataset.name.replace(/^(train, )?each step| of .*/g, ''),
+    name: p.dataset.name.replace(/^(train, )?each step| of .*|idation$/g, ''),
     at: [...p.getAttribute('d').matchAll(/(-?\\d+) (-?\\d+)/g)].map(m => [m[1] / 1e4, 1 - m[2] / 1e4]) }));
   const cursor = document.createElementNS(svg.namespaceURI, 'line');
   cursor.setAttribute('class', 'cursor'); cursor.setAttribute('y2', '100%');

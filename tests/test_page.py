@@ -1,0 +1,302 @@
+"""report.html: whole and graceful in every state of a run, safe with any text, loading nothing."""
+
+import json
+import math
+import random
+import re
+from html.parser import HTMLParser
+
+import pytest
+
+from aymen_gpt.errors import CannotWrite, DataError
+from aymen_gpt.reporting.anchors import ANCHORS, neighbours
+from aymen_gpt.reporting.page import build_page, commands, duration, value_text, write_report
+from aymen_gpt.reporting.runs import read_run
+
+CONFIG = {
+    "format": 1,
+    "run": {"preset": "demo", "steps": 300, "tokens_per_step": 4096, "seed": 1337, "learning_rate": 1e-3},
+    "command": ["python", "pretrain.py", "--preset", "demo"],
+    "model": {"block_size": 256, "vocab_size": 50257, "n_layer": 4, "n_head": 4, "n_embd": 256},
+    "n_params": 16080896,
+    "data": {
+        "folder": "data/builtin",
+        "manifest_sha256": "ab" * 32,
+        "source": "builtin",
+        "train_tokens": 1_000_000,
+    },
+    "versions": {"python": "3.11.7", "torch": "2.13.0", "aymen_gpt": "0.1.0"},
+    "git_commit": "c0ffee",
+    "host": {"name": "laptop", "cores": 2},
+    "device": {"name": "a CPU", "peak_tflops": None},
+    "world_size": 1,
+    "started": "2026-11-22T15:00:00+00:00",
+}
+VOID = {"meta", "link", "br", "img", "input", "hr"}
+
+
+class Page(HTMLParser):
+    """Checks that every element is closed in order; gathers text, attributes and ids."""
+
+    def __init__(self, html):
+        super().__init__()
+        self.open, self.text, self.attributes, self.tags = [], [], [], []
+        self.feed(html)
+        self.close()
+        assert not self.open, f"never closed: {self.open}"
+        ids = [v for _, k, v in self.attributes if k == "id"]
+        assert len(ids) == len(set(ids))
+
+    def handle_starttag(self, tag, attrs):
+        self.tags.append(tag)
+        self.attributes += [(tag, k, v) for k, v in attrs]
+        if tag not in VOID:
+            self.open.append(tag)
+
+    def handle_startendtag(self, tag, attrs):
+        self.tags.append(tag)
+        self.attributes += [(tag, k, v) for k, v in attrs]
+
+    def handle_endtag(self, tag):
+        assert self.open, f"</{tag}> closes nothing"
+        assert self.open.pop() == tag
+
+    def handle_data(self, data):
+        if not self.open or self.open[-1] not in ("style", "script"):
+            self.text.append(data)
+
+    @property
+    def words(self):
+        return " ".join(" ".join(self.text).split())
+
+
+def make_run(folder, rows=(), *, config=CONFIG, status=None, samples=None, tail=""):
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "config.json").write_text(json.dumps(config))
+    (folder / "metrics.jsonl").write_text("".join(json.dumps(r) + "\n" for r in rows) + tail)
+    if status:
+        (folder / "status.json").write_text(json.dumps(status))
+    if samples:
+        (folder / "samples.md").write_text(samples)
+    return folder
+
+
+def page_of(folder):
+    path = write_report(folder)
+    assert path == folder / "report.html"
+    return Page(path.read_text(encoding="utf-8"))
+
+
+def row(step, **more):
+    return {"step": step, "tokens": step * 4096, "loss": 10 - step / 100, "lr": 1e-3, "grad_norm": 1.0} | more
+
+
+def test_an_empty_run_has_a_page(tmp_path):
+    page = page_of(make_run(tmp_path / "fresh", config={}))
+    assert "fresh" in page.words
+    for said in ("No loss yet", "No samples yet", "not scored yet", "No config.json in this run"):
+        assert said in page.words
+    assert "svg" not in page.tags
+
+
+def test_a_folder_without_a_run_is_refused(tmp_path):
+    with pytest.raises(DataError, match="no run in"):
+        write_report(tmp_path)
+    assert not (tmp_path / "report.html").exists()
+
+
+def test_the_first_row_has_a_page(tmp_path):
+    page = page_of(make_run(tmp_path / "one", [row(1)]))
+    assert "9.990 nats/token" in page.words
+    assert page.tags.count("circle") == 3  # loss, learning rate, gradient norm: one dot each
+
+
+def test_a_running_demo_says_what_it_is_and_where_it_stands(tmp_path):
+    score = {"protocol": "completion", "n": 1000, "acc_norm": 0.261, "acc_norm_stderr": 0.0139}
+    rows = [row(i, step_seconds=2.0, tokens_per_second=2048.0, mfu=None) for i in range(1, 151)]
+    rows[149] |= {"val_loss": 5.0, "hellaswag": score}
+    status = {"state": "running", "step": 150, "steps": 300, "updated": "2026-11-22T15:05:10+00:00"}
+    page = page_of(make_run(tmp_path / "demo", rows, status=status))
+    for said in (
+        "16.1M-parameter GPT, 4 layers, 4 heads, 256 wide",
+        "Running",
+        "step 150 of 300",
+        "614K of 1.23M tokens",
+        "22 November 2026, 15:05 UTC",
+        "8.500 nats/token",
+        "5.000 nats/token perplexity 148.4, step 150",
+        "26.10\u00a0% ± 1.39 completion, 1,000 examples; chance 25\u00a0%".replace("\u00a0", " "),
+        "2,048 tokens/s",
+        "5 min 10 s about 5 min 00 s of training left",
+        "GPT-2 124M",
+        "ab" * 32,
+        "c0ffee",
+        "python pretrain.py --preset demo",
+    ):
+        assert said in page.words, said
+    assert "MFU" not in page.words
+
+
+def test_mfu_has_a_chart_when_it_was_measured(tmp_path):
+    assert "MFU 42" in page_of(make_run(tmp_path, [row(i, tokens_per_second=1.0, mfu=0.42) for i in (1, 2)])).words
+
+
+def test_half_lines_are_said(tmp_path):
+    page = page_of(make_run(tmp_path, [row(1), row(2)], tail='{"step": 3, "lo'))
+    assert "1 line of metrics.jsonl could not be read" in page.words
+    assert "step 2 of 300" in page.words
+
+
+def test_losses_that_are_not_finite_are_shown_as_such(tmp_path):
+    rows = [row(1), row(2, loss=None, grad_norm=None), row(3, loss=float("nan")), row(4)]
+    page = page_of(make_run(tmp_path, rows))
+    assert "2 of 4 steps not finite" in page.words
+    assert "not finite (2)" in page.words
+    said = [page.words, *(v for _, _, v in page.attributes if v)]
+    assert not [text for text in said if re.search(r"\b(nan|inf)\b", text, re.IGNORECASE)]
+
+
+def test_nothing_but_bad_losses_has_a_page(tmp_path):
+    assert "No loss yet" in page_of(make_run(tmp_path, [row(1, loss=None), row(2, loss=None)])).words
+
+
+def test_text_from_a_run_is_never_markup(tmp_path):
+    evil = '<script>alert("x")</script><img src=http://x.example/a.png onerror=y>'
+    config = CONFIG | {
+        "run": {"name": evil, "preset": evil, evil: evil},
+        "data": {"source": evil},
+        "device": {"name": evil},
+        "versions": {"aymen_gpt": evil},
+        "git_commit": evil,
+        "command": ["python", "pretrain.py", evil],
+    }
+    status = {"state": evil, "message": evil, "updated": evil}
+    samples = "".join(f"## step {i}\n> {evil}\n````text\nand so {evil}\n````\n" for i in (1, 2))
+    page = page_of(
+        make_run(tmp_path, [row(1, tokens_per_second=5.0)], config=config, status=status, samples=samples)
+    )
+    assert page.tags.count("script") == 1
+    assert "img" not in page.tags
+    assert page.words.count('alert("x")') > 10
+
+
+def test_the_page_loads_nothing(tmp_path):
+    path = write_report(make_run(tmp_path, [row(1)]))
+    html = path.read_text()
+    page = Page(html)
+    links = [(tag, v) for tag, k, v in page.attributes if k in ("src", "href", "action", "data", "xlink:href")]
+    assert links == [("link", "data:,")]
+    assert not re.search(r"https?://|url\(|@import", html)
+    policy = next(v for _, k, v in page.attributes if k == "content" and "default-src" in v)
+    assert policy.startswith("default-src 'none'")
+
+
+def test_scores_are_set_beside_anchors_of_their_own_protocol_only(tmp_path):
+    rows = [row(1, hellaswag={"n": 10042, "harness": {"acc_norm": 0.30, "acc_norm_stderr": 0.005}})]
+    page = page_of(make_run(tmp_path, rows))
+    assert "31.14" in page.words
+    assert "29.55" not in page.words
+    assert "GPT-3 Small *" in page.words
+    assert "not for comparison" in page.words
+
+
+def test_both_protocols_have_their_own_chart(tmp_path):
+    rows = [row(1, hellaswag={"n": 10, "completion": {"acc_norm": 0.3}, "harness": {"acc_norm": 0.31}})]
+    page = page_of(make_run(tmp_path, rows))
+    assert {"hellaswag-completion-t", "hellaswag-harness-t"} <= {v for _, k, v in page.attributes if k == "id"}
+
+
+def test_a_very_long_run_stays_small_and_keeps_its_spike(tmp_path):
+    rng = random.Random(0)
+    steps = 76_292
+    lines = ['{"step":0,"val_loss":10.9}\n']
+    for s in range(1, steps + 1):
+        loss = 9.5 if s == 40_000 else 2.8 + 8 * math.exp(-s / 500) + rng.gauss(0, 0.05)
+        lines.append(f'{{"step":{s},"loss":{loss:.4f},"lr":6e-4,"grad_norm":{rng.uniform(0.2, 0.4):.4f}}}\n')
+    sections = "".join(f"## step {s}\n> p\n````\n{'word ' * 1000}\n````\n" for s in range(0, steps, 250))
+    folder = make_run(tmp_path, config=CONFIG | {"run": {}}, samples=sections, tail="".join(lines))
+    path = write_report(folder)
+    assert path.stat().st_size < 1_500_000
+    html = path.read_text()
+    paths = re.findall(r'<path class="(\w+) (\w+)"[^>]* d="([^"]*)"', html)
+    assert paths
+    assert all(len(re.findall("[ML]", d)) <= 1001 for _, _, d in paths)
+    raw = next(d for _, css, d in paths if css == "raw")
+    x = round(10_000 * 40_000 / steps)
+    near = [int(y) for px, y in re.findall(r"(-?\d+) (-?\d+)", raw) if abs(int(px) - x) <= 20]
+    everything = [int(y) for px, y in re.findall(r"(-?\d+) (-?\d+)", raw) if int(px) > 1000]
+    assert min(near) == min(everything) < 1000  # the spike reaches the top of the frame
+    assert "The run begins at 10.90, above the frame" in html
+    assert html.count("word ") < 24 * 450
+    assert "24 of 306 moments" in html
+
+
+def test_any_key_may_be_absent_or_of_the_wrong_kind(tmp_path):
+    keys = list(CONFIG)
+    for i, key in enumerate(keys):
+        for wrong in (None, "text", [1], {"a": []}, 3):
+            build_page(read_run(make_run(tmp_path / f"r{i}", [row(1)], config=CONFIG | {key: wrong})))
+        less = {k: v for k, v in CONFIG.items() if k != key}
+        Page(build_page(read_run(make_run(tmp_path / f"r{i}", [row(1)], config=less))))
+
+
+def test_a_report_is_replaced_whole_and_leaves_nothing_beside(tmp_path):
+    folder = make_run(tmp_path, [row(1)])
+    (folder / "report.html").write_text("old")
+    first = write_report(folder).read_text()
+    assert first.endswith("</html>\n")
+    assert write_report(folder).read_text() == first
+    assert sorted(p.name for p in folder.iterdir()) == ["config.json", "metrics.jsonl", "report.html"]
+
+
+def test_a_folder_that_cannot_be_written_is_said(tmp_path):
+    folder = make_run(tmp_path, [row(1)])
+    (folder / "report.html").mkdir()
+    with pytest.raises(CannotWrite, match=r"cannot write .*report\.html"):
+        write_report(folder)
+
+
+def test_commands_continue_generate_and_score(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    folder = make_run(tmp_path / "runs" / "my run", [row(1)])
+    assert [line for _, line in commands(read_run(folder))] == [
+        "python pretrain.py --preset demo",
+        "python generate.py -m 'runs/my run' \"Once upon a time\"",
+        "python hellaswag.py -m 'runs/my run'",
+    ]
+    make_run(folder, config=CONFIG | {"world_size": 8})
+    again = commands(read_run(folder))[0][1]
+    assert again == "torchrun --standalone --nproc_per_node=8 pretrain.py --preset demo"
+    make_run(folder, config={"run": {"preset": "gpt2"}})
+    assert commands(read_run(folder))[0][1] == "python pretrain.py --preset gpt2 --run-dir 'runs/my run'"
+
+
+@pytest.mark.parametrize(
+    ("seconds", "text"),
+    [(42, "42 s"), (59.7, "1 min 00 s"), (500, "8 min 20 s"), (11_100, "3 h 05 min"), (187_200, "2 d 4 h")],
+)
+def test_durations(seconds, text):
+    assert duration(seconds) == text
+
+
+@pytest.mark.parametrize(
+    ("key", "value", "text"),
+    [
+        ("tokens_per_step", 4096, "4,096 tokens"),
+        ("learning_rate", 6e-4, "6e-4"),
+        ("weight_decay", 0.1, "0.1"),
+        ("compile", False, "no"),
+        ("seed", 1337, "1337"),
+        ("git_commit", None, "—"),
+        ("peak_tflops", 989.0, "989 TFLOP/s"),
+    ],
+)
+def test_configuration_values_have_units(key, value, text):
+    assert value_text(key, value) == text
+
+
+def test_neighbours_are_the_nearest_anchors_of_one_protocol():
+    assert [a.model for a in neighbours("completion", "acc_norm", 0.26)] == ["GPT-2 124M"]
+    assert [a.model for a in neighbours("completion", "acc_norm", 0.30)] == ["GPT-2 124M", "GPT-2 355M"]
+    assert [a.model for a in neighbours("harness", "acc_norm", 0.99)] == ["GPT-2 1558M"]
+    assert all(0.25 < a.value < 1 and a.source for a in ANCHORS)
