@@ -85,8 +85,6 @@ def test_a_module_becomes_headings_and_docstrings_in_source_order(rows):
         function(x)
         The same text as elsewhere.
 
-        compiled(x) -> y
-
         Documented from outside."""
     assert rows["pack:pack"]["text"] == textwrap.dedent(expected)
 
@@ -164,3 +162,23 @@ def test_a_real_module_reads_as_prose(tmp_path):
 def test_an_empty_corpus_is_an_error(tmp_path):
     with pytest.raises(DataError, match="built-in corpus is empty"):
         builtin.build(tmp_path, packages=[Package("none", "1", Path("/"), ())])
+
+
+@pytest.mark.parametrize(
+    ("paragraph", "kept"),
+    [
+        ("Return the list of names, or None.", True),
+        ("Parameters\n==========", False),
+        (">>> f(1)\nthe one and only result of it", False),
+        ("    x = [1, 2]\n    y = f(x)", False),
+        ("", False),
+    ],
+)
+def test_prose_is_kept_and_code_is_not(paragraph, kept):
+    assert builtin.is_prose(paragraph) == kept
+
+
+def test_lines_are_joined_inside_sentences_only():
+    assert builtin.unwrap("Return the list,\n    or None.\nAn error is raised (\n") == (
+        "Return the list, or None.\nAn error is raised ("
+    )

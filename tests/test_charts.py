@@ -88,6 +88,7 @@ def test_tick_labels_have_the_digits_that_tell_them_apart():
     assert tick_labels([3.0, 3.5, 4.0]) == ["3.0", "3.5", "4.0"]
     assert tick_labels([0, 2e-4, 4e-4]) == ["0", "2e-4", "4e-4"]
     assert tick_labels([0, 1000, 2000]) == ["0", "1,000", "2,000"]
+    assert tick_labels([0, 2500, 5000, 7500, 10_000]) == ["0", "2.5K", "5K", "7.5K", "10K"]
     assert tick_labels([0, 500_000, 1_000_000]) == ["0", "500K", "1M"]
 
 

@@ -85,8 +85,14 @@ def test_the_order_never_changes_between_releases(tmp_path):
     """Golden values: a run started with one version of us or of numpy is continued exactly by another."""
     folder = write(tmp_path / "d", [[EOT, i, EOT, i + 1, i + 2, EOT, i + 3] for i in (10, 20, 30)])
     rows = TokenRows(folder, "train", block_size=2, seed=42).rows(0, 18)
-    assert rows[:9, 1].tolist() == [33, 31, 50256, 13, 10, 11, 20, 23, 21]
-    assert rows[9:, 1].tolist() == [31, 50256, 50256, 20, 21, 50256, 10, 13, 11]
+    assert rows[:9, 1].tolist() == [50256, 31, 33, 13, 11, 10, 21, 23, 20]
+    assert rows[9:, 1].tolist() == [50256, 31, 50256, 21, 50256, 20, 10, 13, 11]
+
+
+def test_a_batch_is_not_a_stretch_of_one_long_document(tmp_path):
+    folder = write(tmp_path / "d", [[EOT, *range(8000), *([EOT, 9000] * 10)]])
+    first = TokenRows(folder, "train", block_size=T, seed=0).rows(0, 64)[:, 1]
+    assert np.median(np.abs(np.diff(np.sort(first.astype(int))))) > 2 * T
 
 
 def test_without_a_seed_rows_follow_the_files(tmp_path):

@@ -289,6 +289,14 @@ def test_durations(seconds, text):
         ("seed", 1337, "1337"),
         ("git_commit", None, "—"),
         ("peak_tflops", 989.0, "989 TFLOP/s"),
+        ("memory_gb", 25.2765, "25.28 GB"),
+        ("warmup_steps", 1, "1 update"),
+        (
+            "source",
+            {"repo": "a/b", "revision": None, "files": [{"name": "x", "sha256": "0"}]},
+            "repo: a/b, files: x",
+        ),
+        ("files", ["a", "b", "c", "d", "e"], "a, b, c and 2 more"),
     ],
 )
 def test_configuration_values_have_units(key, value, text):

@@ -174,12 +174,15 @@ def test_only_tokens_that_predict_reach_the_output_layer(monkeypatch):
     assert seen[-1] == 1 + (5 - 1) + 0 + (7 - 1) + (3 - 1)  # the last context token serves all four
 
 
-def test_shapes_are_few():
-    rows = scoring.pack(make_examples(200, ending=(1, 8)), CONFIG.block_size)
-    shapes = {(len(chosen), length) for chosen, length in scoring.batches(rows, 256)}
-    lengths = {length for _, length in shapes}
+def test_shapes_are_few_and_hold_little_padding():
+    rows = scoring.pack(make_examples(300, context=(10, 40)), CONFIG.block_size)
+    made = list(scoring.batches(rows, 512))
+    assert sorted(len(row) for chosen, _ in made for row in chosen) == sorted(map(len, rows))
+    lengths = {length for _, length in made}
     assert all(length % scoring.LENGTH_STEP == 0 for length in lengths)
-    assert len(shapes) <= len(lengths) + 1  # one size per length, and a last batch that is not full
+    assert len({(len(chosen), length) for chosen, length in made}) <= 2 * len(lengths)  # full ones, and a rest
+    assert all(len(chosen) * length <= 512 for chosen, length in made)
+    assert sum(len(chosen) * length for chosen, length in made) < 1.2 * sum(map(len, rows))
 
 
 def test_progress_ends_with_all_endings():

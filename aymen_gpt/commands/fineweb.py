@@ -127,7 +127,7 @@ class Reporter:
             return
         if self.first is None:
             self.first = event.totals.bytes, event.fraction
-            self.began = now
+            self.began = self.shown = now
         if now - self.shown >= (0.2 if self.bar is not None else EVERY):
             self.shown = now
             self._show(event, now - self.began)

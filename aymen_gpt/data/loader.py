@@ -1,8 +1,9 @@
 """From token shards to rows of training data, in an order that is a pure function of (seed, epoch).
 
 Epoch e permutes the shards and, inside each shard, the documents. The permuted shard is one stream of n
-tokens, cut into (n - 1) // block_size rows of block_size + 1 tokens: a row's last token is the next row's
-first, so that every token is a target once an epoch; the tail of a shard that fills no row is dropped.
+tokens, cut into (n - 1) // block_size rows of block_size + 1 tokens: a row's last token is the first of the
+row behind it, so that every token is a target once an epoch; the tail of a shard that fills no row is dropped.
+The rows of a shard are permuted too, or a batch would be little more than one book where documents are long.
 Row g of the whole run is found by arithmetic: there is no state to save, and resuming is a seek.
 
 Permutations come from numpy's SeedSequence and raw Philox numbers, which numpy promises never to change.
@@ -38,11 +39,12 @@ class DocumentRead:
 
 @dataclass(frozen=True)
 class _Order:
-    """The D documents of one shard in the order of one epoch."""
+    """The D documents and R rows of one shard in the order of one epoch."""
 
     documents: np.ndarray  # (D,) their numbers in the shard
     begins: np.ndarray  # (D,) where each begins in the shard
     bounds: np.ndarray  # (D + 1,) where each begins in the epoch's stream, and the stream's end
+    rows: np.ndarray  # (R,) which row of the stream is read first, second, ...
 
 
 class TokenRows:
@@ -71,38 +73,35 @@ class TokenRows:
         self._tokens = lru_cache(KEPT)(self._map)
         self._begins = lru_cache(KEPT)(self._find_documents)
         self._order = lru_cache(KEPT)(self._order_documents)
+        self._sources = lru_cache(KEPT)(lambda shard: read_document_sources(self.paths[shard]))
 
     def rows(self, start: int, count: int) -> np.ndarray:
         """Rows start to start + count of the run, over as many epochs as it takes.
 
         (count, block_size + 1) uint16; row[:-1] is the input, row[1:] the target.
         """
-        T = self.block_size
-        out = np.empty((count, T + 1), np.uint16)
-        done = 0
-        for epoch, shard, first, n_rows in self._spans(start, count):
-            tokens = self._tokens(shard)
-            pieces = [tokens[begin:end] for _, begin, end in self._pieces(epoch, shard, first, n_rows)]
-            stream = np.concatenate(pieces)  # (n_rows * T + 1,)
-            out[done : done + n_rows] = np.lib.stride_tricks.sliding_window_view(stream, T + 1)[::T]
-            done += n_rows
+        out = np.empty((count, self.block_size + 1), np.uint16)
+        for row, (epoch, shard, place) in zip(out, self._places(start, count), strict=True):
+            tokens, filled = self._tokens(shard), 0
+            for _, begin, end in self._pieces(epoch, shard, place):
+                row[filled : filled + end - begin] = tokens[begin:end]
+                filled += end - begin
         return out
 
     def documents(self, start: int, count: int) -> list[DocumentRead]:
         """Which documents the rows start to start + count read, in reading order."""
         reads = []
-        for row in range(start, start + count):
-            for epoch, shard, first, _ in self._spans(row, 1):
-                sources = read_document_sources(self.paths[shard])
-                for number, begin, end in self._pieces(epoch, shard, first, 1):
-                    id, url = sources[number] if sources else (None, None)
-                    offset = begin - int(self._begins(shard)[number])
-                    name = self.paths[shard].name
-                    reads.append(DocumentRead(row, name, number, offset, end - begin, id, url))
+        for row, (epoch, shard, place) in enumerate(self._places(start, count), start):
+            sources = self._sources(shard)
+            for number, begin, end in self._pieces(epoch, shard, place):
+                id, url = sources[number] if sources else (None, None)
+                offset = begin - int(self._begins(shard)[number])
+                name = self.paths[shard].name
+                reads.append(DocumentRead(row, name, number, offset, end - begin, id, url))
         return reads
 
-    def _spans(self, start: int, count: int) -> Iterator[tuple[int, int, int, int]]:
-        """(epoch, shard, first row in it, number of rows): the runs of rows that make up the request."""
+    def _places(self, start: int, count: int) -> Iterator[tuple[int, int, int]]:
+        """(epoch, shard, row of the shard's stream) of each row of the request."""
         row, stop = start, start + count
         while row < stop:
             epoch, row_of_epoch = divmod(row, self.rows_per_epoch)
@@ -110,14 +109,15 @@ class TokenRows:
             ends = np.cumsum(self._shard_rows[order])
             place = int(np.searchsorted(ends, row_of_epoch, side="right"))
             shard, left = int(order[place]), int(ends[place]) - row_of_epoch
-            n_rows = min(left, stop - row)
-            yield epoch, shard, int(self._shard_rows[shard]) - left, n_rows
+            first, n_rows = int(self._shard_rows[shard]) - left, min(left, stop - row)
+            for place in self._order(epoch, shard).rows[first : first + n_rows].tolist():
+                yield epoch, shard, place
             row += n_rows
 
-    def _pieces(self, epoch: int, shard: int, first: int, n_rows: int) -> Iterator[tuple[int, int, int]]:
-        """(document, begin, end in the shard): what rows first to first + n_rows of the shard's stream read."""
+    def _pieces(self, epoch: int, shard: int, place: int) -> Iterator[tuple[int, int, int]]:
+        """(document, begin, end in the shard): what one row of the shard's stream reads."""
         order = self._order(epoch, shard)
-        start, stop = first * self.block_size, (first + n_rows) * self.block_size + 1
+        start, stop = place * self.block_size, (place + 1) * self.block_size + 1
         a = int(np.searchsorted(order.bounds, start, side="right")) - 1
         b = int(np.searchsorted(order.bounds, stop, side="left"))
         bounds = order.bounds[a : b + 1].tolist()
@@ -141,7 +141,8 @@ class TokenRows:
         lengths = np.diff(begins, append=len(self._tokens(shard)))
         documents = self._permutation(len(begins), epoch, shard)
         bounds = np.concatenate([[0], np.cumsum(lengths[documents])])
-        return _Order(documents, begins[documents], bounds)
+        rows = self._permutation(int(self._shard_rows[shard]), epoch, shard, 1)
+        return _Order(documents, begins[documents], bounds, rows)
 
     def _permutation(self, n: int, *key: int) -> np.ndarray:
         """(n,) a permutation of range(n), a pure function of the seed and the key; in order without a seed."""

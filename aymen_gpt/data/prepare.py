@@ -242,6 +242,8 @@ def prepare(options: PrepareOptions, report: Report) -> Summary:
             if manifest["complete"]:
                 shards.check_shards(options.out)
                 return _summary(options.out, manifest, already=True)
+        if "builtin" in options.source:
+            report("gathering the documentation that is installed with Python (half a minute the first time)")
         source = _open_source(options, manifest)
         if manifest is None:
             manifest = _new_manifest(options, source, _val_tokens(options, source))

@@ -57,10 +57,11 @@ def encode(text: str) -> np.ndarray:
     ``<|endoftext|>`` in the text is plain text (7 ids), never id 50256; lone surrogates become U+FFFD.
     """
     try:
-        ids = [gpt2().encode_to_numpy(piece, disallowed_special=()) for piece in _pieces(text)]
+        pieces = (gpt2().encode_to_numpy(piece, disallowed_special=()) for piece in _pieces(text))
+        ids = [piece.astype(np.uint16) for piece in pieces]
     except UnicodeEncodeError:  # a lone surrogate, as JSON can carry
         return encode(text.encode("utf-16", "surrogatepass").decode("utf-16", "replace"))
-    return np.concatenate(ids).astype(np.uint16) if ids else np.empty(0, np.uint16)
+    return np.concatenate(ids) if ids else np.empty(0, np.uint16)
 
 
 def _pieces(text: str) -> Iterator[str]:

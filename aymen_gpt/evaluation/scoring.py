@@ -150,14 +150,19 @@ def pack(examples: Sequence[TokenizedExample], block_size: int) -> list[PackedRo
 
 
 def batches(rows: list[PackedRow], batch_tokens: int) -> Iterator[tuple[list[PackedRow], int]]:
-    """Rows and their padded length, longest first: a device that is too small fails at once."""
+    """Rows and their padded length, longest first: a device that is too small fails at once.
+
+    A batch ends at ``batch_tokens``, or at a row that is shorter by a fifth than its longest.
+    """
     rows = sorted(rows, key=len, reverse=True)
     start = 0
     while start < len(rows):
-        length = -(-len(rows[start]) // LENGTH_STEP) * LENGTH_STEP
+        longest = len(rows[start])
+        length = -(-longest // LENGTH_STEP) * LENGTH_STEP
         size = max(1, batch_tokens // length)
-        yield rows[start : start + size], length
-        start += size
+        chosen = [row for row in rows[start : start + size] if len(row) >= 0.8 * longest]
+        yield chosen, length
+        start += len(chosen)
 
 
 def collate(rows: list[PackedRow], length: int, device: torch.device) -> Batch:

@@ -45,7 +45,7 @@ def tick_labels(ticks: Sequence[float]) -> list[str]:
     """Even ticks with the digits that tell them apart: [3, 3.5] -> "3.0", "3.5"; [0, 2e-4] -> "0", "2e-4"."""
     big = max((abs(t) for t in ticks), default=0.0)
     if len(ticks) < 2 or big >= 10_000 or big < 0.01:
-        return [human(t) for t in ticks]
+        return [f"{t / 1000:g}K" if 1000 <= abs(t) < 9995 <= big else human(t) for t in ticks]
     digits = max(0, -math.floor(math.log10(ticks[1] - ticks[0]) + 1e-9))
     return [f"{t:,.{digits}f}" for t in ticks]
 

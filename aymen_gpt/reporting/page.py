@@ -7,7 +7,6 @@ a Content-Security-Policy forbids the page to load anything at all.
 
 import base64
 import hashlib
-import json
 import math
 import shlex
 from collections.abc import Callable, Sequence
@@ -86,15 +85,20 @@ def value_text(key: str, value: Any) -> str:
         return "—"
     if isinstance(value, bool):
         return "yes" if value else "no"
-    if isinstance(value, dict | list):
-        return json.dumps(value, ensure_ascii=False)
+    if isinstance(value, dict):
+        said = {k: value_text(k, v) for k, v in value.items() if v is not None}
+        return said.get("name") or ", ".join(f"{k}: {text}" for k, text in said.items())
+    if isinstance(value, list):
+        more = f" and {len(value) - 3:,} more" if len(value) > 3 else ""
+        return ", ".join(value_text("", v) for v in value[:3]) + more
     if isinstance(value, str) or number(value) is None:
         return str(value)
     if isinstance(value, int):
         text = str(value) if key == "seed" else f"{value:,}"
     else:
-        text = human(value) if abs(value) < 0.01 else f"{value:,.6g}"
-    return f"{text} {UNITS[key]}" if key in UNITS else text
+        text = human(value) if abs(value) < 0.01 else f"{value:,.4g}" if abs(value) < 1e4 else f"{value:,.0f}"
+    unit = UNITS.get(key, "")
+    return f"{text} {unit.removesuffix('s') if value == 1 else unit}".rstrip()
 
 
 def describe_model(run: Run) -> str:
@@ -585,12 +589,12 @@ def write_report(folder: Path) -> Path:
 
 STYLE = """
 :root{--bg:#fcfbf8;--ink:#1b1c20;--soft:#5f626b;--line:#dcd9d0;--grid:#ece9e2;--panel:#f5f3ee;
---train:#2b5bc7;--val:#b8450f;--bad:#b3261e;--good:#1d7346;--wait:#8a5a00;
+--train:#2b5bc7;--val:#b8450f;--bad:#b3261e;--good:#1d7346;--wait:#8a5a00;--faint:.38;
 --serif:"Iowan Old Style","Palatino Linotype",Palatino,"Book Antiqua",Georgia,serif;
 --sans:system-ui,-apple-system,"Segoe UI",Roboto,"Helvetica Neue",Arial,sans-serif;
 --mono:ui-monospace,"SF Mono",Menlo,Consolas,"Liberation Mono",monospace}
 @media screen and (prefers-color-scheme:dark){:root{--bg:#131418;--ink:#e8e6e1;--soft:#a0a2ab;--line:#34363d;
---grid:#25272d;--panel:#1b1d22;--train:#88abf7;--val:#f0935e;--bad:#ff8a80;--good:#6fcb95;--wait:#e0b25a}}
+--grid:#25272d;--panel:#1b1d22;--train:#88abf7;--val:#f0935e;--bad:#ff8a80;--good:#6fcb95;--wait:#e0b25a;--faint:.5}}
 *{box-sizing:border-box}
 html{-webkit-text-size-adjust:100%;text-size-adjust:100%}
 body{margin:0;background:var(--bg);color:var(--ink);font:15px/1.55 var(--sans);font-variant-numeric:tabular-nums}
@@ -650,7 +654,7 @@ svg.curves{overflow:hidden}
 .chart .x{text-anchor:middle;transform:translateY(19px)}
 .chart .unit{text-anchor:end;transform:translateY(36px)}
 .curve,.join{fill:none;stroke:currentColor;stroke-linejoin:round;stroke-linecap:round;stroke-width:1.8}
-.curve.raw{stroke-width:1;stroke-opacity:.38}
+.curve.raw{stroke-width:1;stroke-opacity:var(--faint)}
 .join{stroke-width:1;stroke-opacity:.5}
 .dots circle{fill:currentColor;stroke:var(--bg);stroke-width:.8}
 .dots.many circle{stroke:none}
@@ -692,7 +696,7 @@ footer{margin-top:56px;padding-top:14px;border-top:1px solid var(--line);color:v
 @media (max-width:680px){main{padding:28px 18px 32px}section{margin-top:40px}
 .tiles{grid-template-columns:1fr 1fr;gap:22px 18px}.tiles b{font-size:24px}
 .small,.small.n4,.facts{grid-template-columns:1fr}
-.tiles div:last-child{grid-column:1/-1}.curve.raw{stroke-opacity:.26}.spare{display:none}
+.tiles div:last-child{grid-column:1/-1}.curve.raw{stroke-opacity:calc(var(--faint)*.7)}.spare{display:none}
 .plot{padding:0 12px 40px 44px}.labelled .plot{padding-right:98px}
 .level .shown{transform:translate(8px,7px)}.level .name{transform:translate(8px,-6px)}
 figcaption{display:block}output{left:44px;right:76px}.legend{margin-top:4px}
