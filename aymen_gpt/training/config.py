@@ -110,13 +110,13 @@ RECIPES: dict[str, dict[str, Any]] = {
     "demo": {
         "data": "data/builtin",
         "block_size": 256,
-        "steps": 300,
-        "tokens_per_step": 4096,
-        "learning_rate": 2e-3,
-        "val_every": 50,
+        "steps": 1000,
+        "tokens_per_step": 1024,
+        "learning_rate": 3e-3,
+        "val_every": 200,
         "val_tokens": 2**15,
         "hellaswag_every": 0,
-        "checkpoint_every": 50,
+        "checkpoint_every": 100,
     },
     "tiny": {
         "data": "data/builtin",

@@ -123,19 +123,16 @@ class Trainer:
         return total.item() / (count * self.config.block_size)
 
     def sample(self, step: int) -> str:
-        """A section of samples.md: the model goes on from the first words of three validation documents."""
-        encoding = tokenizer.gpt2()
+        """A section of samples.md: the model goes on from 16 tokens at three places of the validation text."""
+        encoding, places = tokenizer.gpt2(), 3
         section = f"## step {step}\n"
-        for prompt in self._prompts():
+        for place in range(places):
+            row = self.val_rows.rows(place * self.val_rows.rows_per_epoch // places, 1)[0]
+            prompt = [token for token in row[:16].tolist() if token != tokenizer.EOT] or [tokenizer.EOT]
             continuation = generate(self.model, prompt, 64, top_k=50, seed=self.config.seed, stop=tokenizer.EOT)
             text = encoding.decode(list(continuation))
             section += f"\n> {encoding.decode(prompt).strip().replace(chr(10), ' ')}\n\n````text\n{text}\n````\n"
         return section
-
-    def _prompts(self) -> list[list[int]]:
-        tokens = self.val_rows.rows(0, min(64, self.val_rows.rows_per_epoch))[:, :-1].ravel()
-        starts = np.flatnonzero(tokens == tokenizer.EOT)[:3]
-        return [tokens[s + 1 : s + 9].tolist() for s in starts if s + 9 < len(tokens)]
 
     def snapshot(self, row: dict[str, Any]) -> checkpoint.Snapshot:
         step = row["step"]
