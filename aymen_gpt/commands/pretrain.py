@@ -97,7 +97,7 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def show_batch(config: TrainConfig, step: int) -> int:
-    """Print what update ``step`` (1 is the first, as in metrics.jsonl) reads, a line for each piece of a document."""
+    """Print what step ``step`` of metrics.jsonl reads, a line for each piece of a document."""
     from aymen_gpt.data.loader import TokenRows
 
     if step < 1:
