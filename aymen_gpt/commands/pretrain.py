@@ -140,6 +140,9 @@ def scorer(config: TrainConfig, device: "Device", ranks: "Ranks") -> "Callable[[
 
     from aymen_gpt.evaluation import hellaswag
 
+    if ranks.is_first:
+        hellaswag.load_examples()  # one download, not one a rank
+    ranks.wait()
     examples = hellaswag.evenly_spaced(hellaswag.load_examples(), config.hellaswag_limit or None)
     mine = examples[ranks.rank :: ranks.world_size]
 
