@@ -6,6 +6,7 @@ HellaSwag and lets it write. What is already done is not done again.
 
 import json
 import os
+import shlex
 import signal
 import subprocess
 import sys
@@ -45,7 +46,7 @@ def stage(number: int, title: str) -> None:
 
 
 def command(*words: str) -> list[str]:
-    print(f"$ python {' '.join(words)}", flush=True)
+    print(f"$ python {shlex.join(words)}", flush=True)
     return [sys.executable, *words]
 
 

@@ -115,7 +115,8 @@ RECIPES: dict[str, dict[str, Any]] = {
         "learning_rate": 3e-3,
         "val_every": 200,
         "val_tokens": 2**15,
-        "hellaswag_every": 0,
+        "hellaswag_every": 500,
+        "hellaswag_limit": 250,
         "checkpoint_every": 100,
     },
     "tiny": {

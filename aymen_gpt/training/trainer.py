@@ -142,7 +142,9 @@ class Trainer:
         for place in range(places):
             row = self.val_rows.rows(place * self.val_rows.rows_per_epoch // places, 1)[0]
             prompt = [token for token in row[:16].tolist() if token != tokenizer.EOT] or [tokenizer.EOT]
-            continuation = generate(self.model, prompt, 64, top_k=50, seed=self.config.seed, stop=tokenizer.EOT)
+            continuation = generate(
+                self.model, prompt, 64, temperature=0.8, top_k=50, seed=self.config.seed, stop=tokenizer.EOT
+            )
             text = encoding.decode(list(continuation))
             section += f"\n> {encoding.decode(prompt).strip().replace(chr(10), ' ')}\n\n````text\n{text}\n````\n"
         return section
