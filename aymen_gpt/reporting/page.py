@@ -13,6 +13,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from html import escape
+from importlib import resources
 from pathlib import Path
 from typing import Any
 
@@ -560,19 +561,20 @@ def build_page(run: Run) -> str:
     view = View.of(run)
     tiles = (_loss_tile, _val_tile, _hellaswag_tile, _speed_tile, _time_tile)
     version = str(run.get("versions", "aymen_gpt") or "")
-    script_hash = base64.b64encode(hashlib.sha256(SCRIPT.encode()).digest()).decode()
+    style, script = ((resources.files(__package__) / f"page.{kind}").read_text("utf-8") for kind in ("css", "js"))
+    script_hash = base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()
     policy = f"default-src 'none'; style-src 'unsafe-inline'; img-src data:; script-src 'sha256-{script_hash}'"
     return (
         '<!DOCTYPE html>\n<html lang="en"><head><meta charset="utf-8">'
         f'<meta http-equiv="Content-Security-Policy" content="{policy}">'
         '<meta name="viewport" content="width=device-width, initial-scale=1">'
         '<meta name="color-scheme" content="light dark"><link rel="icon" href="data:,">'
-        f"<title>{escape(run.name)} · Aymen-GPT</title>\n<style>{STYLE}</style></head>\n<body><main>"
+        f"<title>{escape(run.name)} · Aymen-GPT</title>\n<style>{style}</style></head>\n<body><main>"
         f'{_header(view)}<dl class="tiles">{"".join(tile(view) for tile in tiles)}</dl>\n'
         f"{_charts(view)}\n{_samples(view)}\n{_configuration(view)}\n{_commands(run)}"
         f"<footer>Aymen-GPT {escape(version)} · made from config.json, metrics.jsonl, status.json and samples.md "
         "beside this file; it loads nothing else.</footer>"
-        f"</main><script>{SCRIPT}</script></body></html>\n"
+        f"</main><script>{script}</script></body></html>\n"
     )
 
 
@@ -585,162 +587,3 @@ def write_report(folder: Path) -> Path:
     except OSError as error:
         raise CannotWrite(f"cannot write {path}: {error.strerror or error}") from error
     return path
-
-
-STYLE = """
-:root{--bg:#fcfbf8;--ink:#1b1c20;--soft:#5f626b;--line:#dcd9d0;--grid:#ece9e2;--panel:#f5f3ee;
---train:#2b5bc7;--val:#b8450f;--bad:#b3261e;--good:#1d7346;--wait:#8a5a00;--faint:.38;
---serif:"Iowan Old Style","Palatino Linotype",Palatino,"Book Antiqua",Georgia,serif;
---sans:system-ui,-apple-system,"Segoe UI",Roboto,"Helvetica Neue",Arial,sans-serif;
---mono:ui-monospace,"SF Mono",Menlo,Consolas,"Liberation Mono",monospace}
-@media screen and (prefers-color-scheme:dark){:root{--bg:#131418;--ink:#e8e6e1;--soft:#a0a2ab;--line:#34363d;
---grid:#25272d;--panel:#1b1d22;--train:#88abf7;--val:#f0935e;--bad:#ff8a80;--good:#6fcb95;--wait:#e0b25a;--faint:.5}}
-*{box-sizing:border-box}
-html{-webkit-text-size-adjust:100%;text-size-adjust:100%}
-body{margin:0;background:var(--bg);color:var(--ink);font:15px/1.55 var(--sans);font-variant-numeric:tabular-nums}
-main{max-width:1120px;margin:0 auto;padding:48px 32px 40px}
-h1,h2{font-family:var(--serif);font-weight:600;letter-spacing:-.01em;line-height:1.15;overflow-wrap:anywhere}
-h1{font-size:clamp(30px,5vw,44px);margin:4px 0 6px}
-h2{font-size:24px;margin:0 0 16px}
-h3{font-size:15px;font-weight:600;margin:0}
-h3 span,summary span{color:var(--soft);font-weight:400}
-p{margin:0}
-section{margin-top:52px}
-.over{color:var(--soft);font-size:13px;letter-spacing:.02em}
-.lead{font-family:var(--serif);font-size:18px;color:var(--soft)}
-.status{display:flex;flex-wrap:wrap;align-items:center;gap:4px 20px;margin:22px 0 10px;font-size:14px}
-.state{display:inline-flex;align-items:center;gap:8px;font-weight:600;color:var(--tone)}
-.state::before{content:"";width:9px;height:9px;border-radius:50%;background:currentColor}
-.running{--tone:var(--train)}.done{--tone:var(--good)}.stopped{--tone:var(--wait)}.failed{--tone:var(--bad)}
-.unknown{--tone:var(--soft)}
-.bar{height:3px;background:var(--line);border-radius:2px;overflow:hidden}
-.bar i{display:block;height:100%;background:var(--tone)}
-.note{color:var(--soft);font-size:13px;margin-top:10px;max-width:80ch}
-.warn{color:var(--wait)}
-.tiles{display:grid;grid-template-columns:repeat(5,1fr);gap:28px 24px;margin:36px 0 0}
-.tiles div{border-top:1px solid var(--ink);padding-top:10px;min-width:0}
-.tiles dt{font-size:13px;color:var(--soft)}
-.tiles dd{margin:0}
-.tiles b{font-size:27px;font-weight:600;letter-spacing:-.02em;line-height:1.4;white-space:nowrap}
-.tiles small{font-size:13px;color:var(--soft);white-space:nowrap}
-.tiles p{font-size:13px;line-height:1.4;color:var(--soft);overflow-wrap:anywhere}
-figure{margin:0 0 44px;min-width:0}
-figcaption{display:flex;flex-wrap:wrap;align-items:baseline;gap:2px 22px;min-height:24px;margin-bottom:14px}
-output{position:absolute;left:54px;right:110px;bottom:0;font-size:12px;line-height:15px;color:var(--soft)}
-output{white-space:nowrap;overflow:hidden;text-overflow:ellipsis}
-.legend{display:flex;flex-wrap:wrap;gap:2px 18px;list-style:none;margin:0;padding:0;font-size:13px}
-.legend{color:var(--soft)}
-.legend li{display:inline-flex;align-items:center;gap:7px}
-.key{display:inline-block;width:16px;height:0;border-top:2px solid currentColor}
-.key.dots{width:8px;height:8px;border:0;border-radius:50%;background:currentColor}
-.key.rug{width:0;height:10px;border:0;border-left:2px solid currentColor}
-.key.raw{opacity:.45}
-.raw,.train{color:var(--train)}.val{color:var(--val)}.bad{color:var(--bad)}
-.plot{position:relative;padding:0 18px 40px 54px}
-.labelled .plot{padding-right:172px}
-.small{display:grid;grid-template-columns:repeat(3,1fr);gap:0 36px}
-.small.n4{grid-template-columns:repeat(2,1fr)}
-.small figure{display:flex;flex-direction:column}
-.small .plot{margin-top:auto}
-.small figcaption{display:block;margin-bottom:8px}
-svg{display:block;overflow:visible}
-svg.curves{overflow:hidden}
-.area{fill:transparent}
-.grid line{stroke:var(--grid)}
-.axis line{stroke:var(--soft);stroke-opacity:.6}
-.axis .tick{transform:translateY(2.5px);stroke-width:1}
-.chart text{font:12px var(--sans);font-variant-numeric:tabular-nums;fill:var(--soft)}
-.chart .y{text-anchor:end;dominant-baseline:central}
-.chart .x{text-anchor:middle;transform:translateY(19px)}
-.chart .unit{text-anchor:end;transform:translateY(36px)}
-.curve,.join{fill:none;stroke:currentColor;stroke-linejoin:round;stroke-linecap:round;stroke-width:1.8}
-.curve.raw{stroke-width:1;stroke-opacity:var(--faint)}
-.join{stroke-width:1;stroke-opacity:.5}
-.dots circle{fill:currentColor;stroke:var(--bg);stroke-width:.8}
-.dots.many circle{stroke:none}
-.dots line{stroke:currentColor;stroke-opacity:.55}
-.rug line{stroke:currentColor;stroke-width:1.5}
-.level line{stroke:var(--soft);stroke-dasharray:6 4}
-.level.paper line{stroke-dasharray:1 4;stroke-linecap:round;stroke-width:1.4}
-.level.chance line{stroke-dasharray:none;stroke-opacity:.55}
-.level text{dominant-baseline:central;transform:translateX(10px)}
-.level .name{transform:translateX(66px);fill:var(--ink)}
-.cursor{stroke:var(--soft);stroke-opacity:.5;pointer-events:none}
-.absent{color:var(--soft);padding:22px 0;border-top:1px solid var(--line);border-bottom:1px solid var(--line)}
-details{border-top:1px solid var(--line)}
-details:last-of-type{border-bottom:1px solid var(--line)}
-summary{padding:10px 2px;cursor:pointer;font-weight:600;white-space:nowrap;overflow:hidden;text-overflow:ellipsis}
-summary span{margin-left:10px;font-size:14px}
-summary:focus-visible{outline:2px solid var(--train);outline-offset:2px}
-.texts{display:grid;grid-template-columns:repeat(auto-fit,minmax(min(100%,440px),1fr));gap:16px}
-.texts{padding:12px 0 24px}
-blockquote{margin:0;padding:16px 20px;background:var(--panel);border-radius:6px;min-width:0}
-blockquote p{font:16px/1.6 var(--serif);white-space:pre-wrap;overflow-wrap:anywhere}
-table{border-collapse:collapse;width:100%;font-size:14px}
-th,td{text-align:left;vertical-align:top;padding:6px 0;border-top:1px solid var(--grid);font-weight:400}
-th{color:var(--soft);padding-right:24px;white-space:nowrap;width:1%}
-td{overflow-wrap:anywhere}
-.facts{display:grid;grid-template-columns:1fr 1fr;gap:0 48px}
-.facts h3{margin-bottom:8px}
-.facts>div>div{margin-bottom:28px}
-.scroll{overflow-x:auto;max-height:420px;overflow-y:auto;margin-bottom:20px}
-.numbers th,.numbers td{text-align:right;white-space:nowrap;padding:5px 0 5px 20px;width:auto}
-.numbers th{position:sticky;top:0;background:var(--bg);border:0}
-.commands{margin:0}
-.commands dt{font-size:13px;color:var(--soft);margin-bottom:4px}
-.commands dd{margin:0 0 16px}
-code{display:block;font:13.5px/1.5 var(--mono);background:var(--panel);padding:10px 14px;border-radius:6px;
-overflow-wrap:anywhere;user-select:all}
-footer{margin-top:56px;padding-top:14px;border-top:1px solid var(--line);color:var(--soft);font-size:13px}
-@media (max-width:900px){.tiles{grid-template-columns:repeat(3,1fr)}.small{grid-template-columns:1fr 1fr}}
-@media (max-width:680px){main{padding:28px 18px 32px}section{margin-top:40px}
-.tiles{grid-template-columns:1fr 1fr;gap:22px 18px}.tiles b{font-size:24px}
-.small,.small.n4,.facts{grid-template-columns:1fr}
-.tiles div:last-child{grid-column:1/-1}.curve.raw{stroke-opacity:calc(var(--faint)*.7)}.spare{display:none}
-.plot{padding:0 12px 40px 44px}.labelled .plot{padding-right:98px}
-.level .shown{transform:translate(8px,7px)}.level .name{transform:translate(8px,-6px)}
-figcaption{display:block}output{left:44px;right:76px}.legend{margin-top:4px}
-summary span{display:block;margin:0;overflow:hidden;text-overflow:ellipsis}
-blockquote{padding:14px 16px}th{white-space:normal;width:44%}}
-@media print{:root{--bg:#fff;--panel:#f6f6f6}
-body{font-size:11pt}main{max-width:none;padding:0}figure,blockquote,tr{break-inside:avoid}
-.scroll{max-height:none}section{margin-top:28px}code{border:1px solid var(--line)}
-details::details-content{content-visibility:visible;display:block}
-*{-webkit-print-color-adjust:exact;print-color-adjust:exact}}
-"""
-
-SCRIPT = """
-const short = v => { const a = Math.abs(v);
-  for (const [s, l] of [[1e12, 'T'], [1e9, 'B'], [1e6, 'M'], [1e4, 'K']])
-    if (a >= s) return +(v / (l === 'K' ? 1e3 : s)).toPrecision(3) + l;
-  return a && a < 0.01 ? v.toExponential(2).replace(/\\.?0+e/, 'e') : String(+v.toPrecision(4)); };
-for (const svg of document.querySelectorAll('svg.chart')) {
-  const title = svg.querySelector('title');
-  svg.setAttribute('aria-label', title.textContent);
-  svg.setAttribute('aria-describedby', svg.querySelector('desc').id);
-  svg.removeAttribute('aria-labelledby');
-  title.remove();
-  const [x0, x1] = svg.dataset.x.split(' ').map(Number), [y0, y1] = svg.dataset.y.split(' ').map(Number);
-  const yunit = svg.dataset.unit;
-  const log = svg.dataset.log === '1', out = svg.closest('figure').querySelector('output');
-  const curves = [...svg.querySelectorAll('path[data-name]')].map(p => ({
-    name: p.dataset.name.replace(/^(train, )?each step| of .*|idation$/g, ''),
-    at: [...p.getAttribute('d').matchAll(/(-?\\d+) (-?\\d+)/g)].map(m => [m[1] / 1e4, 1 - m[2] / 1e4]) }));
-  const cursor = document.createElementNS(svg.namespaceURI, 'line');
-  cursor.setAttribute('class', 'cursor'); cursor.setAttribute('y2', '100%');
-  svg.addEventListener('pointermove', event => {
-    const box = svg.querySelector('.area').getBoundingClientRect();
-    const f = Math.min(1, Math.max(0, (event.clientX - box.left) / box.width));
-    const near = curves.filter(c => c.at.length).map(c => [c.name,
-      c.at.reduce((a, b) => Math.abs(b[0] - f) < Math.abs(a[0] - f) ? b : a)]);
-    for (const end of ['x1', 'x2']) cursor.setAttribute(end, 100 * f + '%');
-    svg.append(cursor);
-    const value = y => log ? y0 * (y1 / y0) ** y : y0 + y * (y1 - y0);
-    const say = y => yunit ? short(100 * value(y)) + ' %' : short(value(y));
-    out.textContent = short(x0 + f * (x1 - x0)) + ': ' +
-      near.map(([name, p]) => (name && name + ' ') + say(p[1])).join(', ');
-  });
-  svg.addEventListener('pointerleave', () => { cursor.remove(); out.textContent = ''; });
-}
-addEventListener('beforeprint', () => document.querySelectorAll('details').forEach(d => { d.open = true; }));
-"""
