@@ -17,6 +17,7 @@ EXAMPLES = """\
   python fineweb.py --max-tokens 1e8 --out data/small      its first 100M tokens
   python fineweb.py --source builtin --out data/builtin    the documentation on this machine, no network
   python fineweb.py --source my/texts more.jsonl.gz --out data/mine
+  python fineweb.py --source hub-tokens:kjj0/finewebedu10B-gpt2 --max-tokens 1e9     tokenized by others
 
 Killed or failed? The same command again continues at the last finished shard.
 """
@@ -33,12 +34,15 @@ def parser() -> argparse.ArgumentParser:
         default=["hub"],
         metavar="WORD",
         help="`hub` (FineWeb-Edu from Hugging Face, the default), `builtin` (documentation installed with "
-        "Python), or files and folders of .parquet, .jsonl, .jsonl.gz, .jsonl.zst, .txt",
+        "Python), files and folders of .parquet, .jsonl, .jsonl.gz, .jsonl.zst, .txt; or what is tokens already: "
+        "`hub-tokens:OWNER/DATASET`, `tokens:FOLDER` (.bin of llm.c or nanoGPT, .npy)",
     )
     text.add_argument(
         "--text-column", metavar="NAME", help="column or key of the text (default: text, else content)"
     )
-    text.add_argument("--revision", metavar="COMMIT", help="of FineWeb-Edu on the Hub (default: a pinned one)")
+    text.add_argument(
+        "--revision", metavar="COMMIT", help="of the dataset on the Hub (default of FineWeb-Edu: a pinned one)"
+    )
     text.add_argument("--keep-source", action="store_true", help="keep downloaded files, in DIR/.source")
     shards = p.add_argument_group("shards")
     shards.add_argument(
@@ -66,6 +70,7 @@ def main(argv: list[str] | None = None) -> int:
         return verify(args.out)
     if args.repair:
         return repair(args)
+    from aymen_gpt.data import adopt
     from aymen_gpt.data.prepare import PrepareOptions, prepare
     from aymen_gpt.errors import UsageError
 
@@ -75,7 +80,8 @@ def main(argv: list[str] | None = None) -> int:
             raise UsageError(f"--{flag.replace('_', '-')} must be at least {least}, got {value}")
     chosen = {name: value for name, value in vars(args).items() if name not in ("verify", "repair", "source")}
     with Reporter() as reporter:
-        summary = prepare(PrepareOptions(source=tuple(args.source), **chosen), reporter)
+        make = adopt.adopt if adopt.is_tokens(args.source) else prepare
+        summary = make(PrepareOptions(source=tuple(args.source), **chosen), reporter)
     print(closing(summary))
     return 0
 
@@ -93,10 +99,14 @@ def verify(out: Path) -> int:
 
 
 def repair(args: argparse.Namespace) -> int:
-    from aymen_gpt.data.prepare import repair
+    from aymen_gpt.data import adopt, prepare, shards
 
+    manifest = shards.read_manifest(args.out)
     with Reporter() as reporter:
-        rebuilt = repair(args.out, reporter, workers=args.workers, keep_source=args.keep_source)
+        if manifest is not None and adopt.is_tokens(manifest["options"]["source"]):
+            rebuilt = adopt.repair(args.out, reporter, keep_source=args.keep_source)
+        else:
+            rebuilt = prepare.repair(args.out, reporter, workers=args.workers, keep_source=args.keep_source)
     print(f"{args.out}: {len(rebuilt)} shards rebuilt, all are as the manifest says")
     return 0
 
@@ -173,9 +183,10 @@ def closing(summary: "Summary") -> str:
     skipped = ", ".join(f"{count:,} {reason}" for reason, count in sorted(totals.skipped.items())) or "none"
     data = "" if str(summary.folder) == "edu_fineweb10B" else f" --data {shlex.quote(str(summary.folder))}"
     done = "already prepared" if summary.already else "prepared"
+    density = f" ({totals.bytes / max(totals.tokens, 1):.2f} bytes of text per token)" if totals.bytes else ""
     return f"""\
 {done}: {summary.folder}, {summary.shards} shards (the first is for validation)
 documents  {totals.documents:,}
-tokens     {totals.tokens:,} ({totals.bytes / max(totals.tokens, 1):.2f} bytes of text per token)
+tokens     {totals.tokens:,}{density}
 skipped    {skipped}
 next       python pretrain.py{data}"""

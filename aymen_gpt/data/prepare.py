@@ -235,20 +235,10 @@ def prepare(options: PrepareOptions, report: Report) -> Summary:
     UsageError when the folder was begun with other options, DataError when the source is bad or too small,
     NetworkError, CannotWrite; after any of them the finished shards stay.
     """
-    with files.lock(options.out, "--out"):
-        manifest = shards.read_manifest(options.out)
-        if manifest is not None:
-            _check_same_options(options, manifest)
-            if manifest["complete"]:
-                shards.check_shards(options.out)
-                return _summary(options.out, manifest, already=True)
-        if "builtin" in options.source:
-            report("gathering the documentation that is installed with Python (half a minute the first time)")
-        source = _open_source(options, manifest)
-        if manifest is None:
-            manifest = _new_manifest(options, source, _val_tokens(options, source))
-        for leftover in options.out.glob(".*.tmp"):
-            leftover.unlink()
+    with begun(options, lambda: _find_text(options, report), _val_tokens) as (manifest, source):
+        if source is None:
+            shards.check_shards(options.out)
+            return summary(options.out, manifest, already=True)
         _write_shards(options, source, manifest, report)
         if len(manifest["shards"]) < 2:  # the estimate was too high; now the total is known
             total = manifest["totals"]["tokens"]
@@ -257,10 +247,35 @@ def prepare(options: PrepareOptions, report: Report) -> Summary:
             report(f"a small corpus ({total:,} tokens): again, with a tenth of it for validation")
             manifest = _new_manifest(options, source, total // 10)
             _write_shards(options, source, manifest, report)
-        manifest["complete"] = True
-        shards.write_manifest(options.out, manifest)
-        _drop_downloads(options, source, len(source.files))
-        return _summary(options.out, manifest, already=False)
+        finish(options, source, manifest)
+        return summary(options.out, manifest, already=False)
+
+
+@contextmanager
+def begun(
+    options: PrepareOptions, find: Callable[[], Source], val_tokens: Callable[[PrepareOptions, Source], int]
+) -> Iterator[tuple[dict[str, Any], Source | None]]:
+    """Hold the folder: its manifest, new or as an earlier call left it, and its source; None when it is complete.
+
+    UsageError when it was begun with other options, CannotWrite when another process holds it.
+    """
+    with files.lock(options.out, "--out"):
+        manifest = shards.read_manifest(options.out)
+        if manifest is not None:
+            check_same_options(options, manifest)
+            if manifest["complete"]:
+                yield manifest, None
+                return
+        source = open_source(options, manifest, find)
+        for leftover in options.out.glob(".*.tmp"):
+            leftover.unlink()
+        yield manifest or _new_manifest(options, source, val_tokens(options, source)), source
+
+
+def finish(options: PrepareOptions, source: Source, manifest: dict[str, Any]) -> None:
+    manifest["complete"] = True
+    shards.write_manifest(options.out, manifest)
+    drop_downloads(options, source, len(source.files))
 
 
 def repair(out: Path, report: Report, *, workers: int | None = None, keep_source: bool = False) -> list[str]:
@@ -270,14 +285,13 @@ def repair(out: Path, report: Report, *, workers: int | None = None, keep_source
         manifest = shards.read_manifest(out)
         if not damaged or manifest is None:
             return []
-        given = manifest["options"] | {"source": tuple(manifest["options"]["source"])}
-        options = PrepareOptions(**given, out=out, workers=workers, keep_source=keep_source)
-        source = _open_source(options, manifest)
+        options = replace(recorded_options(out, manifest), workers=workers, keep_source=keep_source)
+        source = open_source(options, manifest, lambda: _find_text(options, report))
         for record in manifest["shards"]:
             if record["file"] in damaged:
                 report(f"rebuilding {record['file']} ({damaged[record['file']]})")
                 _rebuild(options, source, record, report)
-        _drop_downloads(options, source, len(source.files))
+        drop_downloads(options, source, len(source.files))
         return list(damaged)
 
 
@@ -313,7 +327,7 @@ def _write_shards(options: PrepareOptions, source: Source, manifest: dict[str, A
             manifest["totals"] = asdict(totals)
             _check_bad_rows(totals, at_least=100)
             shards.write_manifest(options.out, manifest)
-            _drop_downloads(options, source, stream.position.file)
+            drop_downloads(options, source, stream.position.file)
     manifest["totals"] = asdict(totals)
     _check_bad_rows(totals, at_least=1)
 
@@ -352,12 +366,7 @@ def _stream(
 def _parts(options: PrepareOptions, source: Source, position: Position, report: Report) -> Iterator[Part]:
     """The parts from a position on; a file on the Hub is downloaded when its turn comes."""
     for number in range(position.file, len(source.files)):
-        file = source.files[number]
-        if file.path is None:
-            report(
-                f"downloading {file.name} ({file.bytes / 1e9:.1f} GB, file {number + 1} of {len(source.files)})"
-            )
-        path = sources.bring(source, number, options.out / SOURCE_FOLDER)
+        path = bring(options, source, number, report)
         for part in sources.parts(source, number, path):
             if (number, part.index) == (position.file, position.part):
                 yield replace(part, skip=position.row)
@@ -365,7 +374,15 @@ def _parts(options: PrepareOptions, source: Source, position: Position, report: 
                 yield part
 
 
-def _drop_downloads(options: PrepareOptions, source: Source, count: int) -> None:
+def bring(options: PrepareOptions, source: Source, number: int, report: Report) -> Path:
+    """The path of a file of the source, downloaded into the output folder if need be."""
+    file = source.files[number]
+    if file.path is None:
+        report(f"downloading {file.name} ({file.bytes / 1e9:.1f} GB, file {number + 1} of {len(source.files)})")
+    return sources.bring(source, number, options.out / SOURCE_FOLDER)
+
+
+def drop_downloads(options: PrepareOptions, source: Source, count: int) -> None:
     """Delete the first ``count`` files of the source where they were downloaded."""
     if source.repo is None or options.keep_source:
         return
@@ -376,15 +393,21 @@ def _drop_downloads(options: PrepareOptions, source: Source, count: int) -> None
         shutil.rmtree(folder, ignore_errors=True)
 
 
-def _open_source(options: PrepareOptions, manifest: dict[str, Any] | None) -> Source:
-    """The source that the options name; for a folder already begun, the one it was begun with."""
+def _find_text(options: PrepareOptions, report: Report) -> Source:
+    if "builtin" in options.source:
+        report("gathering the documentation that is installed with Python (half a minute the first time)")
+    return sources.open_source(options.source, revision=options.revision, text_column=options.text_column)
+
+
+def open_source(options: PrepareOptions, manifest: dict[str, Any] | None, find: Callable[[], Source]) -> Source:
+    """The source that ``find`` finds; for a folder already begun, the one it was begun with."""
     known = manifest["source"] if manifest else None
     if known and known["repo"]:
         listed = tuple(SourceFile(**file) for file in known["files"])
         for file in listed:
             check_name(file.name)
         return Source(listed, options.text_column or "text", known["repo"], known["revision"])
-    source = sources.open_source(options.source, revision=options.revision, text_column=options.text_column)
+    source = find()
     if known and _description(source)["files"] != known["files"]:
         raise UsageError(
             f"the files of --source are not those that {options.out} was begun with: take another --out"
@@ -403,7 +426,12 @@ def _deciding_options(options: PrepareOptions) -> dict[str, Any]:
     return {"source": list(options.source)} | {name: getattr(options, name) for name in names}
 
 
-def _check_same_options(options: PrepareOptions, manifest: dict[str, Any]) -> None:
+def recorded_options(out: Path, manifest: dict[str, Any]) -> PrepareOptions:
+    given = manifest["options"] | {"source": tuple(manifest["options"]["source"])}
+    return PrepareOptions(**given, out=out)
+
+
+def check_same_options(options: PrepareOptions, manifest: dict[str, Any]) -> None:
     for name, wanted in _deciding_options(options).items():
         found = manifest["options"][name]
         if found != wanted:
@@ -448,5 +476,5 @@ def _check_bad_rows(totals: Totals, at_least: int) -> None:
         raise DataError(f"{share}; the first: {totals.first_bad}")
 
 
-def _summary(folder: Path, manifest: dict[str, Any], *, already: bool) -> Summary:
+def summary(folder: Path, manifest: dict[str, Any], *, already: bool) -> Summary:
     return Summary(folder, len(manifest["shards"]), Totals(**manifest["totals"]), already)
