@@ -210,7 +210,7 @@ def test_a_corpus_too_small_for_two_splits_is_an_error(tmp_path, texts):
 def test_validation_is_a_twentieth_of_a_middling_corpus_and_one_shard_of_a_large_one(tmp_path):
     def val_tokens(n_bytes, shard_tokens=1000_000, max_tokens=None):
         source = sources.Source((sources.SourceFile("a.txt", n_bytes, path=Path("a.txt")),))
-        return prepare._val_tokens(PrepareOptions(shard_tokens=shard_tokens, max_tokens=max_tokens), source)
+        return prepare.val_tokens(PrepareOptions(shard_tokens=shard_tokens, max_tokens=max_tokens), source)
 
     assert val_tokens(4 * 10**9) == 1000_000
     assert val_tokens(4 * 10**6) == 50_000

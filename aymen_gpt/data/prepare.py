@@ -106,6 +106,9 @@ class Batch:
     skipped: list[tuple[int, str]]  # (row, reason)
 
 
+Batches = Callable[[Position], Generator[Batch, None, None]]  # a source from a position on
+
+
 @dataclass(frozen=True)
 class Piece:
     """Consecutive tokens for a shard, and the ids and urls of the documents they belong to."""
@@ -235,18 +238,15 @@ def prepare(options: PrepareOptions, report: Report) -> Summary:
     UsageError when the folder was begun with other options, DataError when the source is bad or too small,
     NetworkError, CannotWrite; after any of them the finished shards stay.
     """
-    with begun(options, lambda: _find_text(options, report), _val_tokens) as (manifest, source):
+    with begun(options, lambda: find_text(options, report), val_tokens) as (manifest, source):
         if source is None:
             shards.check_shards(options.out)
             return summary(options.out, manifest, already=True)
-        _write_shards(options, source, manifest, report)
-        if len(manifest["shards"]) < 2:  # the estimate was too high; now the total is known
-            total = manifest["totals"]["tokens"]
-            if total < 20:
-                raise DataError(f"the source has only {total} tokens: too few for training and validation")
-            report(f"a small corpus ({total:,} tokens): again, with a tenth of it for validation")
-            manifest = _new_manifest(options, source, total // 10)
-            _write_shards(options, source, manifest, report)
+
+        def batches(position: Position) -> Generator[Batch, None, None]:
+            return tokenized(options, _parts(options, source, position, report))
+
+        manifest = write_shards(options, source, manifest, batches, report)
         finish(options, source, manifest)
         return summary(options.out, manifest, already=False)
 
@@ -286,7 +286,7 @@ def repair(out: Path, report: Report, *, workers: int | None = None, keep_source
         if not damaged or manifest is None:
             return []
         options = replace(recorded_options(out, manifest), workers=workers, keep_source=keep_source)
-        source = open_source(options, manifest, lambda: _find_text(options, report))
+        source = open_source(options, manifest, lambda: find_text(options, report))
         for record in manifest["shards"]:
             if record["file"] in damaged:
                 report(f"rebuilding {record['file']} ({damaged[record['file']]})")
@@ -297,14 +297,34 @@ def repair(out: Path, report: Report, *, workers: int | None = None, keep_source
 
 def _rebuild(options: PrepareOptions, source: Source, record: dict[str, Any], report: Report) -> None:
     path = options.out / record["file"]
-    with _stream(options, source, Position(**record["begin"]), Totals(), report) as stream:
+    begin = Position(**record["begin"])
+    with closing(tokenized(options, _parts(options, source, begin, report))) as batches:
+        stream = TokenStream(source, batches, begin, Totals())
         found = _write_shard(stream, path, record["tokens"], lambda: None)
     if found["sha256"] != record["sha256"]:
         path.unlink()
         raise DataError(f"{path} cannot be rebuilt: its source or its tokenizer gives other tokens now")
 
 
-def _write_shards(options: PrepareOptions, source: Source, manifest: dict[str, Any], report: Report) -> None:
+def write_shards(
+    options: PrepareOptions, source: Source, manifest: dict[str, Any], batches: Batches, report: Report
+) -> dict[str, Any]:
+    """Write what the manifest lacks; returns it, or the one that took its place."""
+    _append_shards(options, source, manifest, batches, report)
+    if len(manifest["shards"]) >= 2:
+        return manifest
+    total = manifest["totals"]["tokens"]  # the estimate was too high; now the total is known
+    if total < 20:
+        raise DataError(f"the source has only {total} tokens: too few for training and validation")
+    report(f"a small corpus ({total:,} tokens): again, with a tenth of it for validation")
+    again = _new_manifest(options, source, total // 10)
+    _append_shards(options, source, again, batches, report)
+    return again
+
+
+def _append_shards(
+    options: PrepareOptions, source: Source, manifest: dict[str, Any], batches: Batches, report: Report
+) -> None:
     """Append shards to the manifest, saving it with each, until the source or max_tokens is exhausted."""
     done = manifest["shards"]
     totals = Totals(**manifest["totals"])
@@ -319,7 +339,8 @@ def _write_shards(options: PrepareOptions, source: Source, manifest: dict[str, A
         reached = before[part.file] + source.files[part.file].bytes * part.fraction if part else 0
         report(Progress(totals, len(done), max(reached / max(before[-1], 1), totals.tokens / limit)))
 
-    with _stream(options, source, position, totals, report) as stream:
+    with closing(batches(position)) as found:
+        stream = TokenStream(source, found, position, totals)
         while totals.tokens < limit and not stream.ended():
             split = "train" if done else "val"
             room = min(manifest["shard_tokens"][split], limit - totals.tokens)
@@ -353,14 +374,10 @@ def _write_shard(stream: TokenStream, path: Path, room: int, tell: Callable[[], 
     return counts | {"begin": asdict(begin), "end": asdict(stream.position)}
 
 
-@contextmanager
-def _stream(
-    options: PrepareOptions, source: Source, position: Position, totals: Totals, report: Report
-) -> Iterator[TokenStream]:
+def tokenized(options: PrepareOptions, parts: Iterable[Part]) -> Generator[Batch, None, None]:
     tokenizer.gpt2()  # its vocabulary is fetched once, before the workers want it
     workers = (os.cpu_count() or 1) if options.workers is None else options.workers
-    with closing(tokenize_all(_parts(options, source, position, report), workers)) as batches:
-        yield TokenStream(source, batches, position, totals)
+    return tokenize_all(parts, workers)
 
 
 def _parts(options: PrepareOptions, source: Source, position: Position, report: Report) -> Iterator[Part]:
@@ -393,7 +410,7 @@ def drop_downloads(options: PrepareOptions, source: Source, count: int) -> None:
         shutil.rmtree(folder, ignore_errors=True)
 
 
-def _find_text(options: PrepareOptions, report: Report) -> Source:
+def find_text(options: PrepareOptions, report: Report) -> Source:
     if "builtin" in options.source:
         report("gathering the documentation that is installed with Python (half a minute the first time)")
     return sources.open_source(options.source, revision=options.revision, text_column=options.text_column)
@@ -403,16 +420,21 @@ def open_source(options: PrepareOptions, manifest: dict[str, Any] | None, find: 
     """The source that ``find`` finds; for a folder already begun, the one it was begun with."""
     known = manifest["source"] if manifest else None
     if known and known["repo"]:
-        listed = tuple(SourceFile(**file) for file in known["files"])
-        for file in listed:
-            check_name(file.name)
-        return Source(listed, options.text_column or "text", known["repo"], known["revision"])
+        return described(known, options.text_column or "text")
     source = find()
     if known and _description(source)["files"] != known["files"]:
         raise UsageError(
             f"the files of --source are not those that {options.out} was begun with: take another --out"
         )
     return source
+
+
+def described(known: dict[str, Any], text_column: str | None = None) -> Source:
+    """A manifest's description as the source that it was, its files out of reach. DataError for unsafe names."""
+    listed = tuple(SourceFile(**file) for file in known["files"])
+    for file in listed:
+        check_name(file.name)
+    return Source(listed, text_column, known["repo"], known["revision"])
 
 
 def _description(source: Source) -> dict[str, Any]:
@@ -463,7 +485,7 @@ def _new_manifest(options: PrepareOptions, source: Source, val_tokens: int) -> d
     }
 
 
-def _val_tokens(options: PrepareOptions, source: Source) -> int:
+def val_tokens(options: PrepareOptions, source: Source) -> int:
     estimate = min(sources.estimated_bytes(source) // BYTES_PER_TOKEN, options.max_tokens or 2**63)
     return max(1, min(options.shard_tokens, max(estimate // 20, min(estimate // 4, SMALL_VAL))))
 
