@@ -21,6 +21,7 @@ EXAMPLES = """\
 
 Killed or failed? The same command again continues at the last finished shard.
 """
+MODES = ("verify", "repair", "part", "merge")
 EVERY = 10.0  # seconds between two progress lines when stderr is not a terminal
 
 
@@ -57,6 +58,10 @@ def parser() -> argparse.ArgumentParser:
         "--workers", type=whole, metavar="N", help="processes (default: one per CPU; 0: only this one)"
     )
     what = work.add_mutually_exclusive_group()
+    what.add_argument(
+        "--part", metavar="I/N", help="prepare only the I-th of N shares of the source, on this machine of many"
+    )
+    what.add_argument("--merge", action="store_true", help="make the shards from all N shares in DIR/parts")
     what.add_argument("--verify", action="store_true", help="compare every shard in DIR with its recorded sha256")
     what.add_argument(
         "--repair", action="store_true", help="verify, then rebuild damaged shards from their source"
@@ -70,7 +75,7 @@ def main(argv: list[str] | None = None) -> int:
         return verify(args.out)
     if args.repair:
         return repair(args)
-    from aymen_gpt.data import adopt
+    from aymen_gpt.data import adopt, shares
     from aymen_gpt.data.prepare import PrepareOptions, prepare
     from aymen_gpt.errors import UsageError
 
@@ -78,11 +83,18 @@ def main(argv: list[str] | None = None) -> int:
         value = getattr(args, flag)
         if value is not None and value < least:
             raise UsageError(f"--{flag.replace('_', '-')} must be at least {least}, got {value}")
-    chosen = {name: value for name, value in vars(args).items() if name not in ("verify", "repair", "source")}
+    if adopt.is_tokens(args.source) and (args.part or args.merge):
+        raise UsageError(f"--part and --merge are for text; --source {' '.join(args.source)} is tokens already")
+    chosen = {name: value for name, value in vars(args).items() if name not in (*MODES, "source")}
+    options = PrepareOptions(source=tuple(args.source), **chosen)
     with Reporter() as reporter:
-        make = adopt.adopt if adopt.is_tokens(args.source) else prepare
-        summary = make(PrepareOptions(source=tuple(args.source), **chosen), reporter)
-    print(closing(summary))
+        if args.part:
+            share = shares.parse(args.part)
+            summary = shares.prepare_share(options, share, reporter)
+        else:
+            make = adopt.adopt if adopt.is_tokens(args.source) else shares.merge if args.merge else prepare
+            summary = make(options, reporter)
+    print(closing(summary, share=args.part))
     return 0
 
 
@@ -178,15 +190,18 @@ def duration(seconds: float) -> str:
     )
 
 
-def closing(summary: "Summary") -> str:
+def closing(summary: "Summary", share: str | None = None) -> str:
     totals = summary.totals
     skipped = ", ".join(f"{count:,} {reason}" for reason, count in sorted(totals.skipped.items())) or "none"
     data = "" if str(summary.folder) == "edu_fineweb10B" else f" --data {shlex.quote(str(summary.folder))}"
     done = "already prepared" if summary.already else "prepared"
     density = f" ({totals.bytes / max(totals.tokens, 1):.2f} bytes of text per token)" if totals.bytes else ""
+    what, then = f"{summary.shards} shards (the first is for validation)", f"python pretrain.py{data}"
+    if share:
+        what, then = f"part {share}", "once all parts are prepared: the same command with --merge for --part"
     return f"""\
-{done}: {summary.folder}, {summary.shards} shards (the first is for validation)
+{done}: {summary.folder}, {what}
 documents  {totals.documents:,}
 tokens     {totals.tokens:,}{density}
 skipped    {skipped}
-next       python pretrain.py{data}"""
+next       {then}"""
