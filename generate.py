@@ -1,7 +1,7 @@
 """Continue a text with a trained model.
 
-    python generate.py -m runs/gpt2 "Once upon a time"
-    python generate.py -m gpt2 "Hello, I'm a language model," --temperature 0.8 -n 3
+python generate.py -m runs/gpt2 "Once upon a time"
+python generate.py -m gpt2 "Hello, I'm a language model," --temperature 0.8 -n 3
 """
 
 from aymen_gpt.commands import console, generate

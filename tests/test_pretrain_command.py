@@ -130,3 +130,23 @@ def test_compiled_training_gives_the_losses_of_eager(door, shards, tmp_path):
     assert (eager.returncode, compiled.returncode) == (0, 0), compiled.stderr
     for a, b in zip(rows(tmp_path / "eager"), rows(tmp_path / "compiled"), strict=True):
         assert b.get("loss", 0) == pytest.approx(a.get("loss", 0), abs=1e-4)
+
+
+def test_the_documents_of_a_step_are_listed_with_their_ids(door, tmp_path):
+    write_jsonl(tmp_path / "t.jsonl", [f"{'some words about it ' * 9}{i}" for i in range(60)])
+    assert door("fineweb.py", "--source", "t.jsonl", "--out", "d", "--workers", 0).returncode == 0
+    words = ["pretrain.py", "--preset", "tiny", "--data", "d", "--tokens-per-step", 128]
+    done = door(*words, "--show-batch", 3)
+    assert done.returncode == 0, done.stderr
+    header, *lines = (line.split("\t") for line in done.stdout.splitlines())
+    assert header == ["row", "shard", "document", "first_token", "tokens", "id", "url"]
+    assert {line[0] for line in lines} == {"4", "5"}  # two rows a step, steps count from 1
+    assert sum(int(line[4]) for line in lines) == 2 * 65
+    assert all(line[5].startswith("id-") and line[6] == f"https://x/{line[5][3:]}" for line in lines)
+    assert door(*words, "--show-batch", 3).stdout == done.stdout
+    assert door(*words, "--show-batch", 0).returncode == 2
+
+
+def write_jsonl(path, texts):
+    rows = [{"text": text, "id": f"id-{i}", "url": f"https://x/{i}"} for i, text in enumerate(texts)]
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))

@@ -15,11 +15,12 @@ from test_prepare import make_texts, write_parquet
 
 from aymen_gpt.reporting.anchors import ANCHORS
 
+EDU = "--data edu_fineweb10B"
 TINY = "--preset tiny --steps 4 --val-every 2 --checkpoint-every 2 --val-tokens 256 --hellaswag-every 0"
 SMALL = {  # a command of README -> what is added to it here
     "python fineweb.py": "--shard-tokens 20000 --workers 1",
-    "python pretrain.py": f"{TINY} --run runs/gpt2 --data edu_fineweb10B",
-    "torchrun --standalone --nproc_per_node=8 pretrain.py": f"{TINY} --run-dir runs/gpt2 --data edu_fineweb10B --steps 6",
+    "python pretrain.py": f"{TINY} {EDU} --run runs/gpt2",
+    "torchrun --standalone --nproc_per_node=8 pretrain.py": f"{TINY} {EDU} --run-dir runs/gpt2 --steps 6",
     "python hellaswag.py -m runs/gpt2": "--limit 4",
     'python generate.py -m runs/gpt2 "The mitochondria is"': "--max-tokens 3",
     "python fineweb.py --source my/texts notes.jsonl.gz --out data/mine": "--workers 1",

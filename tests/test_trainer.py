@@ -126,7 +126,7 @@ def test_a_checkpoint_is_taken_after_the_update_it_is_named_for(shards, tmp_path
     t = fit(shards, tmp_path / "run")
     stored = load_pretrained(checkpoint_folder(tmp_path / "run", 6))
     assert torch.equal(stored.wte.weight, t.model.wte.weight)
-    t.train_step(6, stop=False)
+    t.train_step(6, t.batches(t.train_rows, 48, 8), stop=False)
     assert not torch.equal(stored.wte.weight, t.model.wte.weight)
 
 
@@ -162,7 +162,7 @@ def test_a_loss_that_is_not_finite_updates_nothing(shards, tmp_path):
         t.model.ln_f.bias[0] = float("nan")
     before = [p.clone() for p in t.parameters]
     with pytest.raises(AymenError, match="loss nan .* in step 1: no update was made"):
-        t.train_step(0, stop=False)
+        t.train_step(0, t.batches(t.train_rows, 0, 8), stop=False)
     assert all(torch.equal(p, q) for p, q in zip(t.parameters[1:-1], before[1:-1], strict=True))
 
 
@@ -180,9 +180,7 @@ def test_ranks_share_the_rows_of_a_step_without_gap_or_overlap(shards):
         found = []
         for rank in range(world_size):
             one = dataclasses.replace(t, ranks=Ranks(rank, world_size))
-            found += [
-                row for first, n in one.micro_batches(t.train_rows, 40, 8) for row in range(first, first + n)
-            ]
+            found += [row for first, n in one.micro_batches(40, 8) for row in range(first, first + n)]
         assert found == list(range(40, 48))
 
 

@@ -17,6 +17,9 @@ def run(main: Callable[[], int]) -> NoReturn:
 
     AYMEN_GPT_DEBUG=1 shows the traceback of the former too.
     """
+    # GNU's OpenMP lets a thread that waits for another spin for milliseconds. On a machine that also does other
+    # work, it spins on the core the other one needs: training ran 6 times slower (docs/experiments.md).
+    os.environ.setdefault("GOMP_SPINCOUNT", "1000")
     warnings.formatwarning = lambda message, *_: f"warning: {message}\n"
     try:
         code = main()

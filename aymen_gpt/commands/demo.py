@@ -6,6 +6,7 @@ HellaSwag and lets it write. What is already done is not done again.
 
 import json
 import os
+import shlex
 import signal
 import subprocess
 import sys
@@ -45,7 +46,7 @@ def stage(number: int, title: str) -> None:
 
 
 def command(*words: str) -> list[str]:
-    print(f"$ python {' '.join(words)}", flush=True)
+    print(f"$ python {shlex.join(words)}", flush=True)
     return [sys.executable, *words]
 
 
@@ -89,11 +90,12 @@ def closing(score: dict, seconds: float) -> str:
     rows = [json.loads(line) for line in (RUN / "metrics.jsonl").read_text().splitlines()]
     vals = [row["val_loss"] for row in rows if "val_loss" in row]
     found = score["completion"]
+    share = f"{100 * found['acc_norm']:.1f}% ± {100 * found['acc_norm_stderr']:.1f}"
     return f"""
 === done in {seconds:.0f} s on {os.cpu_count()} cores
 loss        {vals[0]:.2f} -> {vals[-1]:.2f} nats per token on text it never trained on
-HellaSwag   {100 * found["acc_norm"]:.1f}% ± {100 * found["acc_norm_stderr"]:.1f} of {score["n"]:,} examples; chance is \
-25%, and a model this small and young is expected there. GPT-2 124M has 29.6%.
+HellaSwag   {share} of {score["n"]:,} examples, where chance is 25% and GPT-2 124M has 29.6%:
+            a model this small and young cannot do better than chance, and should not do worse
 curve       {RUN}/report.html (open it in a browser)
 samples     {RUN}/samples.md
 checkpoint  {newest_checkpoint()} (opens in transformers as it is)

@@ -164,9 +164,10 @@ class Reporter:
         assert self.first is not None
         totals, gained = progress.totals, progress.fraction - self.first[1]
         left = f", {duration(seconds * (1 - progress.fraction) / gained)} left" if gained > 0 else ""
+        speed = f", {(totals.bytes - self.first[0]) / 1e6 / max(seconds, 0.001):.1f} MB/s" if totals.bytes else ""
         line = (
-            f"{totals.documents:,} documents, {totals.tokens / 1e6:,.1f}M tokens, {progress.shards} shards, "
-            f"{(totals.bytes - self.first[0]) / 1e6 / max(seconds, 0.001):.1f} MB/s{left}"
+            f"{totals.documents:,} documents, {totals.tokens / 1e6:,.1f}M tokens, {progress.shards} shards"
+            f"{speed}{left}"
         )
         if self.bar is not None:
             self.bar.n = min(100 * progress.fraction, 100)

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 import aymen_gpt
 from aymen_gpt.commands import console
+from aymen_gpt.errors import UsageError
 from aymen_gpt.training.config import RECIPES, TrainConfig, flag, resolve
 
 if TYPE_CHECKING:
@@ -43,6 +44,12 @@ def parser() -> argparse.ArgumentParser:
         # On Python 3.11 torchrun takes --run for an abbreviation of its own options; --run-dir passes.
         flags = ["--run", "--run-dir"] if f.name == "run" else [flag(f.name)]
         groups[name].add_argument(*flags, dest=f.name, default=argparse.SUPPRESS, **argument(f))
+    p.add_argument(
+        "--show-batch",
+        type=console.whole_number,
+        metavar="N",
+        help="do not train: list the documents that step N reads, with their ids and urls",
+    )
     return p
 
 
@@ -61,7 +68,11 @@ def argument(f: Field[Any]) -> dict[str, Any]:
 
 
 def main(argv: list[str] | None = None) -> int:
-    config = resolve(vars(parser().parse_args(argv)))
+    given = vars(parser().parse_args(argv))
+    step = given.pop("show_batch")
+    config = resolve(given)
+    if step is not None:
+        return show_batch(config, step)
 
     from aymen_gpt.training import device as devices
     from aymen_gpt.training.distributed import process_group, ranks_from_environment
@@ -82,6 +93,19 @@ def main(argv: list[str] | None = None) -> int:
             trainer.fit(folder, log, stop, describe(trainer) if log else {})
     if ranks.is_first:
         print(closing(folder))
+    return 0
+
+
+def show_batch(config: TrainConfig, step: int) -> int:
+    """Print what step ``step`` of metrics.jsonl reads, a line for each piece of a document."""
+    from aymen_gpt.data.loader import TokenRows
+
+    if step < 1:
+        raise UsageError(f"--show-batch {step}: the first step is 1")
+    rows = TokenRows(Path(config.data), "train", block_size=config.block_size, seed=config.seed)
+    print("row\tshard\tdocument\tfirst_token\ttokens\tid\turl")
+    for read in rows.documents((step - 1) * config.rows_per_step, config.rows_per_step):
+        print(*(("" if value is None else value) for value in vars(read).values()), sep="\t")
     return 0
 
 
@@ -116,6 +140,9 @@ def scorer(config: TrainConfig, device: "Device", ranks: "Ranks") -> "Callable[[
 
     from aymen_gpt.evaluation import hellaswag
 
+    if ranks.is_first:
+        hellaswag.load_examples()  # one download, not one a rank
+    ranks.wait()
     examples = hellaswag.evenly_spaced(hellaswag.load_examples(), config.hellaswag_limit or None)
     mine = examples[ranks.rank :: ranks.world_size]
 

@@ -117,7 +117,7 @@ def _unseen(parts: list[tuple[str, str]], seen: set[str]) -> Iterator[str]:
             yield f"{heading}\n" * bool(heading) + "\n\n".join(kept)
 
 
-WORD = re.compile(r"[\"'(`*]*[A-Za-z][a-z'’-]*[.,;:!?)\"'`*]*")
+WORD = re.compile(r"[\"'(`*]*[A-Za-z][a-z'-]*[.,;:!?)\"'`*]*")
 
 
 def is_prose(paragraph: str) -> bool:

@@ -146,7 +146,7 @@ def _append_bundles(
         totals.bytes += sum(batch.sizes)
         for _, reason in batch.skipped:
             totals.skipped[reason] = totals.skipped.get(reason, 0) + 1
-        fraction = _place(source, share, batch.part) - (share.number - 1)
+        fraction = _place(source, share, batch.part.file, batch.part.fraction) - (share.number - 1)
         report(Progress(totals, len(done), min(max(fraction, totals.tokens / limit), 1)))
 
     with closing(prepare.tokenized(options, _own_parts(options, source, share, begin, report))) as batches:
@@ -164,29 +164,27 @@ def _own_parts(
 ) -> Iterator[Part]:
     """The parts of the share from ``begin`` on; only files that hold some of them are opened or downloaded."""
     for number in range(begin.file, len(source.files)):
-        whole = Part(number, 0, Path(), 0, 0, None, fraction=1)
         packed = source.files[number].name.endswith(tuple(sources.COMPRESSION))
-        first = _owner(source, share, replace(whole, fraction=0))
-        last = first if packed else _owner(source, share, whole)
-        if not first <= share.number <= last:
+        owner = _owner(source, share, number, 0)
+        if not owner <= share.number <= (owner if packed else _owner(source, share, number, 1)):
             continue
-        owner = first
         for part in sources.parts(source, number, prepare.bring(options, source, number, report)):
             if owner == share.number and (number, part.index) >= (begin.file, begin.part):
                 yield part
-            owner = first if packed else _owner(source, share, part)
+            if not packed:
+                owner = _owner(source, share, number, part.fraction)
 
 
-def _owner(source: Source, share: Share, part: Part) -> int:
-    """The number of the share that what comes behind a part belongs to."""
-    return min(int(_place(source, share, part)) + 1, share.count)
+def _owner(source: Source, share: Share, file: int, fraction: float) -> int:
+    """The number of the share that owns what stands behind this fraction of a file."""
+    return min(int(_place(source, share, file, fraction)) + 1, share.count)
 
 
-def _place(source: Source, share: Share, part: Part) -> float:
-    """Where a part ends, in shares: 1.5 is the middle of the second."""
-    before = sum(file.bytes for file in source.files[: part.file])
-    total = before + sum(file.bytes for file in source.files[part.file :])
-    return (before + part.fraction * source.files[part.file].bytes) * share.count / max(total, 1)
+def _place(source: Source, share: Share, file: int, fraction: float) -> float:
+    """Where this fraction of a file ends, in shares: 1.5 is the middle of the second."""
+    before = sum(f.bytes for f in source.files[:file])
+    total = before + sum(f.bytes for f in source.files[file:])
+    return (before + fraction * source.files[file].bytes) * share.count / max(total, 1)
 
 
 def rows_path(bundle: Path) -> Path:

@@ -77,7 +77,7 @@ PRESETS: dict[str, GPTConfig] = {
     "gpt3-6.7b": GPTConfig(block_size=2048, n_layer=32, n_head=32, n_embd=4096),
     "gpt3-13b": GPTConfig(block_size=2048, n_layer=40, n_head=40, n_embd=5120),
     "gpt3-175b": GPTConfig(block_size=2048, n_layer=96, n_head=96, n_embd=12288),
-    "demo": GPTConfig(block_size=256, n_layer=4, n_head=4, n_embd=256),
+    "demo": GPTConfig(block_size=256, n_layer=6, n_head=4, n_embd=128),
     "tiny": GPTConfig(block_size=64, n_layer=2, n_head=2, n_embd=32),
 }
 

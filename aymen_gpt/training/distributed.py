@@ -18,7 +18,6 @@ import torch.distributed as dist
 from torch import Tensor
 from torch._utils import _flatten_dense_tensors, _unflatten_dense_tensors
 
-
 T = TypeVar("T")
 
 

@@ -108,7 +108,7 @@ class RunLog:
                 self.bar.set_postfix_str(
                     f"loss {row['loss']:.4f} | {row['tokens_per_second']:,.0f} tok/s", refresh=False
                 )
-        if rare or (self.bar is None and time.monotonic() - self._last_line >= 2.0):
+        if rare or (self.bar is None and time.monotonic() - self._last_line >= 5.0):
             self._last_line = time.monotonic()
             self.say(console_line(row, self.steps))
 

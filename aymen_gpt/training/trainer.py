@@ -8,7 +8,7 @@ So the mean is over tokens, and world size and micro-batch change nothing but th
 import math
 import signal
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from types import FrameType
@@ -26,6 +26,7 @@ from aymen_gpt.model.generation import generate
 from aymen_gpt.model.gpt import GPT
 from aymen_gpt.model.loss import linear_cross_entropy
 from aymen_gpt.training import checkpoint, optim
+from aymen_gpt.training.batches import Prefetch
 from aymen_gpt.training.config import TrainConfig, flag
 from aymen_gpt.training.device import Device
 from aymen_gpt.training.distributed import Ranks
@@ -69,24 +70,36 @@ class Trainer:
                 self.model.hidden(x), self.model.wte.weight, y, self.model.config.vocab_size
             )
 
-    def micro_batches(self, rows: TokenRows, start: int, count: int) -> list[tuple[int, int]]:
+    def batch_loss(self, tokens: Tensor) -> Tensor:
+        """Summed loss of a micro-batch (b, T + 1) in host memory."""
+        tokens = tokens.to(self.device.place, non_blocking=True)
+        return self.loss(tokens[:, :-1], tokens[:, 1:])
+
+    def micro_batches(self, start: int, count: int) -> list[tuple[int, int]]:
         """This rank's share of ``count`` rows from ``start`` on, as (first row, rows); the last may be short."""
         offset, mine = deal(count, self.ranks.rank, self.ranks.world_size)
         begin, end = start + offset, start + offset + mine
         return [(first, min(self.micro_batch, end - first)) for first in range(begin, end, self.micro_batch)]
 
-    def batch(self, rows: TokenRows, first: int, count: int) -> tuple[Tensor, Tensor]:
-        """Inputs and targets, (count, T) each, on the device."""
-        tokens = torch.from_numpy(rows.rows(first, count).astype(np.int64)).to(self.device.place)  # (count, T + 1)
-        return tokens[:, :-1], tokens[:, 1:]
+    def batches(self, rows: TokenRows, start: int, count: int) -> Iterator[Tensor]:
+        """This rank's micro-batches of ``count`` rows from ``start`` on, (rows, T + 1) int64 in host memory."""
+        for first, n in self.micro_batches(start, count):
+            tokens = torch.from_numpy(rows.rows(first, n).astype(np.int64))
+            yield tokens.pin_memory() if self.device.place.type == "cuda" else tokens
 
-    def train_step(self, step: int, stop: bool) -> tuple[dict[str, Any], bool]:
+    def batches_from(self, step: int) -> Iterator[list[Tensor]]:
+        """The micro-batches of update ``step``, of the one after it, and so on to the last."""
+        c = self.config
+        for s in range(step, c.steps):
+            yield list(self.batches(self.train_rows, s * c.rows_per_step, c.rows_per_step))
+
+    def train_step(self, step: int, batches: Iterable[Tensor], stop: bool) -> tuple[dict[str, Any], bool]:
         """Update number ``step`` (0 is the first): its row of metrics, and whether any rank was told to stop."""
         c, began = self.config, time.monotonic()
         total = torch.zeros(2, device=self.device.place)  # loss, ranks that want to stop
         total[1] = float(stop)
-        for first, count in self.micro_batches(self.train_rows, step * c.rows_per_step, c.rows_per_step):
-            loss = self.loss(*self.batch(self.train_rows, first, count)) / c.tokens_per_step
+        for tokens in batches:
+            loss = self.batch_loss(tokens) / c.tokens_per_step
             loss.backward()
             total[0] += loss.detach()
         self.ranks.sum_gradients(self.parameters)
@@ -117,25 +130,24 @@ class Trainer:
         """Mean loss of the first ``val_tokens`` validation tokens, the same number on any ranks."""
         count = min(max(self.config.val_tokens // self.config.block_size, 1), self.val_rows.rows_per_epoch)
         total = torch.zeros((), dtype=torch.float64 if self.device.place.type != "mps" else torch.float32)
-        for first, n in self.micro_batches(self.val_rows, 0, count):
-            total += self.loss(*self.batch(self.val_rows, first, n)).cpu()
+        for tokens in self.batches(self.val_rows, 0, count):
+            total += self.batch_loss(tokens).cpu()
         total = self.ranks.sum(total.to(self.device.place))
         return total.item() / (count * self.config.block_size)
 
     def sample(self, step: int) -> str:
-        """A section of samples.md: the model goes on from the first words of three validation documents."""
-        encoding = tokenizer.gpt2()
+        """A section of samples.md: the model goes on from 16 tokens at three places of the validation text."""
+        encoding, places = tokenizer.gpt2(), 3
         section = f"## step {step}\n"
-        for prompt in self._prompts():
-            continuation = generate(self.model, prompt, 64, top_k=50, seed=self.config.seed, stop=tokenizer.EOT)
+        for place in range(places):
+            row = self.val_rows.rows(place * self.val_rows.rows_per_epoch // places, 1)[0]
+            prompt = [token for token in row[:16].tolist() if token != tokenizer.EOT] or [tokenizer.EOT]
+            continuation = generate(
+                self.model, prompt, 64, temperature=0.8, top_k=50, seed=self.config.seed, stop=tokenizer.EOT
+            )
             text = encoding.decode(list(continuation))
             section += f"\n> {encoding.decode(prompt).strip().replace(chr(10), ' ')}\n\n````text\n{text}\n````\n"
         return section
-
-    def _prompts(self) -> list[list[int]]:
-        tokens = self.val_rows.rows(0, min(64, self.val_rows.rows_per_epoch))[:, :-1].ravel()
-        starts = np.flatnonzero(tokens == tokenizer.EOT)[:3]
-        return [tokens[s + 1 : s + 9].tolist() for s in starts if s + 9 < len(tokens)]
 
     def snapshot(self, row: dict[str, Any]) -> checkpoint.Snapshot:
         step = row["step"]
@@ -194,20 +206,21 @@ class Trainer:
             self.report(folder, log, {"step": 0, "tokens": 0, "val_loss": self.validation_loss()})
         elif self.ranks.broadcast(log is not None and log.last_step() < step):
             self.report(folder, log, row)  # killed between the checkpoint and its row
-        while step < c.steps:
-            row, stopping = self.train_step(step, stop.requested)
-            step += 1
-            last = step == c.steps
-            if last or (c.val_every and step % c.val_every == 0):
-                row["val_loss"] = self.validation_loss()
-            if last or stopping or step % c.checkpoint_every == 0:
-                self.save(folder, row)
-            self.report(folder, log, row)
-            if stopping and not last:
-                raise Stopped(
-                    f"stopped by {stop.name} at step {step} of {c.steps} and saved: run the same command again "
-                    "to continue"
-                )
+        with Prefetch(self.batches_from(step)) as ready:
+            for batches in ready:
+                row, stopping = self.train_step(step, batches, stop.requested)
+                step += 1
+                last = step == c.steps
+                if last or (c.val_every and step % c.val_every == 0):
+                    row["val_loss"] = self.validation_loss()
+                if last or stopping or step % c.checkpoint_every == 0:
+                    self.save(folder, row)
+                self.report(folder, log, row)
+                if stopping and not last:
+                    raise Stopped(
+                        f"stopped by {stop.name} at step {step} of {c.steps} and saved: run the same command "
+                        "again to continue"
+                    )
 
     def save(self, folder: Path, row: dict[str, Any]) -> None:
         if self.ranks.is_first:
