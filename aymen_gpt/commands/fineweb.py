@@ -52,6 +52,12 @@ def parser() -> argparse.ArgumentParser:
     work.add_argument(
         "--workers", type=whole, metavar="N", help="processes (default: one per CPU; 0: only this one)"
     )
+    work.add_argument(
+        "--encoder",
+        choices=["gigatoken", "tiktoken"],
+        default="gigatoken",
+        help="their ids are the same, and checked to be; default: gigatoken where it is installed, else tiktoken",
+    )
     what = work.add_mutually_exclusive_group()
     what.add_argument("--verify", action="store_true", help="compare every shard in DIR with its recorded sha256")
     what.add_argument(
@@ -96,7 +102,9 @@ def repair(args: argparse.Namespace) -> int:
     from aymen_gpt.data.prepare import repair
 
     with Reporter() as reporter:
-        rebuilt = repair(args.out, reporter, workers=args.workers, keep_source=args.keep_source)
+        rebuilt = repair(
+            args.out, reporter, workers=args.workers, keep_source=args.keep_source, encoder=args.encoder
+        )
     print(f"{args.out}: {len(rebuilt)} shards rebuilt, all are as the manifest says")
     return 0
 

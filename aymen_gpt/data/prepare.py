@@ -5,6 +5,9 @@ order of the source, so the shards hold the same bytes for any number of workers
 behind one separator (id 50256) and is cut where a shard ends. The manifest is written anew with each
 finished shard and says where in the source the next one begins: that is all that a resumed run needs.
 
+The fast encoder (encoder.py) is held against tiktoken on about one document in a hundred; which ones is a
+function of their place in the source. Should one differ, everything is done again with tiktoken alone.
+
 Shard 0 is the validation split. It has shard_tokens tokens, but at most a twentieth of the estimated total
 (of a small corpus 10,000 tokens or a quarter), so that any corpus gives both splits.
 """
@@ -15,6 +18,7 @@ import os
 import shutil
 import signal
 import threading
+import zlib
 from collections import deque
 from collections.abc import Callable, Generator, Iterable, Iterator
 from concurrent.futures import Future, ProcessPoolExecutor
@@ -27,21 +31,23 @@ from typing import Any
 import numpy as np
 
 from aymen_gpt import files
-from aymen_gpt.data import shards, sources, tokenizer
+from aymen_gpt.data import encoder, shards, sources, tokenizer
+from aymen_gpt.data.encoder import EncoderName
 from aymen_gpt.data.fetch import check_name
-from aymen_gpt.data.sources import Part, Source, SourceFile
+from aymen_gpt.data.sources import Document, Part, Source, SourceFile
 from aymen_gpt.errors import AymenError, DataError, UsageError
 
 AHEAD = 3  # parts dealt per worker before the first of them is needed: they bound the memory
 BYTES_PER_TOKEN = 4  # of English text, for estimates
 SMALL_VAL = 10_000  # tokens of validation that a small corpus should have
+SAMPLE = 100  # one document in so many is encoded by tiktoken too
 BAD_ROWS = 1 / 1000  # more than this share of rows without usable text is an error
 SOURCE_FOLDER = ".source"  # in the output folder: files downloaded from the Hub
 
 
 @dataclass(frozen=True)
 class PrepareOptions:
-    """What to prepare. All but ``workers`` and ``keep_source`` decide the bytes of the shards."""
+    """What to prepare. The options up to ``revision`` decide the bytes of the shards."""
 
     source: tuple[str, ...] = ("hub",)
     out: Path = Path("edu_fineweb10B")
@@ -51,6 +57,11 @@ class PrepareOptions:
     revision: str | None = None
     workers: int | None = None  # processes; None: one for each CPU; 0: all work in this process
     keep_source: bool = False
+    encoder: EncoderName = "gigatoken"  # where it is installed, else tiktoken
+
+
+class Inexact(AymenError):
+    """The fast encoder gave a document other ids than tiktoken."""
 
 
 @dataclass(frozen=True)
@@ -115,36 +126,52 @@ class Piece:
     urls: list[str | None]
 
 
-def tokenize(part: Part) -> Batch:
+def tokenize(part: Part, encoder_name: EncoderName) -> Batch:
     """Read a part and turn its documents into tokens; the work that workers do."""
     rows = list(sources.read(part))
     documents = [row for row in rows if not row.skipped]
-    ids = [tokenizer.encode(document.text) for document in documents]
+    ids = encoder.encode_documents([document.text for document in documents], encoder_name)
+    if encoder_name != "tiktoken":
+        _check_sample(part, documents, ids)
     separator = np.array([tokenizer.EOT], np.uint16)
     pieces = [piece for tokens in ids for piece in (separator, tokens)]
     return Batch(
         replace(part, content=None),
-        np.concatenate(pieces) if pieces else np.empty(0, np.uint16),
+        np.concatenate(pieces, dtype=np.uint16, casting="unsafe") if pieces else np.empty(0, np.uint16),
         np.cumsum([0, *(1 + len(tokens) for tokens in ids)]),
         [document.row for document in documents],
-        [len(document.text.encode("utf-8", "surrogatepass")) for document in documents],
+        [len(tokenizer.utf8(document.text)) for document in documents],
         [document.id for document in documents],
         [document.url for document in documents],
         [(row.row, row.skipped) for row in rows if row.skipped],
     )
 
 
-def tokenize_all(parts: Iterable[Part], workers: int) -> Generator[Batch, None, None]:
+def _check_sample(part: Part, documents: list[Document], ids: list[np.ndarray]) -> None:
+    """Inexact when a document of the sample has other ids than tiktoken's."""
+    for document, found in zip(documents, ids, strict=True):
+        if _sampled(part, document.row) and not np.array_equal(found, tokenizer.encode(document.text)):
+            where = f"{part.path.name}, part {part.index}, row {document.row}"
+            named = ", ".join(name for name in (document.id, document.url) if name)
+            raise Inexact(f"other ids than tiktoken's for {where}" + f" ({named})" * bool(named))
+
+
+def _sampled(part: Part, row: int) -> bool:
+    """Two rows of every part and one in a hundred, the same in any run."""
+    return row < 2 or zlib.crc32(b"%d %d %d" % (part.file, part.index, row)) % SAMPLE == 0
+
+
+def tokenize_all(parts: Iterable[Part], workers: int, encoder_name: EncoderName) -> Generator[Batch, None, None]:
     """The parts tokenized by that many processes (0: by this one), in their order whoever is faster."""
     if workers == 0:
-        yield from map(tokenize, parts)
+        yield from (tokenize(part, encoder_name) for part in parts)
         return
     spawn = multiprocessing.get_context("spawn")
     pool = ProcessPoolExecutor(workers, spawn, _begin_worker)
     waiting: deque[Future[Batch]] = deque()
     try:
         for part in parts:
-            waiting.append(pool.submit(tokenize, part))
+            waiting.append(pool.submit(tokenize, part, encoder_name))
             if len(waiting) > AHEAD * workers:
                 yield waiting.popleft().result()
         while waiting:
@@ -152,7 +179,7 @@ def tokenize_all(parts: Iterable[Part], workers: int) -> Generator[Batch, None, 
     except BrokenProcessPool:
         raise AymenError(
             "a worker process died; finished shards are safe: run the same command again "
-            "(with fewer --workers if memory ran out)"
+            "(with fewer --workers if memory ran out, or with --encoder tiktoken)"
         ) from None
     finally:
         pool.shutdown(wait=False, cancel_futures=True)
@@ -247,23 +274,73 @@ def prepare(options: PrepareOptions, report: Report) -> Summary:
         source = _open_source(options, manifest)
         if manifest is None:
             manifest = _new_manifest(options, source, _val_tokens(options, source))
+        _choose_encoder(options, manifest, report)
         for leftover in options.out.glob(".*.tmp"):
             leftover.unlink()
-        _write_shards(options, source, manifest, report)
-        if len(manifest["shards"]) < 2:  # the estimate was too high; now the total is known
-            total = manifest["totals"]["tokens"]
-            if total < 20:
-                raise DataError(f"the source has only {total} tokens: too few for training and validation")
-            report(f"a small corpus ({total:,} tokens): again, with a tenth of it for validation")
-            manifest = _new_manifest(options, source, total // 10)
-            _write_shards(options, source, manifest, report)
+        try:
+            manifest = _finish(options, source, manifest, report)
+        except Inexact as error:
+            report(f"WARNING: {_label(manifest['encoder'])} gave {error}; everything again, with tiktoken")
+            manifest = _begin_again(options, source, manifest)
+            manifest = _finish(options, source, manifest, report)
         manifest["complete"] = True
         shards.write_manifest(options.out, manifest)
         _drop_downloads(options, source, len(source.files))
         return _summary(options.out, manifest, already=False)
 
 
-def repair(out: Path, report: Report, *, workers: int | None = None, keep_source: bool = False) -> list[str]:
+def _finish(options: PrepareOptions, source: Source, manifest: dict[str, Any], report: Report) -> dict[str, Any]:
+    """Write what the manifest lacks; returns it, or the one that took its place."""
+    _write_shards(options, source, manifest, report)
+    if len(manifest["shards"]) >= 2:
+        return manifest
+    total = manifest["totals"]["tokens"]  # the estimate was too high; now the total is known
+    if total < 20:
+        raise DataError(f"the source has only {total} tokens: too few for training and validation")
+    report(f"a small corpus ({total:,} tokens): again, with a tenth of it for validation")
+    again = _new_manifest(options, source, total // 10) | {"encoder": manifest["encoder"]}
+    _write_shards(options, source, again, report)
+    return again
+
+
+def _begin_again(options: PrepareOptions, source: Source, manifest: dict[str, Any]) -> dict[str, Any]:
+    """The manifest of a preparation that has not begun and will use tiktoken; it is on the disk already."""
+    again = _new_manifest(options, source, _val_tokens(options, source)) | {"encoder": _encoder("tiktoken")}
+    shards.write_manifest(options.out, again)
+    for record in manifest["shards"]:
+        (options.out / record["file"]).unlink(missing_ok=True)
+        shards.sources_path(options.out / record["file"]).unlink(missing_ok=True)
+    return again
+
+
+def _choose_encoder(options: PrepareOptions, manifest: dict[str, Any], report: Report) -> None:
+    """Note the encoder in the manifest. A folder that tiktoken has worked on stays with it."""
+    begun_with = manifest.get("encoder") or {"name": "gigatoken"}
+    name: EncoderName = "gigatoken"
+    if options.encoder == "tiktoken" or begun_with["name"] == "tiktoken":
+        name = "tiktoken"
+    elif reason := encoder.missing():
+        report(f"encoding with tiktoken: {reason}")
+        name = "tiktoken"
+    manifest["encoder"] = _encoder(name)
+
+
+def _encoder(name: EncoderName) -> dict[str, str]:
+    return {"name": name, "version": encoder.version(name)}
+
+
+def _label(found: dict[str, str]) -> str:
+    return f"{found['name']} {found['version']}"
+
+
+def repair(
+    out: Path,
+    report: Report,
+    *,
+    workers: int | None = None,
+    keep_source: bool = False,
+    encoder: EncoderName = "gigatoken",
+) -> list[str]:
     """Rebuild the damaged shards of a folder from their source rows; returns their names."""
     with files.lock(out, "--out"):
         damaged = shards.verify(out)
@@ -271,19 +348,23 @@ def repair(out: Path, report: Report, *, workers: int | None = None, keep_source
         if not damaged or manifest is None:
             return []
         given = manifest["options"] | {"source": tuple(manifest["options"]["source"])}
-        options = PrepareOptions(**given, out=out, workers=workers, keep_source=keep_source)
+        options = PrepareOptions(**given, out=out, workers=workers, keep_source=keep_source, encoder=encoder)
         source = _open_source(options, manifest)
+        _choose_encoder(options, manifest, report)
         for record in manifest["shards"]:
             if record["file"] in damaged:
                 report(f"rebuilding {record['file']} ({damaged[record['file']]})")
-                _rebuild(options, source, record, report)
+                _rebuild(options, source, manifest, record, report)
         _drop_downloads(options, source, len(source.files))
         return list(damaged)
 
 
-def _rebuild(options: PrepareOptions, source: Source, record: dict[str, Any], report: Report) -> None:
+def _rebuild(
+    options: PrepareOptions, source: Source, manifest: dict[str, Any], record: dict[str, Any], report: Report
+) -> None:
     path = options.out / record["file"]
-    with _stream(options, source, Position(**record["begin"]), Totals(), report) as stream:
+    begin = Position(**record["begin"])
+    with _stream(options, source, begin, Totals(), manifest["encoder"]["name"], report) as stream:
         found = _write_shard(stream, path, record["tokens"], lambda: None)
     if found["sha256"] != record["sha256"]:
         path.unlink()
@@ -305,7 +386,7 @@ def _write_shards(options: PrepareOptions, source: Source, manifest: dict[str, A
         reached = before[part.file] + source.files[part.file].bytes * part.fraction if part else 0
         report(Progress(totals, len(done), max(reached / max(before[-1], 1), totals.tokens / limit)))
 
-    with _stream(options, source, position, totals, report) as stream:
+    with _stream(options, source, position, totals, manifest["encoder"]["name"], report) as stream:
         while totals.tokens < limit and not stream.ended():
             split = "train" if done else "val"
             room = min(manifest["shard_tokens"][split], limit - totals.tokens)
@@ -341,11 +422,16 @@ def _write_shard(stream: TokenStream, path: Path, room: int, tell: Callable[[], 
 
 @contextmanager
 def _stream(
-    options: PrepareOptions, source: Source, position: Position, totals: Totals, report: Report
+    options: PrepareOptions,
+    source: Source,
+    position: Position,
+    totals: Totals,
+    encoder_name: EncoderName,
+    report: Report,
 ) -> Iterator[TokenStream]:
     tokenizer.gpt2()  # its vocabulary is fetched once, before the workers want it
     workers = (os.cpu_count() or 1) if options.workers is None else options.workers
-    with closing(tokenize_all(_parts(options, source, position, report), workers)) as batches:
+    with closing(tokenize_all(_parts(options, source, position, report), workers, encoder_name)) as batches:
         yield TokenStream(source, batches, position, totals)
 
 
@@ -429,6 +515,7 @@ def _new_manifest(options: PrepareOptions, source: Source, val_tokens: int) -> d
             "vocabulary_sha256": tokenizer.vocabulary_sha256(),
             "separator": tokenizer.EOT,
         },
+        "encoder": None,
         "shard_tokens": {"val": val_tokens, "train": options.shard_tokens},
         "totals": asdict(Totals()),
         "shards": [],
