@@ -47,10 +47,12 @@ def version(name: EncoderName) -> str:
     return metadata.version(name)
 
 
-def encode_documents(texts: list[str], name: EncoderName) -> list[np.ndarray]:
-    """The ids of each text, equal to ``tokenizer.encode`` whichever encoder it is (uint16 or uint32)."""
-    encode = tokenizer.encode if name == "tiktoken" else _gigatoken().encode
-    return [encode(text) for text in texts]
+def encode_documents(texts: list[bytes], name: EncoderName) -> list[np.ndarray]:
+    """The ids of each text (UTF-8), equal to ``tokenizer.encode`` whichever encoder it is; uint16 or uint32."""
+    if name == "tiktoken":
+        return [tokenizer.encode(text.decode()) for text in texts]
+    encoder = _gigatoken()
+    return [encoder.encode(text) for text in texts]
 
 
 @functools.cache
@@ -71,9 +73,10 @@ class Gigatoken:
         self._at_first = memory()
         self._unchecked = 0  # bytes of text since the last look at the memory
 
-    def encode(self, text: str) -> np.ndarray:
-        pieces = [self._encode(tokenizer.utf8(piece)) for piece in tokenizer.pieces(text)]
-        return pieces[0] if len(pieces) == 1 else np.concatenate([np.empty(0, np.uint32), *pieces])
+    def encode(self, text: bytes) -> np.ndarray:
+        if len(text) <= tokenizer.PIECE:
+            return self._encode(text)
+        return np.concatenate([self._encode(piece.encode()) for piece in tokenizer.pieces(text.decode())])
 
     def _encode(self, text: bytes) -> np.ndarray:
         self._unchecked += len(text)

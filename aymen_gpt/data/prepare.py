@@ -130,7 +130,8 @@ def tokenize(part: Part, encoder_name: EncoderName) -> Batch:
     """Read a part and turn its documents into tokens; the work that workers do."""
     rows = list(sources.read(part))
     documents = [row for row in rows if not row.skipped]
-    ids = encoder.encode_documents([document.text for document in documents], encoder_name)
+    texts = [tokenizer.utf8(document.text) for document in documents]
+    ids = encoder.encode_documents(texts, encoder_name)
     if encoder_name != "tiktoken":
         _check_sample(part, documents, ids)
     separator = np.array([tokenizer.EOT], np.uint16)
@@ -140,7 +141,7 @@ def tokenize(part: Part, encoder_name: EncoderName) -> Batch:
         np.concatenate(pieces, dtype=np.uint16, casting="unsafe") if pieces else np.empty(0, np.uint16),
         np.cumsum([0, *(1 + len(tokens) for tokens in ids)]),
         [document.row for document in documents],
-        [len(tokenizer.utf8(document.text)) for document in documents],
+        list(map(len, texts)),
         [document.id for document in documents],
         [document.url for document in documents],
         [(row.row, row.skipped) for row in rows if row.skipped],

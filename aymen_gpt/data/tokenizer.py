@@ -112,9 +112,10 @@ def _merges(vocab_bpe: str) -> list[str]:
 def ranks() -> dict[bytes, int]:
     """Token bytes to id: the 256 bytes in the order of their letters, then one token a merge."""
     letters = _byte_letters()
+    to_bytes = str.maketrans({letter: chr(byte) for letter, byte in letters.items()} | {" ": None})
+    merges = _merges(_vocabulary_file("vocab.bpe").read_text(encoding="utf-8"))
     tokens = [bytes([byte]) for byte in letters.values()]
-    for merge in _merges(_vocabulary_file("vocab.bpe").read_text(encoding="utf-8")):
-        tokens.append(bytes(letters[letter] for letter in merge if letter != " "))
+    tokens += [merge.translate(to_bytes).encode("latin-1") for merge in merges]
     return {token: rank for rank, token in enumerate(tokens)}
 
 
