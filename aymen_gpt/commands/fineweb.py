@@ -57,6 +57,12 @@ def parser() -> argparse.ArgumentParser:
     work.add_argument(
         "--workers", type=whole, metavar="N", help="processes (default: one per CPU; 0: only this one)"
     )
+    work.add_argument(
+        "--encoder",
+        choices=["gigatoken", "tiktoken"],
+        default="gigatoken",
+        help="their ids are the same, and checked to be; default: gigatoken where it is installed, else tiktoken",
+    )
     what = work.add_mutually_exclusive_group()
     what.add_argument(
         "--part", metavar="I/N", help="prepare only the I-th of N shares of the source, on this machine of many"
@@ -118,7 +124,9 @@ def repair(args: argparse.Namespace) -> int:
         if manifest is not None and adopt.is_tokens(manifest["options"]["source"]):
             rebuilt = adopt.repair(args.out, reporter, keep_source=args.keep_source)
         else:
-            rebuilt = prepare.repair(args.out, reporter, workers=args.workers, keep_source=args.keep_source)
+            rebuilt = prepare.repair(
+                args.out, reporter, workers=args.workers, keep_source=args.keep_source, encoder=args.encoder
+            )
     print(f"{args.out}: {len(rebuilt)} shards rebuilt, all are as the manifest says")
     return 0
 

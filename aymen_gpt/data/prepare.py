@@ -5,6 +5,9 @@ order of the source, so the shards hold the same bytes for any number of workers
 behind one separator (id 50256) and is cut where a shard ends. The manifest is written anew with each
 finished shard and says where in the source the next one begins: that is all that a resumed run needs.
 
+The fast encoder (encoder.py) is held against tiktoken on about one document in a hundred; which ones is a
+function of their place in the source. Should one differ, everything is done again with tiktoken alone.
+
 Shard 0 is the validation split. It has shard_tokens tokens, but at most a twentieth of the estimated total
 (of a small corpus 10,000 tokens or a quarter), so that any corpus gives both splits.
 """
@@ -15,6 +18,7 @@ import os
 import shutil
 import signal
 import threading
+import zlib
 from collections import deque
 from collections.abc import Callable, Generator, Iterable, Iterator
 from concurrent.futures import Future, ProcessPoolExecutor
@@ -27,21 +31,23 @@ from typing import Any
 import numpy as np
 
 from aymen_gpt import files
-from aymen_gpt.data import shards, sources, tokenizer
+from aymen_gpt.data import encoder, shards, sources, tokenizer
+from aymen_gpt.data.encoder import EncoderName
 from aymen_gpt.data.fetch import check_name
-from aymen_gpt.data.sources import Part, Source, SourceFile
+from aymen_gpt.data.sources import Document, Part, Source, SourceFile
 from aymen_gpt.errors import AymenError, DataError, UsageError
 
 AHEAD = 3  # parts dealt per worker before the first of them is needed: they bound the memory
 BYTES_PER_TOKEN = 4  # of English text, for estimates
 SMALL_VAL = 10_000  # tokens of validation that a small corpus should have
+SAMPLE = 100  # one document in so many is encoded by tiktoken too
 BAD_ROWS = 1 / 1000  # more than this share of rows without usable text is an error
 SOURCE_FOLDER = ".source"  # in the output folder: files downloaded from the Hub
 
 
 @dataclass(frozen=True)
 class PrepareOptions:
-    """What to prepare. All but ``workers`` and ``keep_source`` decide the bytes of the shards."""
+    """What to prepare. The options up to ``revision`` decide the bytes of the shards."""
 
     source: tuple[str, ...] = ("hub",)
     out: Path = Path("edu_fineweb10B")
@@ -51,6 +57,11 @@ class PrepareOptions:
     revision: str | None = None
     workers: int | None = None  # processes; None: one for each CPU; 0: all work in this process
     keep_source: bool = False
+    encoder: EncoderName = "gigatoken"  # where it is installed, else tiktoken
+
+
+class Inexact(AymenError):
+    """The fast encoder gave a document other ids than tiktoken."""
 
 
 @dataclass(frozen=True)
@@ -118,36 +129,53 @@ class Piece:
     urls: list[str | None]
 
 
-def tokenize(part: Part) -> Batch:
+def tokenize(part: Part, encoder_name: EncoderName) -> Batch:
     """Read a part and turn its documents into tokens; the work that workers do."""
     rows = list(sources.read(part))
     documents = [row for row in rows if not row.skipped]
-    ids = [tokenizer.encode(document.text) for document in documents]
+    texts = [tokenizer.utf8(document.text) for document in documents]
+    ids = encoder.encode_documents(texts, encoder_name)
+    if encoder_name != "tiktoken":
+        _check_sample(part, documents, ids)
     separator = np.array([tokenizer.EOT], np.uint16)
     pieces = [piece for tokens in ids for piece in (separator, tokens)]
     return Batch(
         replace(part, content=None),
-        np.concatenate(pieces) if pieces else np.empty(0, np.uint16),
+        np.concatenate(pieces, dtype=np.uint16, casting="unsafe") if pieces else np.empty(0, np.uint16),
         np.cumsum([0, *(1 + len(tokens) for tokens in ids)]),
         [document.row for document in documents],
-        [len(document.text.encode("utf-8", "surrogatepass")) for document in documents],
+        list(map(len, texts)),
         [document.id for document in documents],
         [document.url for document in documents],
         [(row.row, row.skipped) for row in rows if row.skipped],
     )
 
 
-def tokenize_all(parts: Iterable[Part], workers: int) -> Generator[Batch, None, None]:
+def _check_sample(part: Part, documents: list[Document], ids: list[np.ndarray]) -> None:
+    """Inexact when a document of the sample has other ids than tiktoken's."""
+    for document, found in zip(documents, ids, strict=True):
+        if _sampled(part, document.row) and not np.array_equal(found, tokenizer.encode(document.text)):
+            where = f"{part.path.name}, part {part.index}, row {document.row}"
+            named = ", ".join(name for name in (document.id, document.url) if name)
+            raise Inexact(f"other ids than tiktoken's for {where}" + f" ({named})" * bool(named))
+
+
+def _sampled(part: Part, row: int) -> bool:
+    """Two rows of every part and one in a hundred, the same in any run."""
+    return row < 2 or zlib.crc32(b"%d %d %d" % (part.file, part.index, row)) % SAMPLE == 0
+
+
+def tokenize_all(parts: Iterable[Part], workers: int, encoder_name: EncoderName) -> Generator[Batch, None, None]:
     """The parts tokenized by that many processes (0: by this one), in their order whoever is faster."""
     if workers == 0:
-        yield from map(tokenize, parts)
+        yield from (tokenize(part, encoder_name) for part in parts)
         return
     spawn = multiprocessing.get_context("spawn")
     pool = ProcessPoolExecutor(workers, spawn, _begin_worker)
     waiting: deque[Future[Batch]] = deque()
     try:
         for part in parts:
-            waiting.append(pool.submit(tokenize, part))
+            waiting.append(pool.submit(tokenize, part, encoder_name))
             if len(waiting) > AHEAD * workers:
                 yield waiting.popleft().result()
         while waiting:
@@ -155,7 +183,7 @@ def tokenize_all(parts: Iterable[Part], workers: int) -> Generator[Batch, None, 
     except BrokenProcessPool:
         raise AymenError(
             "a worker process died; finished shards are safe: run the same command again "
-            "(with fewer --workers if memory ran out)"
+            "(with fewer --workers if memory ran out, or with --encoder tiktoken)"
         ) from None
     finally:
         pool.shutdown(wait=False, cancel_futures=True)
@@ -243,10 +271,13 @@ def prepare(options: PrepareOptions, report: Report) -> Summary:
             shards.check_shards(options.out)
             return summary(options.out, manifest, already=True)
 
-        def batches(position: Position) -> Generator[Batch, None, None]:
-            return tokenized(options, _parts(options, source, position, report))
+        def work(manifest: dict[str, Any]) -> dict[str, Any]:
+            def batches(position: Position) -> Generator[Batch, None, None]:
+                return tokenized(options, manifest, _parts(options, source, position, report))
 
-        manifest = write_shards(options, source, manifest, batches, report)
+            return write_shards(options, source, manifest, batches, report)
+
+        manifest = exactly(options, source, manifest, report, work)
         finish(options, source, manifest)
         return summary(options.out, manifest, already=False)
 
@@ -278,27 +309,87 @@ def finish(options: PrepareOptions, source: Source, manifest: dict[str, Any]) ->
     drop_downloads(options, source, len(source.files))
 
 
-def repair(out: Path, report: Report, *, workers: int | None = None, keep_source: bool = False) -> list[str]:
+def exactly(
+    options: PrepareOptions,
+    source: Source,
+    manifest: dict[str, Any],
+    report: Report,
+    work: Callable[[dict[str, Any]], dict[str, Any]],
+) -> dict[str, Any]:
+    """Do the work that a manifest lacks; should the fast encoder prove inexact, all of it with tiktoken.
+
+    Returns the manifest that the work returns.
+    """
+    _choose_encoder(options, manifest, report)
+    try:
+        return work(manifest)
+    except Inexact as error:
+        report(f"WARNING: {_label(manifest['encoder'])} gave {error}; everything again, with tiktoken")
+        return work(_begin_again(options, source, manifest))
+
+
+def _begin_again(options: PrepareOptions, source: Source, manifest: dict[str, Any]) -> dict[str, Any]:
+    """The manifest of a preparation that has not begun and will use tiktoken; it is on the disk already."""
+    again = _new_manifest(options, source, val_tokens(options, source)) | {"encoder": _encoder("tiktoken")}
+    shards.write_manifest(options.out, again)
+    for record in manifest["shards"]:
+        for path in options.out.glob(Path(record["file"]).stem + ".*"):
+            path.unlink()
+    return again
+
+
+def _choose_encoder(options: PrepareOptions, manifest: dict[str, Any], report: Report) -> None:
+    """Note the encoder in the manifest. A folder that tiktoken has worked on stays with it."""
+    begun_with = manifest.get("encoder") or {"name": "gigatoken"}
+    name: EncoderName = "gigatoken"
+    if options.encoder == "tiktoken" or begun_with["name"] == "tiktoken":
+        name = "tiktoken"
+    elif reason := encoder.missing():
+        report(f"encoding with tiktoken: {reason}")
+        name = "tiktoken"
+    manifest["encoder"] = _encoder(name)
+
+
+def _encoder(name: EncoderName) -> dict[str, str]:
+    return {"name": name, "version": encoder.version(name)}
+
+
+def _label(found: dict[str, str]) -> str:
+    return f"{found['name']} {found['version']}"
+
+
+def repair(
+    out: Path,
+    report: Report,
+    *,
+    workers: int | None = None,
+    keep_source: bool = False,
+    encoder: EncoderName = "gigatoken",
+) -> list[str]:
     """Rebuild the damaged shards of a folder from their source rows; returns their names."""
     with files.lock(out, "--out"):
         damaged = shards.verify(out)
         manifest = shards.read_manifest(out)
         if not damaged or manifest is None:
             return []
-        options = replace(recorded_options(out, manifest), workers=workers, keep_source=keep_source)
+        options = recorded_options(out, manifest)
+        options = replace(options, workers=workers, keep_source=keep_source, encoder=encoder)
         source = open_source(options, manifest, lambda: find_text(options, report))
+        _choose_encoder(options, manifest, report)
         for record in manifest["shards"]:
             if record["file"] in damaged:
                 report(f"rebuilding {record['file']} ({damaged[record['file']]})")
-                _rebuild(options, source, record, report)
+                _rebuild(options, source, manifest, record, report)
         drop_downloads(options, source, len(source.files))
         return list(damaged)
 
 
-def _rebuild(options: PrepareOptions, source: Source, record: dict[str, Any], report: Report) -> None:
+def _rebuild(
+    options: PrepareOptions, source: Source, manifest: dict[str, Any], record: dict[str, Any], report: Report
+) -> None:
     path = options.out / record["file"]
     begin = Position(**record["begin"])
-    with closing(tokenized(options, _parts(options, source, begin, report))) as batches:
+    with closing(tokenized(options, manifest, _parts(options, source, begin, report))) as batches:
         stream = TokenStream(source, batches, begin, Totals())
         found = _write_shard(stream, path, record["tokens"], lambda: None)
     if found["sha256"] != record["sha256"]:
@@ -317,7 +408,7 @@ def write_shards(
     if total < 20:
         raise DataError(f"the source has only {total} tokens: too few for training and validation")
     report(f"a small corpus ({total:,} tokens): again, with a tenth of it for validation")
-    again = _new_manifest(options, source, total // 10)
+    again = _new_manifest(options, source, total // 10) | {"encoder": manifest["encoder"]}
     _append_shards(options, source, again, batches, report)
     return again
 
@@ -374,10 +465,12 @@ def _write_shard(stream: TokenStream, path: Path, room: int, tell: Callable[[], 
     return counts | {"begin": asdict(begin), "end": asdict(stream.position)}
 
 
-def tokenized(options: PrepareOptions, parts: Iterable[Part]) -> Generator[Batch, None, None]:
+def tokenized(
+    options: PrepareOptions, manifest: dict[str, Any], parts: Iterable[Part]
+) -> Generator[Batch, None, None]:
     tokenizer.gpt2()  # its vocabulary is fetched once, before the workers want it
     workers = (os.cpu_count() or 1) if options.workers is None else options.workers
-    return tokenize_all(parts, workers)
+    return tokenize_all(parts, workers, manifest["encoder"]["name"])
 
 
 def _parts(options: PrepareOptions, source: Source, position: Position, report: Report) -> Iterator[Part]:
@@ -479,6 +572,7 @@ def _new_manifest(options: PrepareOptions, source: Source, val_tokens: int) -> d
             "vocabulary_sha256": tokenizer.vocabulary_sha256(),
             "separator": tokenizer.EOT,
         },
+        "encoder": None,
         "shard_tokens": {"val": val_tokens, "train": options.shard_tokens},
         "totals": asdict(Totals()),
         "shards": [],

@@ -67,7 +67,9 @@ def prepare_share(options: PrepareOptions, share: Share, report: Report) -> Summ
     with prepare.begun(options, lambda: prepare.find_text(options, report), prepare.val_tokens) as begun:
         manifest, source = begun
         if source is not None:
-            _append_bundles(options, source, share, manifest, report)
+            manifest = prepare.exactly(
+                options, source, manifest, report, lambda new: _append_bundles(options, source, share, new, report)
+            )
             prepare.finish(options, source, manifest)
         return prepare.summary(options.out, manifest, already=source is None)
 
@@ -88,6 +90,7 @@ def merge(options: PrepareOptions, report: Report) -> Summary:
             return prepare.summary(options.out, manifest, already=True)
         if manifest["source"] != finished()[0].manifest["source"]:
             raise UsageError(f"{options.out} was begun with other files than its parts: take another --out")
+        manifest["encoder"] = finished()[0].manifest["encoder"]
         manifest = prepare.write_shards(options, source, manifest, _stored(finished()), report)
         prepare.finish(options, source, manifest)
         return prepare.summary(options.out, manifest, already=False)
@@ -127,15 +130,15 @@ def _finished_shares(options: PrepareOptions) -> list[Finished]:
 def _check_alike(options: PrepareOptions, finished: list[Finished]) -> None:
     for share in finished:
         prepare.check_same_options(replace(options, out=share.folder), share.manifest)
-        for key in ("source", "tokenizer"):
+        for key in ("source", "tokenizer", "encoder"):
             if share.manifest[key] != finished[0].manifest[key]:
                 raise DataError(f"{share.folder} has another {key} than {finished[0].folder}: delete one of them")
 
 
 def _append_bundles(
     options: PrepareOptions, source: Source, share: Share, manifest: dict[str, Any], report: Report
-) -> None:
-    """Append bundles to the share's manifest, saving it with each, until its parts or max_tokens are exhausted."""
+) -> dict[str, Any]:
+    """Append bundles to the manifest, saving it with each, until the share or max_tokens is exhausted."""
     done, totals = manifest["shards"], Totals(**manifest["totals"])
     begin = Position(**done[-1]["end"]) if done else Position()
     limit = options.max_tokens or 2**63  # no share needs more, whatever stands before it
@@ -149,7 +152,9 @@ def _append_bundles(
         fraction = _place(source, share, batch.part.file, batch.part.fraction) - (share.number - 1)
         report(Progress(totals, len(done), min(max(fraction, totals.tokens / limit), 1)))
 
-    with closing(prepare.tokenized(options, _own_parts(options, source, share, begin, report))) as batches:
+    with closing(
+        prepare.tokenized(options, manifest, _own_parts(options, source, share, begin, report))
+    ) as batches:
         while totals.tokens < limit and (first := next(batches, None)) is not None:
             room = min(options.shard_tokens, limit - totals.tokens)
             path = options.out / f"tokens_{len(done):06d}.bin"
@@ -157,6 +162,7 @@ def _append_bundles(
             manifest["totals"] = asdict(totals)
             shards.write_manifest(options.out, manifest)
             prepare.drop_downloads(options, source, done[-1]["end"]["file"])
+    return manifest
 
 
 def _own_parts(
