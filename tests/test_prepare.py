@@ -5,6 +5,7 @@ import json
 import os
 from collections import Counter
 from dataclasses import replace
+from importlib.metadata import version
 from itertools import chain
 from pathlib import Path
 
@@ -17,7 +18,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from aymen_gpt import files
-from aymen_gpt.data import fetch, prepare, shards, sources, tokenizer
+from aymen_gpt.data import encoder, fetch, prepare, shards, sources, tokenizer
 from aymen_gpt.data.loader import TokenRows
 from aymen_gpt.data.prepare import PrepareOptions
 from aymen_gpt.errors import AymenError, CannotWrite, DataError, NetworkError, UsageError
@@ -210,7 +211,7 @@ def test_a_corpus_too_small_for_two_splits_is_an_error(tmp_path, texts):
 def test_validation_is_a_twentieth_of_a_middling_corpus_and_one_shard_of_a_large_one(tmp_path):
     def val_tokens(n_bytes, shard_tokens=1000_000, max_tokens=None):
         source = sources.Source((sources.SourceFile("a.txt", n_bytes, path=Path("a.txt")),))
-        return prepare._val_tokens(PrepareOptions(shard_tokens=shard_tokens, max_tokens=max_tokens), source)
+        return prepare.val_tokens(PrepareOptions(shard_tokens=shard_tokens, max_tokens=max_tokens), source)
 
     assert val_tokens(4 * 10**9) == 1000_000
     assert val_tokens(4 * 10**6) == 50_000
@@ -439,10 +440,10 @@ def test_a_damaged_file_is_named_and_the_shards_before_it_stay(options, workers)
 
 def test_a_worker_that_dies_is_an_error_not_a_hang(options, monkeypatch):
     class Dying(prepare.ProcessPoolExecutor):
-        def submit(self, function, part):
+        def submit(self, function, part, *more):
             if (part.file, part.index) == (1, 2):
                 return super().submit(os._exit, 9)
-            return super().submit(function, part)
+            return super().submit(function, part, *more)
 
     monkeypatch.setattr(prepare, "ProcessPoolExecutor", Dying)
     with pytest.raises(AymenError, match=r"a worker process died; finished shards are safe: run the same command"):
@@ -456,7 +457,7 @@ def test_parts_are_dealt_only_so_far_ahead(tmp_path):
     path = write_parquet(tmp_path / "a.parquet", make_texts(40), rows=1)
     dealt = []
     parts = sources.parts(sources.open_source([str(path)]), 0, path)
-    batches = prepare.tokenize_all((dealt.append(part) or part for part in parts), 1)
+    batches = prepare.tokenize_all((dealt.append(part) or part for part in parts), 1, "tiktoken")
     for read in range(1, 31):
         assert next(batches).part.index == read - 1
         assert len(dealt) <= read + prepare.AHEAD
@@ -586,3 +587,127 @@ def test_the_vocabulary_is_missing_before_any_worker_starts(options, monkeypatch
         prepare.prepare(replace(options, workers=2), quiet)
     monkeypatch.undo()
     tokenizer.gpt2()
+
+
+class Broken:
+    """An encoder that is right but for the texts with a 7 in their last word."""
+
+    def encode(self, text):
+        ids = tokenizer.encode(text.decode())
+        return ids[:-1] if b"7" in text.split()[-1] else ids
+
+
+def tokenize_broken(*work):
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(encoder, "_gigatoken", Broken)
+        return REAL_TOKENIZE(*work)
+
+
+REAL_TOKENIZE = prepare.tokenize
+
+
+@pytest.fixture
+def broken(monkeypatch):
+    monkeypatch.setattr(encoder, "missing", lambda: None)
+    monkeypatch.setattr(prepare, "tokenize", tokenize_broken)
+    monkeypatch.setattr(prepare, "SAMPLE", 10**9)  # two rows of each part: 7 of c.jsonl is not, 1 of it neither
+
+
+def with_ids(texts, path):
+    write_jsonl(path, texts)
+    lines = [json.loads(line) | {"id": f"id-{i}"} for i, line in enumerate(path.read_text().splitlines())]
+    path.write_text("".join(json.dumps(line) + "\n" for line in lines))
+
+
+@pytest.fixture
+def late(options, tmp_path):
+    """The options, with a document that Broken gets wrong at the beginning of the last part."""
+    folder = tmp_path / "late"
+    (tmp_path / "in").rename(folder)
+    with_ids(["the last file 7", *make_texts(130, 3)], folder / "c.jsonl")
+    for name in "ab":  # no 7 among the first two rows of any part
+        texts = [f"{text} no" for text in make_texts(170, ord(name))]
+        write_parquet(folder / f"{name}.parquet", texts)
+    return replace(options, source=(str(folder),))
+
+
+@pytest.mark.parametrize("workers", [0, 1, 2, 3])
+def test_an_encoder_that_errs_is_replaced_by_tiktoken_from_the_beginning(late, broken, tmp_path, workers):
+    prepare.prepare(replace(late, out=tmp_path / "right", encoder="tiktoken"), quiet)
+    events = []
+    prepare.prepare(replace(late, workers=workers), events.append)
+    assert digest(late.out) == digest(tmp_path / "right")
+    (warning,) = [event for event in events if isinstance(event, str) and event.startswith("WARNING")]
+    assert (
+        "other ids than tiktoken's for c.jsonl, part 0, row 0 (id-0); everything again, with tiktoken" in warning
+    )
+    assert any(isinstance(event, prepare.Progress) and event.shards > 2 for event in events)
+
+
+def test_an_encoder_that_errs_leaves_the_same_bytes_wherever_it_is_killed(late, broken, tmp_path, monkeypatch):
+    prepare.prepare(late, quiet)
+    expected = digest(late.out)
+    real = os.replace
+    for moment in range(0, 3 * 2 * len(tokens_of(late.out)) - 6, 5):
+        out = tmp_path / f"kill{moment}"
+        steps = iter(range(10**6))
+
+        def killing(source, target, moment=moment, steps=steps):
+            if next(steps) == moment:
+                raise Killed
+            real(source, target)
+
+        monkeypatch.setattr(os, "replace", killing)
+        with pytest.raises(Killed):
+            prepare.prepare(replace(late, out=out), quiet)
+        monkeypatch.setattr(os, "replace", real)
+        prepare.prepare(replace(late, out=out), quiet)
+        assert digest(out) == expected
+
+
+def test_the_sample_is_one_document_in_a_hundred_and_some_of_every_part(tmp_path):
+    part = sources.Part(3, 8, tmp_path, 0, 0, None, 0)
+    chosen = [row for row in range(100_000) if prepare._sampled(part, row)]
+    assert chosen[:2] == [0, 1]
+    assert 900 < len(chosen) < 1100
+    assert prepare._sampled(replace(part, index=9), chosen[5]) is False
+
+
+def test_both_encoders_write_the_same_shards_and_the_manifest_names_them(options, tmp_path):
+    pytest.importorskip("gigatoken")
+    folders = {name: replace(options, out=tmp_path / name, encoder=name) for name in ("gigatoken", "tiktoken")}
+    manifests = {}
+    for name, chosen in folders.items():
+        prepare.prepare(chosen, quiet)
+        manifests[name] = shards.read_manifest(chosen.out)
+        assert manifests[name].pop("encoder") == {"name": name, "version": version(name)}
+    assert manifests["gigatoken"] == manifests["tiktoken"]
+    assert len({shards.manifest_hash(chosen.out) for chosen in folders.values()}) == 1
+
+
+def test_a_folder_that_tiktoken_worked_on_stays_with_it(options, monkeypatch):
+    go_on = stop_after(monkeypatch, 2)
+    with pytest.raises(Killed):
+        prepare.prepare(replace(options, encoder="tiktoken"), quiet)
+    go_on()
+    monkeypatch.setattr(encoder, "_gigatoken", None)
+    prepare.prepare(options, quiet)
+    assert joined(tokens_of(options.out)) == reference(ALL_TEXTS)
+
+
+def test_without_gigatoken_tiktoken_works_and_one_line_says_so(options, monkeypatch):
+    monkeypatch.setattr(encoder, "missing", lambda: "`pip install it`")
+    monkeypatch.setattr(encoder, "_gigatoken", None)
+    events = []
+    prepare.prepare(options, events.append)
+    assert [event for event in events if isinstance(event, str)] == ["encoding with tiktoken: `pip install it`"]
+    assert joined(tokens_of(options.out)) == reference(ALL_TEXTS)
+
+
+def test_repair_uses_the_encoder_of_the_folder(options, monkeypatch):
+    prepare.prepare(replace(options, encoder="tiktoken"), quiet)
+    expected = digest(options.out)
+    sorted(options.out.glob("*.bin"))[2].unlink()
+    monkeypatch.setattr(encoder, "_gigatoken", None)
+    assert len(prepare.repair(options.out, quiet, workers=0)) == 1
+    assert digest(options.out) == expected

@@ -3,11 +3,14 @@
 import hashlib
 import json
 import struct
+from collections import Counter
+from itertools import chain
 
 import numpy as np
 import pytest
 
 from aymen_gpt.data import shards, tokenizer
+from aymen_gpt.data.loader import TokenRows
 from aymen_gpt.errors import CannotWrite, DataError
 
 TOKENS = np.array([50256, 1, 2, 3, 50256, 65535 % 50257, 0], np.uint16)
@@ -25,6 +28,42 @@ def test_our_shard_is_llmcs_byte_for_byte(tmp_path):
     assert path.name == "edufineweb_train_000007.bin"
     assert path.read_bytes() == llmc_bytes(TOKENS.tolist())
     assert [entry.name for entry in path.parent.iterdir()] == [path.name]
+
+
+def read_as_llmc(path):
+    """A reader of llm.c's shards, from the format's description alone."""
+    content = path.read_bytes()
+    magic, version, n_tokens = struct.unpack_from("<3i", content)
+    assert (magic, version, len(content)) == (20240520, 1, 1024 + 2 * n_tokens)
+    assert not any(content[12:1024])
+    return list(struct.unpack_from(f"<{n_tokens}H", content, 1024))
+
+
+def test_a_reader_of_llmcs_format_reads_our_shards(tmp_path):
+    for index, tokens in enumerate((TOKENS, np.arange(50257, dtype=np.uint16))):
+        path = tmp_path / shards.shard_name("train", index)
+        shards.write_shard(path, tokens)
+        assert read_as_llmc(path) == tokens.tolist()
+
+
+def test_two_epochs_of_a_folder_of_modded_nanogpt_read_its_tokens_twice(tmp_path):
+    documents = [[50256, *range(10 * i, 10 * i + i % 7 + 1)] for i in range(60)]
+    lists = [list(chain.from_iterable(documents[start : start + 20])) for start in (0, 20, 40)]
+    for name, tokens in zip(("val_000000", "train_000001", "train_000002"), lists, strict=True):
+        (tmp_path / f"fineweb_{name}.bin").write_bytes(llmc_bytes(tokens))
+    with pytest.warns(UserWarning, match="no manifest"):
+        shards.check_shards(tmp_path)
+    val = TokenRows(tmp_path, "val", block_size=1, seed=None)
+    rows = val.rows(0, 2 * val.rows_per_epoch)
+    assert rows[:, 0].tolist() == 2 * lists[0][:-1]
+    train = TokenRows(tmp_path, "train", block_size=1, seed=3)
+    epochs = np.split(train.rows(0, 2 * train.rows_per_epoch), 2)
+    assert epochs[0].tolist() != epochs[1].tolist()
+    for epoch in epochs:
+        read = Counter(epoch[:, 0].tolist()) | Counter(epoch[:, 1].tolist())
+        assert {token: 1 for token in lists[1] + lists[2] if token != 50256}.items() <= read.items()
+        follows = {(document[0], document[1]) for document in documents[20:]}
+        assert {(a, b) for a, b in epoch.tolist() if a == 50256} <= follows
 
 
 def test_a_shard_can_be_written_piece_by_piece(tmp_path):

@@ -71,13 +71,13 @@ def test_any_text_gets_tiktokens_ids(text):
 def test_cutting_a_long_document_into_pieces_changes_no_id(text, size):
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(tokenizer, "PIECE", size)
-        assert "".join(tokenizer._pieces(text)) == text
+        assert "".join(tokenizer.pieces(text)) == text
         assert tokenizer.encode(text).tolist() == tokenizer.gpt2().encode_ordinary(text)
 
 
 def test_long_documents_are_really_cut(monkeypatch):
     monkeypatch.setattr(tokenizer, "PIECE", 10)
-    assert list(tokenizer._pieces("one two three\n\nfour \nfive six\nseven")) == [
+    assert list(tokenizer.pieces("one two three\n\nfour \nfive six\nseven")) == [
         "one two three",
         "\n\nfour \nfive six",
         "\nseven",

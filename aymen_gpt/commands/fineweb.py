@@ -17,9 +17,11 @@ EXAMPLES = """\
   python fineweb.py --max-tokens 1e8 --out data/small      its first 100M tokens
   python fineweb.py --source builtin --out data/builtin    the documentation on this machine, no network
   python fineweb.py --source my/texts more.jsonl.gz --out data/mine
+  python fineweb.py --source hub-tokens:kjj0/finewebedu10B-gpt2 --max-tokens 1e9     tokenized by others
 
 Killed or failed? The same command again continues at the last finished shard.
 """
+MODES = ("verify", "repair", "part", "merge")
 EVERY = 10.0  # seconds between two progress lines when stderr is not a terminal
 
 
@@ -33,12 +35,15 @@ def parser() -> argparse.ArgumentParser:
         default=["hub"],
         metavar="WORD",
         help="`hub` (FineWeb-Edu from Hugging Face, the default), `builtin` (documentation installed with "
-        "Python), or files and folders of .parquet, .jsonl, .jsonl.gz, .jsonl.zst, .txt",
+        "Python), files and folders of .parquet, .jsonl, .jsonl.gz, .jsonl.zst, .txt; or what is tokens already: "
+        "`hub-tokens:OWNER/DATASET`, `tokens:FOLDER` (.bin of llm.c or nanoGPT, .npy)",
     )
     text.add_argument(
         "--text-column", metavar="NAME", help="column or key of the text (default: text, else content)"
     )
-    text.add_argument("--revision", metavar="COMMIT", help="of FineWeb-Edu on the Hub (default: a pinned one)")
+    text.add_argument(
+        "--revision", metavar="COMMIT", help="of the dataset on the Hub (default of FineWeb-Edu: a pinned one)"
+    )
     text.add_argument("--keep-source", action="store_true", help="keep downloaded files, in DIR/.source")
     shards = p.add_argument_group("shards")
     shards.add_argument(
@@ -52,7 +57,17 @@ def parser() -> argparse.ArgumentParser:
     work.add_argument(
         "--workers", type=whole, metavar="N", help="processes (default: one per CPU; 0: only this one)"
     )
+    work.add_argument(
+        "--encoder",
+        choices=["gigatoken", "tiktoken"],
+        default="gigatoken",
+        help="their ids are the same, and checked to be; default: gigatoken where it is installed, else tiktoken",
+    )
     what = work.add_mutually_exclusive_group()
+    what.add_argument(
+        "--part", metavar="I/N", help="prepare only the I-th of N shares of the source, on this machine of many"
+    )
+    what.add_argument("--merge", action="store_true", help="make the shards from all N shares in DIR/parts")
     what.add_argument("--verify", action="store_true", help="compare every shard in DIR with its recorded sha256")
     what.add_argument(
         "--repair", action="store_true", help="verify, then rebuild damaged shards from their source"
@@ -66,6 +81,7 @@ def main(argv: list[str] | None = None) -> int:
         return verify(args.out)
     if args.repair:
         return repair(args)
+    from aymen_gpt.data import adopt, shares
     from aymen_gpt.data.prepare import PrepareOptions, prepare
     from aymen_gpt.errors import UsageError
 
@@ -73,10 +89,18 @@ def main(argv: list[str] | None = None) -> int:
         value = getattr(args, flag)
         if value is not None and value < least:
             raise UsageError(f"--{flag.replace('_', '-')} must be at least {least}, got {value}")
-    chosen = {name: value for name, value in vars(args).items() if name not in ("verify", "repair", "source")}
+    if adopt.is_tokens(args.source) and (args.part or args.merge):
+        raise UsageError(f"--part and --merge are for text; --source {' '.join(args.source)} is tokens already")
+    chosen = {name: value for name, value in vars(args).items() if name not in (*MODES, "source")}
+    options = PrepareOptions(source=tuple(args.source), **chosen)
     with Reporter() as reporter:
-        summary = prepare(PrepareOptions(source=tuple(args.source), **chosen), reporter)
-    print(closing(summary))
+        if args.part:
+            share = shares.parse(args.part)
+            summary = shares.prepare_share(options, share, reporter)
+        else:
+            make = adopt.adopt if adopt.is_tokens(args.source) else shares.merge if args.merge else prepare
+            summary = make(options, reporter)
+    print(closing(summary, share=args.part))
     return 0
 
 
@@ -93,10 +117,16 @@ def verify(out: Path) -> int:
 
 
 def repair(args: argparse.Namespace) -> int:
-    from aymen_gpt.data.prepare import repair
+    from aymen_gpt.data import adopt, prepare, shards
 
+    manifest = shards.read_manifest(args.out)
     with Reporter() as reporter:
-        rebuilt = repair(args.out, reporter, workers=args.workers, keep_source=args.keep_source)
+        if manifest is not None and adopt.is_tokens(manifest["options"]["source"]):
+            rebuilt = adopt.repair(args.out, reporter, keep_source=args.keep_source)
+        else:
+            rebuilt = prepare.repair(
+                args.out, reporter, workers=args.workers, keep_source=args.keep_source, encoder=args.encoder
+            )
     print(f"{args.out}: {len(rebuilt)} shards rebuilt, all are as the manifest says")
     return 0
 
@@ -142,9 +172,10 @@ class Reporter:
         assert self.first is not None
         totals, gained = progress.totals, progress.fraction - self.first[1]
         left = f", {duration(seconds * (1 - progress.fraction) / gained)} left" if gained > 0 else ""
+        speed = f", {(totals.bytes - self.first[0]) / 1e6 / max(seconds, 0.001):.1f} MB/s" if totals.bytes else ""
         line = (
-            f"{totals.documents:,} documents, {totals.tokens / 1e6:,.1f}M tokens, {progress.shards} shards, "
-            f"{(totals.bytes - self.first[0]) / 1e6 / max(seconds, 0.001):.1f} MB/s{left}"
+            f"{totals.documents:,} documents, {totals.tokens / 1e6:,.1f}M tokens, {progress.shards} shards"
+            f"{speed}{left}"
         )
         if self.bar is not None:
             self.bar.n = min(100 * progress.fraction, 100)
@@ -168,14 +199,18 @@ def duration(seconds: float) -> str:
     )
 
 
-def closing(summary: "Summary") -> str:
+def closing(summary: "Summary", share: str | None = None) -> str:
     totals = summary.totals
     skipped = ", ".join(f"{count:,} {reason}" for reason, count in sorted(totals.skipped.items())) or "none"
     data = "" if str(summary.folder) == "edu_fineweb10B" else f" --data {shlex.quote(str(summary.folder))}"
     done = "already prepared" if summary.already else "prepared"
+    density = f" ({totals.bytes / max(totals.tokens, 1):.2f} bytes of text per token)" if totals.bytes else ""
+    what, then = f"{summary.shards} shards (the first is for validation)", f"python pretrain.py{data}"
+    if share:
+        what, then = f"part {share}", "once all parts are prepared: the same command with --merge for --part"
     return f"""\
-{done}: {summary.folder}, {summary.shards} shards (the first is for validation)
+{done}: {summary.folder}, {what}
 documents  {totals.documents:,}
-tokens     {totals.tokens:,} ({totals.bytes / max(totals.tokens, 1):.2f} bytes of text per token)
+tokens     {totals.tokens:,}{density}
 skipped    {skipped}
-next       python pretrain.py{data}"""
+next       {then}"""

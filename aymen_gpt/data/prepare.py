@@ -5,6 +5,9 @@ order of the source, so the shards hold the same bytes for any number of workers
 behind one separator (id 50256) and is cut where a shard ends. The manifest is written anew with each
 finished shard and says where in the source the next one begins: that is all that a resumed run needs.
 
+The fast encoder (encoder.py) is held against tiktoken on about one document in a hundred; which ones is a
+function of their place in the source. Should one differ, everything is done again with tiktoken alone.
+
 Shard 0 is the validation split. It has shard_tokens tokens, but at most a twentieth of the estimated total
 (of a small corpus 10,000 tokens or a quarter), so that any corpus gives both splits.
 """
@@ -15,6 +18,7 @@ import os
 import shutil
 import signal
 import threading
+import zlib
 from collections import deque
 from collections.abc import Callable, Generator, Iterable, Iterator
 from concurrent.futures import Future, ProcessPoolExecutor
@@ -27,21 +31,23 @@ from typing import Any
 import numpy as np
 
 from aymen_gpt import files
-from aymen_gpt.data import shards, sources, tokenizer
+from aymen_gpt.data import encoder, shards, sources, tokenizer
+from aymen_gpt.data.encoder import EncoderName
 from aymen_gpt.data.fetch import check_name
-from aymen_gpt.data.sources import Part, Source, SourceFile
+from aymen_gpt.data.sources import Document, Part, Source, SourceFile
 from aymen_gpt.errors import AymenError, DataError, UsageError
 
 AHEAD = 3  # parts dealt per worker before the first of them is needed: they bound the memory
 BYTES_PER_TOKEN = 4  # of English text, for estimates
 SMALL_VAL = 10_000  # tokens of validation that a small corpus should have
+SAMPLE = 100  # one document in so many is encoded by tiktoken too
 BAD_ROWS = 1 / 1000  # more than this share of rows without usable text is an error
 SOURCE_FOLDER = ".source"  # in the output folder: files downloaded from the Hub
 
 
 @dataclass(frozen=True)
 class PrepareOptions:
-    """What to prepare. All but ``workers`` and ``keep_source`` decide the bytes of the shards."""
+    """What to prepare. The options up to ``revision`` decide the bytes of the shards."""
 
     source: tuple[str, ...] = ("hub",)
     out: Path = Path("edu_fineweb10B")
@@ -51,6 +57,11 @@ class PrepareOptions:
     revision: str | None = None
     workers: int | None = None  # processes; None: one for each CPU; 0: all work in this process
     keep_source: bool = False
+    encoder: EncoderName = "gigatoken"  # where it is installed, else tiktoken
+
+
+class Inexact(AymenError):
+    """The fast encoder gave a document other ids than tiktoken."""
 
 
 @dataclass(frozen=True)
@@ -106,6 +117,9 @@ class Batch:
     skipped: list[tuple[int, str]]  # (row, reason)
 
 
+Batches = Callable[[Position], Generator[Batch, None, None]]  # a source from a position on
+
+
 @dataclass(frozen=True)
 class Piece:
     """Consecutive tokens for a shard, and the ids and urls of the documents they belong to."""
@@ -115,36 +129,53 @@ class Piece:
     urls: list[str | None]
 
 
-def tokenize(part: Part) -> Batch:
+def tokenize(part: Part, encoder_name: EncoderName) -> Batch:
     """Read a part and turn its documents into tokens; the work that workers do."""
     rows = list(sources.read(part))
     documents = [row for row in rows if not row.skipped]
-    ids = [tokenizer.encode(document.text) for document in documents]
+    texts = [tokenizer.utf8(document.text) for document in documents]
+    ids = encoder.encode_documents(texts, encoder_name)
+    if encoder_name != "tiktoken":
+        _check_sample(part, documents, ids)
     separator = np.array([tokenizer.EOT], np.uint16)
     pieces = [piece for tokens in ids for piece in (separator, tokens)]
     return Batch(
         replace(part, content=None),
-        np.concatenate(pieces) if pieces else np.empty(0, np.uint16),
+        np.concatenate(pieces, dtype=np.uint16, casting="unsafe") if pieces else np.empty(0, np.uint16),
         np.cumsum([0, *(1 + len(tokens) for tokens in ids)]),
         [document.row for document in documents],
-        [len(document.text.encode("utf-8", "surrogatepass")) for document in documents],
+        list(map(len, texts)),
         [document.id for document in documents],
         [document.url for document in documents],
         [(row.row, row.skipped) for row in rows if row.skipped],
     )
 
 
-def tokenize_all(parts: Iterable[Part], workers: int) -> Generator[Batch, None, None]:
+def _check_sample(part: Part, documents: list[Document], ids: list[np.ndarray]) -> None:
+    """Inexact when a document of the sample has other ids than tiktoken's."""
+    for document, found in zip(documents, ids, strict=True):
+        if _sampled(part, document.row) and not np.array_equal(found, tokenizer.encode(document.text)):
+            where = f"{part.path.name}, part {part.index}, row {document.row}"
+            named = ", ".join(name for name in (document.id, document.url) if name)
+            raise Inexact(f"other ids than tiktoken's for {where}" + f" ({named})" * bool(named))
+
+
+def _sampled(part: Part, row: int) -> bool:
+    """Two rows of every part and one in a hundred, the same in any run."""
+    return row < 2 or zlib.crc32(b"%d %d %d" % (part.file, part.index, row)) % SAMPLE == 0
+
+
+def tokenize_all(parts: Iterable[Part], workers: int, encoder_name: EncoderName) -> Generator[Batch, None, None]:
     """The parts tokenized by that many processes (0: by this one), in their order whoever is faster."""
     if workers == 0:
-        yield from map(tokenize, parts)
+        yield from (tokenize(part, encoder_name) for part in parts)
         return
     spawn = multiprocessing.get_context("spawn")
     pool = ProcessPoolExecutor(workers, spawn, _begin_worker)
     waiting: deque[Future[Batch]] = deque()
     try:
         for part in parts:
-            waiting.append(pool.submit(tokenize, part))
+            waiting.append(pool.submit(tokenize, part, encoder_name))
             if len(waiting) > AHEAD * workers:
                 yield waiting.popleft().result()
         while waiting:
@@ -152,7 +183,7 @@ def tokenize_all(parts: Iterable[Part], workers: int) -> Generator[Batch, None, 
     except BrokenProcessPool:
         raise AymenError(
             "a worker process died; finished shards are safe: run the same command again "
-            "(with fewer --workers if memory ran out)"
+            "(with fewer --workers if memory ran out, or with --encoder tiktoken)"
         ) from None
     finally:
         pool.shutdown(wait=False, cancel_futures=True)
@@ -235,62 +266,156 @@ def prepare(options: PrepareOptions, report: Report) -> Summary:
     UsageError when the folder was begun with other options, DataError when the source is bad or too small,
     NetworkError, CannotWrite; after any of them the finished shards stay.
     """
+    with begun(options, lambda: find_text(options, report), val_tokens) as (manifest, source):
+        if source is None:
+            shards.check_shards(options.out)
+            return summary(options.out, manifest, already=True)
+
+        def work(manifest: dict[str, Any]) -> dict[str, Any]:
+            def batches(position: Position) -> Generator[Batch, None, None]:
+                return tokenized(options, manifest, _parts(options, source, position, report))
+
+            return write_shards(options, source, manifest, batches, report)
+
+        manifest = exactly(options, source, manifest, report, work)
+        finish(options, source, manifest)
+        return summary(options.out, manifest, already=False)
+
+
+@contextmanager
+def begun(
+    options: PrepareOptions, find: Callable[[], Source], val_tokens: Callable[[PrepareOptions, Source], int]
+) -> Iterator[tuple[dict[str, Any], Source | None]]:
+    """Hold the folder: its manifest, new or as an earlier call left it, and its source; None when it is complete.
+
+    UsageError when it was begun with other options, CannotWrite when another process holds it.
+    """
     with files.lock(options.out, "--out"):
         manifest = shards.read_manifest(options.out)
         if manifest is not None:
-            _check_same_options(options, manifest)
+            check_same_options(options, manifest)
             if manifest["complete"]:
-                shards.check_shards(options.out)
-                return _summary(options.out, manifest, already=True)
-        if "builtin" in options.source:
-            report("gathering the documentation that is installed with Python (half a minute the first time)")
-        source = _open_source(options, manifest)
-        if manifest is None:
-            manifest = _new_manifest(options, source, _val_tokens(options, source))
+                yield manifest, None
+                return
+        source = open_source(options, manifest, find)
         for leftover in options.out.glob(".*.tmp"):
             leftover.unlink()
-        _write_shards(options, source, manifest, report)
-        if len(manifest["shards"]) < 2:  # the estimate was too high; now the total is known
-            total = manifest["totals"]["tokens"]
-            if total < 20:
-                raise DataError(f"the source has only {total} tokens: too few for training and validation")
-            report(f"a small corpus ({total:,} tokens): again, with a tenth of it for validation")
-            manifest = _new_manifest(options, source, total // 10)
-            _write_shards(options, source, manifest, report)
-        manifest["complete"] = True
-        shards.write_manifest(options.out, manifest)
-        _drop_downloads(options, source, len(source.files))
-        return _summary(options.out, manifest, already=False)
+        yield manifest or _new_manifest(options, source, val_tokens(options, source)), source
 
 
-def repair(out: Path, report: Report, *, workers: int | None = None, keep_source: bool = False) -> list[str]:
+def finish(options: PrepareOptions, source: Source, manifest: dict[str, Any]) -> None:
+    manifest["complete"] = True
+    shards.write_manifest(options.out, manifest)
+    drop_downloads(options, source, len(source.files))
+
+
+def exactly(
+    options: PrepareOptions,
+    source: Source,
+    manifest: dict[str, Any],
+    report: Report,
+    work: Callable[[dict[str, Any]], dict[str, Any]],
+) -> dict[str, Any]:
+    """Do the work that a manifest lacks; should the fast encoder prove inexact, all of it with tiktoken.
+
+    Returns the manifest that the work returns.
+    """
+    _choose_encoder(options, manifest, report)
+    try:
+        return work(manifest)
+    except Inexact as error:
+        report(f"WARNING: {_label(manifest['encoder'])} gave {error}; everything again, with tiktoken")
+        return work(_begin_again(options, source, manifest))
+
+
+def _begin_again(options: PrepareOptions, source: Source, manifest: dict[str, Any]) -> dict[str, Any]:
+    """The manifest of a preparation that has not begun and will use tiktoken; it is on the disk already."""
+    again = _new_manifest(options, source, val_tokens(options, source)) | {"encoder": _encoder("tiktoken")}
+    shards.write_manifest(options.out, again)
+    for record in manifest["shards"]:
+        for path in options.out.glob(Path(record["file"]).stem + ".*"):
+            path.unlink()
+    return again
+
+
+def _choose_encoder(options: PrepareOptions, manifest: dict[str, Any], report: Report) -> None:
+    """Note the encoder in the manifest. A folder that tiktoken has worked on stays with it."""
+    begun_with = manifest.get("encoder") or {"name": "gigatoken"}
+    name: EncoderName = "gigatoken"
+    if options.encoder == "tiktoken" or begun_with["name"] == "tiktoken":
+        name = "tiktoken"
+    elif reason := encoder.missing():
+        report(f"encoding with tiktoken: {reason}")
+        name = "tiktoken"
+    manifest["encoder"] = _encoder(name)
+
+
+def _encoder(name: EncoderName) -> dict[str, str]:
+    return {"name": name, "version": encoder.version(name)}
+
+
+def _label(found: dict[str, str]) -> str:
+    return f"{found['name']} {found['version']}"
+
+
+def repair(
+    out: Path,
+    report: Report,
+    *,
+    workers: int | None = None,
+    keep_source: bool = False,
+    encoder: EncoderName = "gigatoken",
+) -> list[str]:
     """Rebuild the damaged shards of a folder from their source rows; returns their names."""
     with files.lock(out, "--out"):
         damaged = shards.verify(out)
         manifest = shards.read_manifest(out)
         if not damaged or manifest is None:
             return []
-        given = manifest["options"] | {"source": tuple(manifest["options"]["source"])}
-        options = PrepareOptions(**given, out=out, workers=workers, keep_source=keep_source)
-        source = _open_source(options, manifest)
+        options = recorded_options(out, manifest)
+        options = replace(options, workers=workers, keep_source=keep_source, encoder=encoder)
+        source = open_source(options, manifest, lambda: find_text(options, report))
+        _choose_encoder(options, manifest, report)
         for record in manifest["shards"]:
             if record["file"] in damaged:
                 report(f"rebuilding {record['file']} ({damaged[record['file']]})")
-                _rebuild(options, source, record, report)
-        _drop_downloads(options, source, len(source.files))
+                _rebuild(options, source, manifest, record, report)
+        drop_downloads(options, source, len(source.files))
         return list(damaged)
 
 
-def _rebuild(options: PrepareOptions, source: Source, record: dict[str, Any], report: Report) -> None:
+def _rebuild(
+    options: PrepareOptions, source: Source, manifest: dict[str, Any], record: dict[str, Any], report: Report
+) -> None:
     path = options.out / record["file"]
-    with _stream(options, source, Position(**record["begin"]), Totals(), report) as stream:
+    begin = Position(**record["begin"])
+    with closing(tokenized(options, manifest, _parts(options, source, begin, report))) as batches:
+        stream = TokenStream(source, batches, begin, Totals())
         found = _write_shard(stream, path, record["tokens"], lambda: None)
     if found["sha256"] != record["sha256"]:
         path.unlink()
         raise DataError(f"{path} cannot be rebuilt: its source or its tokenizer gives other tokens now")
 
 
-def _write_shards(options: PrepareOptions, source: Source, manifest: dict[str, Any], report: Report) -> None:
+def write_shards(
+    options: PrepareOptions, source: Source, manifest: dict[str, Any], batches: Batches, report: Report
+) -> dict[str, Any]:
+    """Write what the manifest lacks; returns it, or the one that took its place."""
+    _append_shards(options, source, manifest, batches, report)
+    if len(manifest["shards"]) >= 2:
+        return manifest
+    total = manifest["totals"]["tokens"]  # the estimate was too high; now the total is known
+    if total < 20:
+        raise DataError(f"the source has only {total} tokens: too few for training and validation")
+    report(f"a small corpus ({total:,} tokens): again, with a tenth of it for validation")
+    again = _new_manifest(options, source, total // 10) | {"encoder": manifest["encoder"]}
+    _append_shards(options, source, again, batches, report)
+    return again
+
+
+def _append_shards(
+    options: PrepareOptions, source: Source, manifest: dict[str, Any], batches: Batches, report: Report
+) -> None:
     """Append shards to the manifest, saving it with each, until the source or max_tokens is exhausted."""
     done = manifest["shards"]
     totals = Totals(**manifest["totals"])
@@ -305,7 +430,8 @@ def _write_shards(options: PrepareOptions, source: Source, manifest: dict[str, A
         reached = before[part.file] + source.files[part.file].bytes * part.fraction if part else 0
         report(Progress(totals, len(done), max(reached / max(before[-1], 1), totals.tokens / limit)))
 
-    with _stream(options, source, position, totals, report) as stream:
+    with closing(batches(position)) as found:
+        stream = TokenStream(source, found, position, totals)
         while totals.tokens < limit and not stream.ended():
             split = "train" if done else "val"
             room = min(manifest["shard_tokens"][split], limit - totals.tokens)
@@ -313,7 +439,7 @@ def _write_shards(options: PrepareOptions, source: Source, manifest: dict[str, A
             manifest["totals"] = asdict(totals)
             _check_bad_rows(totals, at_least=100)
             shards.write_manifest(options.out, manifest)
-            _drop_downloads(options, source, stream.position.file)
+            drop_downloads(options, source, stream.position.file)
     manifest["totals"] = asdict(totals)
     _check_bad_rows(totals, at_least=1)
 
@@ -339,25 +465,18 @@ def _write_shard(stream: TokenStream, path: Path, room: int, tell: Callable[[], 
     return counts | {"begin": asdict(begin), "end": asdict(stream.position)}
 
 
-@contextmanager
-def _stream(
-    options: PrepareOptions, source: Source, position: Position, totals: Totals, report: Report
-) -> Iterator[TokenStream]:
+def tokenized(
+    options: PrepareOptions, manifest: dict[str, Any], parts: Iterable[Part]
+) -> Generator[Batch, None, None]:
     tokenizer.gpt2()  # its vocabulary is fetched once, before the workers want it
     workers = (os.cpu_count() or 1) if options.workers is None else options.workers
-    with closing(tokenize_all(_parts(options, source, position, report), workers)) as batches:
-        yield TokenStream(source, batches, position, totals)
+    return tokenize_all(parts, workers, manifest["encoder"]["name"])
 
 
 def _parts(options: PrepareOptions, source: Source, position: Position, report: Report) -> Iterator[Part]:
     """The parts from a position on; a file on the Hub is downloaded when its turn comes."""
     for number in range(position.file, len(source.files)):
-        file = source.files[number]
-        if file.path is None:
-            report(
-                f"downloading {file.name} ({file.bytes / 1e9:.1f} GB, file {number + 1} of {len(source.files)})"
-            )
-        path = sources.bring(source, number, options.out / SOURCE_FOLDER)
+        path = bring(options, source, number, report)
         for part in sources.parts(source, number, path):
             if (number, part.index) == (position.file, position.part):
                 yield replace(part, skip=position.row)
@@ -365,7 +484,15 @@ def _parts(options: PrepareOptions, source: Source, position: Position, report: 
                 yield part
 
 
-def _drop_downloads(options: PrepareOptions, source: Source, count: int) -> None:
+def bring(options: PrepareOptions, source: Source, number: int, report: Report) -> Path:
+    """The path of a file of the source, downloaded into the output folder if need be."""
+    file = source.files[number]
+    if file.path is None:
+        report(f"downloading {file.name} ({file.bytes / 1e9:.1f} GB, file {number + 1} of {len(source.files)})")
+    return sources.bring(source, number, options.out / SOURCE_FOLDER)
+
+
+def drop_downloads(options: PrepareOptions, source: Source, count: int) -> None:
     """Delete the first ``count`` files of the source where they were downloaded."""
     if source.repo is None or options.keep_source:
         return
@@ -376,20 +503,31 @@ def _drop_downloads(options: PrepareOptions, source: Source, count: int) -> None
         shutil.rmtree(folder, ignore_errors=True)
 
 
-def _open_source(options: PrepareOptions, manifest: dict[str, Any] | None) -> Source:
-    """The source that the options name; for a folder already begun, the one it was begun with."""
+def find_text(options: PrepareOptions, report: Report) -> Source:
+    if "builtin" in options.source:
+        report("gathering the documentation that is installed with Python (half a minute the first time)")
+    return sources.open_source(options.source, revision=options.revision, text_column=options.text_column)
+
+
+def open_source(options: PrepareOptions, manifest: dict[str, Any] | None, find: Callable[[], Source]) -> Source:
+    """The source that ``find`` finds; for a folder already begun, the one it was begun with."""
     known = manifest["source"] if manifest else None
     if known and known["repo"]:
-        listed = tuple(SourceFile(**file) for file in known["files"])
-        for file in listed:
-            check_name(file.name)
-        return Source(listed, options.text_column or "text", known["repo"], known["revision"])
-    source = sources.open_source(options.source, revision=options.revision, text_column=options.text_column)
+        return described(known, options.text_column or "text")
+    source = find()
     if known and _description(source)["files"] != known["files"]:
         raise UsageError(
             f"the files of --source are not those that {options.out} was begun with: take another --out"
         )
     return source
+
+
+def described(known: dict[str, Any], text_column: str | None = None) -> Source:
+    """A manifest's description as the source that it was, its files out of reach. DataError for unsafe names."""
+    listed = tuple(SourceFile(**file) for file in known["files"])
+    for file in listed:
+        check_name(file.name)
+    return Source(listed, text_column, known["repo"], known["revision"])
 
 
 def _description(source: Source) -> dict[str, Any]:
@@ -403,7 +541,12 @@ def _deciding_options(options: PrepareOptions) -> dict[str, Any]:
     return {"source": list(options.source)} | {name: getattr(options, name) for name in names}
 
 
-def _check_same_options(options: PrepareOptions, manifest: dict[str, Any]) -> None:
+def recorded_options(out: Path, manifest: dict[str, Any]) -> PrepareOptions:
+    given = manifest["options"] | {"source": tuple(manifest["options"]["source"])}
+    return PrepareOptions(**given, out=out)
+
+
+def check_same_options(options: PrepareOptions, manifest: dict[str, Any]) -> None:
     for name, wanted in _deciding_options(options).items():
         found = manifest["options"][name]
         if found != wanted:
@@ -429,13 +572,14 @@ def _new_manifest(options: PrepareOptions, source: Source, val_tokens: int) -> d
             "vocabulary_sha256": tokenizer.vocabulary_sha256(),
             "separator": tokenizer.EOT,
         },
+        "encoder": None,
         "shard_tokens": {"val": val_tokens, "train": options.shard_tokens},
         "totals": asdict(Totals()),
         "shards": [],
     }
 
 
-def _val_tokens(options: PrepareOptions, source: Source) -> int:
+def val_tokens(options: PrepareOptions, source: Source) -> int:
     estimate = min(sources.estimated_bytes(source) // BYTES_PER_TOKEN, options.max_tokens or 2**63)
     return max(1, min(options.shard_tokens, max(estimate // 20, min(estimate // 4, SMALL_VAL))))
 
@@ -448,5 +592,5 @@ def _check_bad_rows(totals: Totals, at_least: int) -> None:
         raise DataError(f"{share}; the first: {totals.first_bad}")
 
 
-def _summary(folder: Path, manifest: dict[str, Any], *, already: bool) -> Summary:
+def summary(folder: Path, manifest: dict[str, Any], *, already: bool) -> Summary:
     return Summary(folder, len(manifest["shards"]), Totals(**manifest["totals"]), already)

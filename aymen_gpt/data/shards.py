@@ -77,13 +77,31 @@ def _open_bin(path: Path) -> np.ndarray:
     return np.memmap(path, "<u2", "r", offset=offset, shape=(n_tokens,))
 
 
-def _open_npy(path: Path) -> np.ndarray:
+def is_llmc(path: Path) -> bool:
+    with path.open("rb") as file:
+        return file.read(4) == MAGIC.to_bytes(4, "little")
+
+
+def map_tokens(path: Path) -> np.ndarray:
+    """The tokens of a shard as its file has them, memory-mapped: (n_tokens,) of any integer type.
+
+    DataError as ``open_shard``; ids are not looked at.
+    """
+    return _map_npy(path) if path.suffix == ".npy" else open_shard(path)
+
+
+def _map_npy(path: Path) -> np.ndarray:
     try:
         tokens = np.load(path, mmap_mode="r", allow_pickle=False)
     except (ValueError, EOFError) as error:
         raise DataError(f"shard {path} is not a readable .npy array: {error}") from None
     if tokens.ndim != 1 or not len(tokens) or not np.issubdtype(tokens.dtype, np.integer):
         raise DataError(f"shard {path} holds {tokens.shape} {tokens.dtype}; a shard is a row of uint16")
+    return tokens
+
+
+def _open_npy(path: Path) -> np.ndarray:
+    tokens = _map_npy(path)
     if tokens.dtype == np.dtype("<u2"):
         return tokens
     low, high = int(tokens.min()), int(tokens.max())
@@ -188,7 +206,7 @@ def check_shards(folder: Path) -> None:
         tokens = open_shard(path)
         starts = np.linspace(0, max(len(tokens) - SCAN // 16, 0), 16, dtype=np.int64)
         for start in starts.tolist():
-            _check_ids(path, tokens[start : start + SCAN // 16], start)
+            check_ids(path, tokens[start : start + SCAN // 16], start)
 
 
 def _check_manifest(folder: Path, manifest: dict[str, Any], present: set[str]) -> None:
@@ -209,9 +227,10 @@ def _check_manifest(folder: Path, manifest: dict[str, Any], present: set[str]) -
             raise DataError(f"shard {folder / name} has {found:,} tokens, {MANIFEST} says {n_tokens:,}")
 
 
-def _check_ids(path: Path, tokens: np.ndarray, start: int) -> None:
-    if len(tokens) and tokens.max() >= VOCAB_SIZE:
-        position = int(np.argmax(tokens >= VOCAB_SIZE))
+def check_ids(path: Path, tokens: np.ndarray, start: int) -> None:
+    """DataError for the first id outside GPT-2's vocabulary; ``tokens`` begin at ``start`` in the shard."""
+    if len(tokens) and (tokens.max() >= VOCAB_SIZE or tokens.min() < 0):
+        position = int(np.argmax((tokens >= VOCAB_SIZE) | (tokens < 0)))
         raise DataError(
             f"shard {path} has id {tokens[position]} at position {start + position:,} (vocabulary {VOCAB_SIZE})"
         )

@@ -8,8 +8,11 @@ order, so (file, part, row) names a document for good; rows are counted in the p
     hub              FineWeb-Edu's sample-10BT from the Hugging Face Hub (the default)
     builtin          the documentation on this machine (builtin.py)
     PATH             a file or a folder of .parquet, .jsonl, .jsonl.gz, .jsonl.zst or .txt files
+
+What is tokens already (hub-tokens:OWNER/DATASET, tokens:FOLDER) is adopt.py's.
 """
 
+import functools
 import io
 import json
 from collections.abc import Iterator, Sequence
@@ -18,7 +21,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
-from aymen_gpt.data import builtin, fetch
+from aymen_gpt.data import builtin, fetch, shards
 from aymen_gpt.data.tokenizer import END_OF_TEXT
 from aymen_gpt.errors import AymenError, DataError, UsageError
 
@@ -104,6 +107,10 @@ def _files_of(word: str) -> list[SourceFile]:
         raise UsageError("--source hub cannot be mixed with other sources")
     path = builtin.build() if word == "builtin" else Path(word)
     if path.is_dir():
+        if shards.list_shards(path, "train") or shards.list_shards(path, "val"):
+            raise UsageError(
+                f"--source {word}: the folder holds token shards, no text; take --source tokens:{word}"
+            )
         inside = (entry for entry in path.rglob("*") if entry.is_file() and entry.name.endswith(SUFFIXES))
         named = {entry.relative_to(path).as_posix(): entry for entry in inside}
         named = {name: named[name] for name in sorted(named) if not name.startswith(".") and "/." not in name}
@@ -112,6 +119,8 @@ def _files_of(word: str) -> list[SourceFile]:
         return [SourceFile(f"{path.name}/{name}", p.stat().st_size, path=p) for name, p in named.items()]
     if not path.exists():
         raise UsageError(f"--source {word}: no such file or folder (else it is `hub` or `builtin`)")
+    if path.suffix in (".bin", ".npy"):
+        raise UsageError(f"--source {word}: tokens, no text; take its folder, --source tokens:{path.parent}")
     if not path.name.endswith(SUFFIXES):
         raise UsageError(f"--source {word}: cannot read this kind of file, only {', '.join(SUFFIXES)}")
     return [SourceFile(path.name, path.stat().st_size, path=path)]
@@ -234,14 +243,25 @@ def _document(row: int, value: object, id: object = None, url: object = None) ->
 
 
 def _parquet(path: Path) -> "pq.ParquetFile":
+    """The file opened so that it reads no more than it must."""
     import pyarrow.parquet as pq
 
-    return pq.ParquetFile(path, buffer_size=2**20, pre_buffer=False)  # reads no more than it must
+    metadata = _metadata(path, path.stat().st_mtime_ns)
+    return pq.ParquetFile(path, metadata=metadata, buffer_size=2**20, pre_buffer=False)
+
+
+@functools.lru_cache(maxsize=2)
+def _metadata(path: Path, changed_ns: int) -> "pq.FileMetaData":
+    """The file's footer, read once: it describes all row groups (6 ms for 730 of them), a part needs one."""
+    import pyarrow.parquet as pq
+
+    return pq.read_metadata(path)
 
 
 def _batches(file: "pq.ParquetFile", part: Part, rows: int) -> Iterator["pa.RecordBatch"]:
     names = [name for name in ("id", "url") if name in file.schema_arrow.names and name != part.text_column]
-    return file.iter_batches(rows, row_groups=[part.start], columns=[part.text_column, *names])
+    columns = [part.text_column, *names]
+    return file.iter_batches(rows, row_groups=[part.start], columns=columns, use_threads=False)
 
 
 def _text_column(path: Path, wanted: str | None) -> str:

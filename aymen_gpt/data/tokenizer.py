@@ -40,7 +40,7 @@ def gpt2() -> "tiktoken.Encoding":
     return tiktoken.Encoding(
         "gpt2",
         pat_str=r50k_pat_str,
-        mergeable_ranks=_ranks(_vocabulary_file("vocab.bpe").read_text(encoding="utf-8")),
+        mergeable_ranks=ranks(),
         special_tokens={END_OF_TEXT: EOT},
         explicit_n_vocab=VOCAB_SIZE,
     )
@@ -57,14 +57,21 @@ def encode(text: str) -> np.ndarray:
     ``<|endoftext|>`` in the text is plain text (7 ids), never id 50256; lone surrogates become U+FFFD.
     """
     try:
-        pieces = (gpt2().encode_to_numpy(piece, disallowed_special=()) for piece in _pieces(text))
-        ids = [piece.astype(np.uint16) for piece in pieces]
-    except UnicodeEncodeError:  # a lone surrogate, as JSON can carry
-        return encode(text.encode("utf-16", "surrogatepass").decode("utf-16", "replace"))
+        ids = [gpt2().encode_to_numpy(piece, disallowed_special=()).astype(np.uint16) for piece in pieces(text)]
+    except UnicodeEncodeError:
+        return encode(utf8(text).decode())
     return np.concatenate(ids) if ids else np.empty(0, np.uint16)
 
 
-def _pieces(text: str) -> Iterator[str]:
+def utf8(text: str) -> bytes:
+    """The text as UTF-8; a lone surrogate, as JSON can carry, becomes U+FFFD."""
+    try:
+        return text.encode()
+    except UnicodeEncodeError:
+        return text.encode("utf-16", "surrogatepass").decode("utf-16", "replace").encode()
+
+
+def pieces(text: str) -> Iterator[str]:
     """The text cut where cutting changes no id, so that memory stays bounded for a document of any length.
 
     GPT-2's pattern always ends a token between a non-space and a line break, and looks back at nothing.
@@ -102,12 +109,13 @@ def _merges(vocab_bpe: str) -> list[str]:
     return vocab_bpe.splitlines()[1:]
 
 
-def _ranks(vocab_bpe: str) -> dict[bytes, int]:
+def ranks() -> dict[bytes, int]:
     """Token bytes to id: the 256 bytes in the order of their letters, then one token a merge."""
     letters = _byte_letters()
+    to_bytes = str.maketrans({letter: chr(byte) for letter, byte in letters.items()} | {" ": None})
+    merges = _merges(_vocabulary_file("vocab.bpe").read_text(encoding="utf-8"))
     tokens = [bytes([byte]) for byte in letters.values()]
-    for merge in _merges(vocab_bpe):
-        tokens.append(bytes(letters[letter] for letter in merge if letter != " "))
+    tokens += [merge.translate(to_bytes).encode("latin-1") for merge in merges]
     return {token: rank for rank, token in enumerate(tokens)}
 
 

@@ -1,0 +1,305 @@
+"""shares.py: many machines, each with its part, and merged they give the bytes of one machine."""
+
+import gzip
+import json
+import os
+import random
+import shutil
+import signal
+import subprocess
+import time
+from dataclasses import replace
+
+import pytest
+from conftest import door_command
+from fake_hub import FakeHub, talk_to
+from test_prepare import Killed, digest, make_texts, quiet, tokens_of, write_jsonl, write_parquet
+
+from aymen_gpt import files
+from aymen_gpt.data import encoder, prepare, shards, shares, sources, tokenizer
+from aymen_gpt.data.prepare import PrepareOptions
+from aymen_gpt.data.shares import Share
+from aymen_gpt.errors import CannotWrite, DataError, NetworkError, UsageError
+
+
+@pytest.fixture(autouse=True)
+def no_waiting_for_the_disk(monkeypatch):
+    monkeypatch.setattr(os, "fsync", lambda handle: None)
+
+
+@pytest.fixture
+def options(tmp_path, monkeypatch):
+    """Files of all kinds, with rows to skip, empty files and parts without rows; about 24,000 tokens."""
+    monkeypatch.setattr(sources, "SLICE", 6000)
+    monkeypatch.setattr(sources, "LARGE", 9000)
+    folder = tmp_path / "in"
+    write_parquet(folder / "a.parquet", make_texts(170, 1), rows=40)
+    write_parquet(folder / "b.parquet", ["", *make_texts(260, 2), " \n"], rows=200)  # a row group that is cut up
+    write_jsonl(folder / "c.jsonl", ["", *make_texts(80, 3), "", "long " * 3000, ""])
+    (folder / "d.txt").touch()
+    (folder / "e.jsonl.gz").write_bytes(gzip.compress(write_jsonl(tmp_path / "e", make_texts(90, 4)).read_bytes()))
+    (folder / "f.txt").write_text("\n<|endoftext|>\n".join(make_texts(60, 5)))
+    return PrepareOptions(source=(str(folder),), out=tmp_path / "out", shard_tokens=2500, workers=0)
+
+
+def prepare_shares(options, count):
+    return [shares.prepare_share(options, Share(i + 1, count), quiet) for i in range(count)]
+
+
+@pytest.mark.parametrize("count", [1, 2, 3, 7, 40])
+def test_merged_shares_are_the_single_run_manifest_and_all(options, tmp_path, count):
+    single = prepare.prepare(options, quiet)
+    merged = replace(options, out=tmp_path / "merged")
+    found = prepare_shares(merged, count)
+    assert sum(part.totals.documents for part in found) == single.totals.documents
+    assert sum(part.totals.tokens > 0 for part in found) >= min(count, 10)
+    assert shares.merge(merged, quiet) == replace(single, folder=merged.out)
+    assert digest(merged.out) == digest(options.out)
+    assert single.totals.skipped["empty"] >= 5
+
+
+def test_shares_are_balanced_by_bytes(tmp_path):
+    for name in "ab":
+        write_parquet(tmp_path / f"in/{name}.parquet", make_texts(1000, ord(name)), rows=10)
+    options = PrepareOptions((str(tmp_path / "in"),), tmp_path / "out", 2500, workers=0)
+    tokens = [part.totals.tokens for part in prepare_shares(options, 3)]
+    assert max(tokens) < 1.1 * min(tokens)
+
+
+@pytest.mark.parametrize("change", [{"max_tokens": 7001}, {"max_tokens": 1}, {"shard_tokens": 100_000}])
+def test_limits_and_small_corpora_are_cut_as_by_one_machine(options, tmp_path, change):
+    options = replace(options, **change)
+    merged = replace(options, out=tmp_path / "merged")
+    prepare_shares(merged, 2)
+    try:
+        prepare.prepare(options, quiet)
+    except DataError as error:
+        with pytest.raises(DataError, match=str(error)):
+            shares.merge(merged, quiet)
+    else:
+        shares.merge(merged, quiet)
+        assert digest(merged.out) == digest(options.out)
+
+
+def test_repair_of_a_merged_folder_works_from_the_source(options):
+    prepare_shares(options, 3)
+    shares.merge(options, quiet)
+    expected = digest(options.out)
+    (options.out / "edufineweb_train_000003.bin").unlink()
+    assert prepare.repair(options.out, quiet, workers=0) == ["edufineweb_train_000003.bin"]
+    assert digest(options.out) == expected
+
+
+def killed_at(monkeypatch, moment, work):
+    """Whether the work was killed; ``moment`` // 2 counts renames, odd ones are killed behind it."""
+    real, steps = os.replace, iter(range(10**6))
+
+    def killing(source, target):
+        at = next(steps)
+        if at == moment // 2 and moment % 2 == 0:
+            raise Killed
+        real(source, target)
+        if at == moment // 2:
+            raise Killed
+
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "replace", killing)
+        try:
+            work()
+        except Killed:
+            return True
+    return False
+
+
+def test_killed_at_any_rename_a_share_and_the_merge_go_on_to_the_same_bytes(options, tmp_path, monkeypatch):
+    prepare.prepare(options, quiet)
+    merged = replace(options, out=tmp_path / "merged")
+    for share in (Share(1, 2), Share(2, 2)):
+        moment = 0
+        while killed_at(monkeypatch, moment, lambda share=share: shares.prepare_share(merged, share, quiet)):
+            moment += 3
+        assert moment > 6
+    moment = 0
+    while killed_at(monkeypatch, moment, lambda: shares.merge(merged, quiet)):
+        moment = (moment + 1) % 6  # each time a little further, for it continues
+    assert digest(merged.out) == digest(options.out)
+    bundles = [shards.read_manifest(Share(i, 2).folder(merged.out))["shards"] for i in (1, 2)]
+    assert min(map(len, bundles)) >= 3
+
+
+def test_a_finished_share_and_a_finished_merge_need_nothing(options):
+    first = prepare_shares(options, 2)
+    assert prepare_shares(options, 2) == [replace(part, already=True) for part in first]
+    done = shares.merge(options, quiet)
+    for share in (Share(1, 2), Share(2, 2)):
+        for path in share.folder(options.out).iterdir():
+            path.unlink()
+    assert shares.merge(options, quiet) == replace(done, already=True) == prepare.prepare(options, quiet)
+
+
+def test_missing_and_unfinished_parts_are_named(options):
+    with pytest.raises(DataError, match=r"parts holds no parts: run fineweb.py --part 1/N"):
+        shares.merge(options, quiet)
+    shares.prepare_share(options, Share(2, 4), quiet)
+    shares.prepare_share(options, Share(3, 4), quiet)
+    folder = Share(3, 4).folder(options.out)
+    shards.write_manifest(folder, shards.read_manifest(folder) | {"complete": False})
+    with pytest.raises(
+        DataError, match=r"parts 1/4, 3/4, 4/4 of .*out are not finished: run fineweb.py --part 1/4"
+    ):
+        shares.merge(options, quiet)
+    shares.prepare_share(options, Share(1, 2), quiet)
+    with pytest.raises(DataError, match="holds parts of 2 and of 4"):
+        shares.merge(options, quiet)
+    assert not (options.out / "manifest.json").exists()
+
+
+@pytest.mark.parametrize("ending", [".bin", ".rows.parquet"])
+@pytest.mark.parametrize("damage", ["flipped", "missing"])
+def test_a_damaged_part_is_named_and_can_be_made_again(options, tmp_path, ending, damage):
+    prepare.prepare(options, quiet)
+    merged = replace(options, out=tmp_path / "merged")
+    prepare_shares(merged, 2)
+    victim = Share(2, 2).folder(merged.out) / f"tokens_000001{ending}"
+    content = bytearray(victim.read_bytes())
+    content[len(content) // 2] ^= 1
+    victim.write_bytes(content) if damage == "flipped" else victim.unlink()
+    message = rf"{victim.name} is missing or damaged: delete .*2-of-2 and run fineweb.py --part 2/2 with the same"
+    with pytest.raises(DataError, match=message):
+        shares.merge(merged, quiet)
+    for path in victim.parent.iterdir():
+        path.unlink()
+    prepare_shares(merged, 2)
+    shares.merge(merged, quiet)
+    assert digest(merged.out) == digest(options.out)
+
+
+def test_parts_of_other_options_or_other_files_are_refused(options):
+    prepare_shares(options, 2)
+    with pytest.raises(UsageError, match=r"1-of-2 was prepared with --shard-tokens 2500, not 9"):
+        shares.merge(replace(options, shard_tokens=9), quiet)
+    with pytest.raises(UsageError, match=r"1-of-2 was prepared with --text-column unset, not x"):
+        shares.prepare_share(replace(options, text_column="x"), Share(1, 2), quiet)
+    folder = Share(2, 2).folder(options.out)
+    manifest = shards.read_manifest(folder)
+    manifest["source"]["files"][0]["bytes"] += 1
+    shards.write_manifest(folder, manifest)
+    with pytest.raises(DataError, match=r"2-of-2 has another source than .*1-of-2"):
+        shares.merge(options, quiet)
+
+
+def test_a_share_whose_encoder_errs_is_made_again_by_tiktoken_and_so_must_be_the_others(
+    options, tmp_path, monkeypatch
+):
+    prepare.prepare(replace(options, encoder="tiktoken"), quiet)
+    options = replace(options, out=tmp_path / "merged")
+
+    def doubt(part, *more):
+        if (part.file, part.index) == (5, 0):
+            raise prepare.Inexact("other ids")
+
+    monkeypatch.setattr(encoder, "missing", lambda: None)
+    monkeypatch.setattr(encoder, "version", lambda name: "1")
+    monkeypatch.setattr(encoder, "_gigatoken", lambda: Tiktoken)
+    monkeypatch.setattr(prepare, "_check_sample", doubt)
+    prepare_shares(options, 2)
+    with pytest.raises(DataError, match=r"2-of-2 has another encoder than .*1-of-2: delete one of them"):
+        shares.merge(options, quiet)
+    shutil.rmtree(Share(1, 2).folder(options.out))
+    shares.prepare_share(replace(options, encoder="tiktoken"), Share(1, 2), quiet)
+    shares.merge(options, quiet)
+    assert {*files_of(options.out).items()} == {*files_of(tmp_path / "out").items()}
+
+
+class Tiktoken:
+    @staticmethod
+    def encode(text):
+        return tokenizer.encode(text.decode())
+
+
+def files_of(folder):
+    return {name: sha256 for name, sha256 in digest(folder).items() if name != "manifest.json"}
+
+
+def test_too_many_bad_rows_are_found_at_the_merge(tmp_path):
+    path = write_parquet(tmp_path / "a.parquet", [*make_texts(300), None, None, None, None, *make_texts(300)])
+    options = PrepareOptions((str(path),), tmp_path / "out", 1000, workers=0)
+    prepare_shares(options, 2)
+    with pytest.raises(
+        DataError, match=r"4 of \d+ rows have no usable text .*; the first: a.parquet, part 6, row 0"
+    ):
+        shares.merge(options, quiet)
+
+
+def test_each_share_is_held_by_one_process(options):
+    with files.lock(Share(2, 2).folder(options.out), "--out"):
+        shares.prepare_share(options, Share(1, 2), quiet)
+        with pytest.raises(CannotWrite, match="2-of-2 is in use"):
+            shares.prepare_share(options, Share(2, 2), quiet)
+
+
+def test_shares_of_the_hub_download_only_their_files(tmp_path, monkeypatch):
+    contents = {}
+    for number in range(4):
+        path = write_parquet(tmp_path / "hub" / f"{number}.parquet", make_texts(120, number))
+        contents[f"sample/10BT/00{number}_00000.parquet"] = path.read_bytes()
+    with FakeHub(contents) as hub:
+        talk_to(hub, monkeypatch, tmp_path / "hf")
+        single = PrepareOptions(out=tmp_path / "single", shard_tokens=1000, workers=0)
+        prepare.prepare(single, quiet)
+        options = replace(single, out=tmp_path / "out")
+        hub.requests.clear()
+        shares.prepare_share(options, Share(2, 2), quiet)
+        assert hub.count("GET", "000_00000.parquet") == 0
+        hub.faults["HEAD 001_00000.parquet"] = ["403", ...]
+        with pytest.raises(NetworkError):
+            shares.prepare_share(options, Share(1, 2), quiet)
+        hub.faults.clear()
+        shares.prepare_share(options, Share(1, 2), quiet)
+        assert not list(tmp_path.glob("out/parts/*/.source"))
+        hub.requests.clear()
+        shares.merge(options, quiet)
+        assert hub.requests == []
+    assert digest(options.out) == digest(single.out)
+
+
+@pytest.mark.parametrize("text", ["0/2", "3/2", "1", "1/0", "-1/2", "a/b", "1/2/3"])
+def test_a_part_is_i_of_n(text):
+    with pytest.raises(UsageError, match="--part is I/N"):
+        shares.parse(text)
+
+
+def test_the_commands_in_any_order_and_killed_by_kill_minus_nine(tmp_path):
+    texts = write_jsonl(tmp_path / "texts.jsonl", make_texts(3000))
+    command = ["fineweb.py", "--source", texts, "--shard-tokens", 5000, "--workers", 0, "--out"]
+
+    def run(*words):
+        return subprocess.run(door_command(*command, *words), cwd=tmp_path, capture_output=True, text=True)
+
+    assert run("single").returncode == 0
+    second = run("d", "--part", "2/2")
+    assert second.stdout.splitlines()[0] == "prepared: d/parts/2-of-2, part 2/2"
+    assert second.stdout.splitlines()[-1].endswith("the same command with --merge for --part")
+    early = run("d", "--merge")
+    assert (early.returncode, early.stderr) == (
+        65,
+        "error: parts 1/2 of d are not finished: run fineweb.py --part 1/2 with the same options\n",
+    )
+    assert run("d", "--part", "1/2").returncode == 0
+    dice = random.Random(3)
+    for wanted in (1, 4):
+        process = subprocess.Popen(door_command(*command, "d", "--merge"), cwd=tmp_path, stdout=subprocess.DEVNULL)
+        while process.poll() is None and len(list((tmp_path / "d").glob("*.bin"))) < wanted:
+            time.sleep(0.001)
+        time.sleep(dice.uniform(0, 0.005))
+        os.kill(process.pid, signal.SIGKILL)
+        assert process.wait() == -9
+    assert not json.loads((tmp_path / "d/manifest.json").read_text())["complete"]
+    done = run("d", "--merge")
+    assert done.stdout.startswith("prepared: d, "), done.stderr
+    assert digest(tmp_path / "d") == digest(tmp_path / "single")
+    assert tokens_of(tmp_path / "d")
+    both = run("d", "--part", "1/2", "--merge")
+    assert (both.returncode, "not allowed with" in both.stderr) == (2, True)
+    tokens = run("e", "--part", "1/2", "--source", "tokens:d")
+    assert (tokens.returncode, tokens.stderr[:46]) == (2, "error: --part and --merge are for text; --sour")
