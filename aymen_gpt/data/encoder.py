@@ -107,6 +107,6 @@ def _rank_file() -> Path:
 def resident_bytes() -> int | None:
     """The memory that this process has now; None where it cannot be asked cheaply (all but Linux)."""
     try:
-        return os.sysconf("SC_PAGE_SIZE") * int(Path("/proc/self/statm").read_text().split()[1])
+        return int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
     except OSError:
         return None

@@ -136,7 +136,7 @@ def tokenize(part: Part, encoder_name: EncoderName) -> Batch:
     texts = [tokenizer.utf8(document.text) for document in documents]
     ids = encoder.encode_documents(texts, encoder_name)
     if encoder_name != "tiktoken":
-        _check_sample(part, documents, ids)
+        _check_sample(part, documents, ids, encoder_name)
     separator = np.array([tokenizer.EOT], np.uint16)
     pieces = [piece for tokens in ids for piece in (separator, tokens)]
     return Batch(
@@ -151,13 +151,13 @@ def tokenize(part: Part, encoder_name: EncoderName) -> Batch:
     )
 
 
-def _check_sample(part: Part, documents: list[Document], ids: list[np.ndarray]) -> None:
+def _check_sample(part: Part, documents: list[Document], ids: list[np.ndarray], encoder_name: EncoderName) -> None:
     """Inexact when a document of the sample has other ids than tiktoken's."""
     for document, found in zip(documents, ids, strict=True):
         if _sampled(part, document.row) and not np.array_equal(found, tokenizer.encode(document.text)):
-            where = f"{part.path.name}, part {part.index}, row {document.row}"
-            named = ", ".join(name for name in (document.id, document.url) if name)
-            raise Inexact(f"other ids than tiktoken's for {where}" + f" ({named})" * bool(named))
+            program = f"{encoder_name} {encoder.version(encoder_name)}"
+            place = [f"{part.path.name}, part {part.index}, row {document.row}", document.id, document.url]
+            raise Inexact(f"{program} gave other ids than tiktoken for {', '.join(filter(None, place))}")
 
 
 def _sampled(part: Part, row: int) -> bool:
@@ -324,7 +324,7 @@ def exactly(
     try:
         return work(manifest)
     except Inexact as error:
-        report(f"WARNING: {_label(manifest['encoder'])} gave {error}; everything again, with tiktoken")
+        report(f"WARNING: {error}; everything again, with tiktoken")
         return work(_begin_again(options, source, manifest))
 
 
@@ -352,10 +352,6 @@ def _choose_encoder(options: PrepareOptions, manifest: dict[str, Any], report: R
 
 def _encoder(name: EncoderName) -> dict[str, str]:
     return {"name": name, "version": encoder.version(name)}
-
-
-def _label(found: dict[str, str]) -> str:
-    return f"{found['name']} {found['version']}"
 
 
 def repair(
@@ -468,7 +464,7 @@ def _write_shard(stream: TokenStream, path: Path, room: int, tell: Callable[[], 
 def tokenized(
     options: PrepareOptions, manifest: dict[str, Any], parts: Iterable[Part]
 ) -> Generator[Batch, None, None]:
-    tokenizer.gpt2()  # its vocabulary is fetched once, before the workers want it
+    tokenizer.vocabulary()  # fetched once, before the workers want it
     workers = (os.cpu_count() or 1) if options.workers is None else options.workers
     return tokenize_all(parts, workers, manifest["encoder"]["name"])
 

@@ -46,6 +46,11 @@ def gpt2() -> "tiktoken.Encoding":
     )
 
 
+def vocabulary() -> Path:
+    """The path of vocab.bpe, fetched if it is not on this machine yet."""
+    return _vocabulary_file("vocab.bpe")
+
+
 def vocabulary_sha256() -> str:
     """The identity of the vocabulary: the sha256 of vocab.bpe, which alone determines every id."""
     return VOCAB_BPE_SHA256
@@ -113,7 +118,7 @@ def ranks() -> dict[bytes, int]:
     """Token bytes to id: the 256 bytes in the order of their letters, then one token a merge."""
     letters = _byte_letters()
     to_bytes = str.maketrans({letter: chr(byte) for letter, byte in letters.items()} | {" ": None})
-    merges = _merges(_vocabulary_file("vocab.bpe").read_text(encoding="utf-8"))
+    merges = _merges(vocabulary().read_text(encoding="utf-8"))
     tokens = [bytes([byte]) for byte in letters.values()]
     tokens += [merge.translate(to_bytes).encode("latin-1") for merge in merges]
     return {token: rank for rank, token in enumerate(tokens)}
@@ -125,7 +130,7 @@ def write_huggingface_files(folder: Path, *, model_max_length: int = 1024) -> No
     (One convention differs: Hugging Face reads ``<|endoftext|>`` inside a text as id 50256.)
     """
     encoder_json = _vocabulary_file("encoder.json").read_bytes()
-    vocab_bpe = _vocabulary_file("vocab.bpe").read_bytes()
+    vocab_bpe = vocabulary().read_bytes()
     special = {key: END_OF_TEXT for key in ("bos_token", "eos_token", "unk_token")}
     config = {
         "tokenizer_class": "GPT2Tokenizer",
