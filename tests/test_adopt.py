@@ -73,6 +73,23 @@ def test_llmc_files_become_shards_as_they_are_and_the_source_stays(llmc):
     assert adopt.adopt(options, quiet) == replace(summary, already=True)
 
 
+def test_a_link_in_the_source_becomes_the_file_that_it_leads_to(llmc, tmp_path):
+    for path in list(llmc.glob("*.bin")):
+        path.rename(tmp_path / path.name)
+        path.symlink_to(tmp_path / path.name)
+    options = options_for(llmc)
+    adopt.adopt(options, quiet)
+    assert not any(path.is_symlink() for path in options.out.iterdir())
+    assert tokens_of(options.out) == ALL
+
+
+@pytest.mark.parametrize(("max_tokens", "shards_taken"), [(1, 2), (800, 2), (801, 3)])
+def test_max_tokens_ends_training_with_the_shard_that_reaches_it(llmc, max_tokens, shards_taken):
+    options = options_for(llmc, max_tokens=max_tokens)
+    adopt.adopt(options, quiet)
+    assert tokens_of(options.out) == ALL[:shards_taken]
+
+
 def test_without_hard_links_files_are_copied(llmc, monkeypatch):
     def refuse(*args):
         raise OSError(18, "Invalid cross-device link")

@@ -118,10 +118,12 @@ def test_killed_at_any_rename_a_share_and_the_merge_go_on_to_the_same_bytes(opti
         moment = 0
         while killed_at(monkeypatch, moment, lambda share=share: shares.prepare_share(merged, share, quiet)):
             moment += 3
-        assert moment > 6
-    moment = 0
-    while killed_at(monkeypatch, moment, lambda: shares.merge(merged, quiet)):
-        moment = (moment + 1) % 6  # each time a little further, for it continues
+        assert 6 < moment < 100
+    kills = 0
+    while killed_at(monkeypatch, kills % 6, lambda: shares.merge(merged, quiet)):
+        kills += 1  # each round a little further, for it continues
+        assert kills < 100
+    assert kills > 6
     assert digest(merged.out) == digest(options.out)
     bundles = [shards.read_manifest(Share(i, 2).folder(merged.out))["shards"] for i in (1, 2)]
     assert min(map(len, bundles)) >= 3
