@@ -12,6 +12,7 @@ import pytest
 from conftest import ROOT
 from fake_hub import FakeHub
 from test_prepare import make_texts, write_parquet
+from test_shards import llmc_bytes
 
 from aymen_gpt.reporting.anchors import ANCHORS
 
@@ -24,6 +25,7 @@ SMALL = {  # a command of README -> what is added to it here
     "python hellaswag.py -m runs/gpt2": "--limit 4",
     'python generate.py -m runs/gpt2 "The mitochondria is"': "--max-tokens 3",
     "python fineweb.py --source my/texts notes.jsonl.gz --out data/mine": "--workers 1",
+    "python fineweb.py --source hub-tokens:kjj0/finewebedu10B-gpt2 --out data/edu10B": "",
     "python pretrain.py --preset demo --data data/mine --run runs/mine": TINY,
     "python hellaswag.py -m runs/mine --limit 1000": "--limit 4",
 }
@@ -47,7 +49,10 @@ def test_the_journey_of_readme_works_as_written(door, tmp_path):
     (tmp_path / "my/texts/a.txt").write_text("\n".join(texts))
     write_gzip(tmp_path / "notes.jsonl.gz", texts)
     parquet = write_parquet(tmp_path / "hub.parquet", texts * 10).read_bytes()
-    with FakeHub({"sample/10BT/000_00000.parquet": parquet}) as hub:
+    tokens = {
+        f"finewebedu_{name}.bin": llmc_bytes([50256, *range(500)]) for name in ("val_000000", "train_000001")
+    }
+    with FakeHub({"sample/10BT/000_00000.parquet": parquet} | tokens) as hub:
         online = {"HF_ENDPOINT": hub.endpoint, "HF_HUB_OFFLINE": "0", "HF_HOME": str(tmp_path / "hf")}
         for command in commands():
             if command not in ELSEWHERE:
@@ -58,6 +63,7 @@ def test_the_journey_of_readme_works_as_written(door, tmp_path):
                 assert done.returncode == 0, f"{command}\n{done.stderr}"
     assert (tmp_path / "runs/gpt2/checkpoints/step-000000006/model.safetensors").exists()  # 8 GPUs went on
     assert (tmp_path / "runs/mine/report.html").exists()
+    assert (tmp_path / "data/edu10B/manifest.json").exists()
 
 
 def write_gzip(path, texts):
