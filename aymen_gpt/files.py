@@ -1,10 +1,13 @@
 """Files that are never half there: replace, sync, hash and lock. Every room may import this; it needs no torch."""
 
+import errno
 import hashlib
 import os
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import TextIO
+from typing import BinaryIO, TextIO
 
 from aymen_gpt.errors import CannotWrite
 
@@ -14,11 +17,42 @@ except ImportError:  # Windows: folders are not locked there
     fcntl = None  # type: ignore[assignment]
 
 
+CANNOT_WRITE = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EACCES, errno.EPERM, errno.ENOTDIR)
+
+
+@contextmanager
+def whole_file(path: Path) -> Iterator[BinaryIO]:
+    """A file to write that appears as ``path`` when the block ends well, complete and on the disk, or never.
+
+    CannotWrite when the disk is full or read-only; what was there before stays.
+    """
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with temporary.open("wb") as file:
+            yield file
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+        sync(path.parent)
+    except OSError as error:
+        if error.errno not in CANNOT_WRITE:
+            raise
+        reason = f"cannot write {path}: {error.strerror}; make room or choose another folder"
+        raise CannotWrite(f"{reason}, then run the same command again") from error
+    finally:
+        with suppress(OSError):
+            temporary.unlink(missing_ok=True)
+
+
+def write_whole(path: Path, content: bytes) -> None:
+    with whole_file(path) as file:
+        file.write(content)
+
+
 def replace_text(path: Path, text: str) -> None:
-    """Write a file so that a reader sees the old or the new one, whole."""
-    partial = path.with_name(f".tmp-{path.name}-{os.getpid()}")
-    partial.write_text(text, encoding="utf-8")
-    os.replace(partial, path)
+    """Write a text file so that a reader sees the old or the new one, whole."""
+    write_whole(path, text.encode())
 
 
 def sync(path: Path) -> None:

@@ -10,6 +10,7 @@ import pytest
 from fake_hub import COMMIT, FakeHub, talk_to
 from huggingface_hub import constants
 
+from aymen_gpt import files
 from aymen_gpt.data import fetch
 from aymen_gpt.errors import CannotWrite, DataError, NetworkError
 
@@ -159,7 +160,7 @@ def test_processes_may_fetch_the_same_file_at_once(wheel, tmp_path):
 
 def test_a_file_that_cannot_be_finished_leaves_no_trace(tmp_path):
     def write(target):
-        with fetch.whole_file(target) as file:
+        with files.whole_file(target) as file:
             file.write(b"half")
             raise OSError(28, os.strerror(28))
 

@@ -62,9 +62,9 @@ def main(argv: list[str] | None = None) -> int:
 
     import torch
 
-    from aymen_gpt.data.fetch import write_whole
     from aymen_gpt.evaluation import hellaswag
     from aymen_gpt.evaluation.loading import load_model
+    from aymen_gpt.files import write_whole
     from aymen_gpt.training.device import choose_device
 
     device = choose_device(options.device, options.dtype)

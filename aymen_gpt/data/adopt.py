@@ -200,7 +200,7 @@ def _link(origin: Path, path: Path) -> None:
         os.replace(temporary, path)
         files.sync(path.parent)
     except OSError:
-        with fetch.whole_file(path) as copy, origin.open("rb") as file:
+        with files.whole_file(path) as copy, origin.open("rb") as file:
             shutil.copyfileobj(file, copy, 2**20)
     finally:
         temporary.unlink(missing_ok=True)  # two names of one file are not renamed onto each other

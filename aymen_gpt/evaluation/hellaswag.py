@@ -29,6 +29,7 @@ import torch
 from aymen_gpt.data import fetch, tokenizer
 from aymen_gpt.errors import DataError, NetworkError
 from aymen_gpt.evaluation.scoring import EndingScores, Progress, TokenizedExample, score
+from aymen_gpt.files import write_whole
 from aymen_gpt.model.gpt import GPT
 
 T = TypeVar("T")
@@ -80,7 +81,7 @@ def load_examples(path: Path | None = None) -> list[Example]:
         examples = []
     if content_sha256(examples) != CONTENT_SHA256:
         examples = _download()
-        fetch.write_whole(cached, _parquet(examples))
+        write_whole(cached, _parquet(examples))
     return examples
 
 
