@@ -24,11 +24,16 @@ def raising(error):
 @pytest.mark.parametrize(
     ("error", "code"),
     [(errors.UsageError("u"), 2), (errors.DataError("d"), 65), (errors.NetworkError("n"), 69),
-     (errors.CannotWrite("w"), 73), (errors.Stopped("s"), 75), (errors.AymenError("a"), 1)],
+     (errors.CannotWrite("w"), 73), (errors.AymenError("a"), 1)],
 )  # fmt: skip
 def test_errors_that_speak_to_the_user_are_one_line_and_a_code(capsys, error, code):
     assert code_of(raising(error)) == code
     assert capsys.readouterr().err == f"error: {error}\n"
+
+
+def test_a_run_that_stopped_and_saved_is_no_error(capsys):
+    assert code_of(raising(errors.Stopped("stopped and saved"))) == 75
+    assert capsys.readouterr().err == "stopped and saved\n"
 
 
 def test_debug_adds_the_traceback(capsys, monkeypatch):

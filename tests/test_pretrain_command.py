@@ -61,7 +61,7 @@ def test_sigterm_saves_and_the_same_command_continues(door, shards, tmp_path):
     assert process.returncode == 75
     status = json.loads((tmp_path / "run/status.json").read_text())
     assert status["state"] == "stopped"
-    assert f"error: stopped by SIGTERM at step {status['step']} of 30" in told
+    assert f"\nstopped by SIGTERM at step {status['step']} of 30" in told
     assert (tmp_path / f"run/checkpoints/step-{status['step']:09d}/manifest.json").exists()
     again = door("pretrain.py", *words)
     assert again.returncode == 0

@@ -9,7 +9,7 @@ import warnings
 from collections.abc import Callable
 from typing import NoReturn
 
-from aymen_gpt.errors import AymenError
+from aymen_gpt.errors import AymenError, Stopped
 
 
 def run(main: Callable[[], int]) -> NoReturn:
@@ -26,7 +26,7 @@ def run(main: Callable[[], int]) -> NoReturn:
     except AymenError as error:
         if os.environ.get("AYMEN_GPT_DEBUG"):
             traceback.print_exc()
-        print(f"error: {error}", file=sys.stderr)
+        print(error if isinstance(error, Stopped) else f"error: {error}", file=sys.stderr)
         code = error.exit_code
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
