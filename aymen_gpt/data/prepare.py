@@ -186,7 +186,12 @@ def tokenize_all(parts: Iterable[Part], workers: int, encoder_name: EncoderName)
             "(with fewer --workers if memory ran out, or with --encoder tiktoken)"
         ) from None
     finally:
+        # Workers have nothing to tidy up. Asked to end instead, one would wait for ever on a lock of the queue
+        # that another, killed from outside while they end, still held; and this process would wait for it.
+        processes = list((pool._processes or {}).values())
         pool.shutdown(wait=False, cancel_futures=True)
+        for process in processes:
+            process.kill()
 
 
 def _begin_worker() -> None:
