@@ -103,11 +103,11 @@ class Trainer:
             loss.backward()
             total[0] += loss.detach()
         self.ranks.sum_gradients(self.parameters)
-        norm = optim.clip_gradients(self.parameters, c.grad_clip)
+        norm = optim.clip_gradients(self.parameters, c.grad_clip).item()
         mean_loss, stops = self.ranks.sum(total).tolist()
-        if not math.isfinite(mean_loss) or not math.isfinite(norm.item()):
+        if not math.isfinite(mean_loss) or not math.isfinite(norm):
             raise AymenError(
-                f"loss {mean_loss} and gradient norm {norm.item()} in step {step + 1}: no update was made "
+                f"loss {mean_loss} and gradient norm {norm} in step {step + 1}: no update was made "
                 "and no checkpoint taken; try a lower --learning-rate or --dtype float32"
             )
         lr = learning_rate(
@@ -117,7 +117,7 @@ class Trainer:
         self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
         row = {"step": step + 1, "tokens": (step + 1) * c.tokens_per_step, "loss": mean_loss, "lr": lr}
-        return row | {"grad_norm": norm.item()} | self._speed(time.monotonic() - began), stops > 0
+        return row | {"grad_norm": norm} | self._speed(time.monotonic() - began), stops > 0
 
     def _speed(self, seconds: float) -> dict[str, Any]:
         speed = self.config.tokens_per_step / max(seconds, 1e-9)
