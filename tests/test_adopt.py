@@ -8,8 +8,9 @@ from dataclasses import replace
 import numpy as np
 import pytest
 from conftest import make_shards
+from crashes import killed, points
 from fake_hub import COMMIT, FakeHub, talk_to
-from test_prepare import Killed, quiet, tokens_of, write_jsonl
+from test_prepare import quiet, tokens_of, write_jsonl
 from test_shards import llmc_bytes
 
 from aymen_gpt.data import adopt, prepare, shards
@@ -231,35 +232,22 @@ def test_tokens_without_any_separator_are_doubted_aloud(tmp_path):
     assert sum("no separator" in event for event in events if isinstance(event, str)) == 2
 
 
-def test_killed_at_any_rename_the_same_command_finishes(llmc, tmp_path, monkeypatch):
+def test_killed_at_any_rename_the_same_command_finishes(llmc, tmp_path):
     (llmc / "fineweb_train_000002.bin").unlink()
     np.save(llmc / "fineweb_train_000002.npy", LISTS["train_000002"])
     options = options_for(llmc, shard_tokens=150)
     adopt.adopt(options, quiet)
     expected = digest(options.out)
-    real = os.replace
-    for moment in range(100):
-        steps = iter(range(100))
-        out = tmp_path / f"kill{moment}"
-
-        def killing(source, target, moment=moment, steps=steps):
-            at = next(steps)
-            if at == moment // 2 and moment % 2 == 0:
-                raise Killed
-            real(source, target)
-            if at == moment // 2:
-                raise Killed
-
-        monkeypatch.setattr(os, "replace", killing)
-        try:
-            adopt.adopt(replace(options, out=out), quiet)
+    kills = 0
+    for point in points("os.replace"):
+        again = replace(options, out=tmp_path / f"kill{kills}")
+        if not killed(point, lambda again=again: adopt.adopt(again, quiet)):
             break
-        except Killed:
-            monkeypatch.setattr(os, "replace", real)
-        adopt.adopt(replace(options, out=out), quiet)
-        assert digest(out) == expected
-        assert not list(out.glob(".*.tmp"))
-    assert moment == 2 * 2 * len(shards.read_manifest(options.out)["shards"]) + 2
+        kills += 1
+        adopt.adopt(again, quiet)
+        assert digest(again.out) == expected
+        assert not list(again.out.glob(".*.tmp"))
+    assert kills == 2 * 2 * len(shards.read_manifest(options.out)["shards"]) + 2
 
 
 def test_a_resumed_call_mends_what_was_damaged_meanwhile(llmc, tmp_path, monkeypatch):
