@@ -126,6 +126,7 @@ def test_other_formats_are_rewritten_as_llmcs_in_order(tmp_path, kind, monkeypat
     assert [len(tokens) for tokens in found] == ([300, 900] if "llmc" in kind else [300, 350, 350, 200])
 
 
+@pytest.mark.fault(31)
 @pytest.mark.parametrize("name", ["fineweb_train_000002.bin", "fineweb_train_000002.npy"])
 @pytest.mark.parametrize("bad", [50257, -1])
 def test_any_id_outside_the_vocabulary_is_found(llmc, name, bad):
@@ -144,6 +145,7 @@ def test_any_id_outside_the_vocabulary_is_found(llmc, name, bad):
         shards.check_shards(options.out)
 
 
+@pytest.mark.fault(33)
 def test_a_cut_file_is_named_before_anything_is_written(llmc):
     path = llmc / "fineweb_train_000002.bin"
     good = path.read_bytes()
@@ -232,6 +234,7 @@ def test_tokens_without_any_separator_are_doubted_aloud(tmp_path):
     assert sum("no separator" in event for event in events if isinstance(event, str)) == 2
 
 
+@pytest.mark.fault(49)
 def test_killed_at_any_rename_the_same_command_finishes(llmc, tmp_path):
     (llmc / "fineweb_train_000002.bin").unlink()
     np.save(llmc / "fineweb_train_000002.npy", LISTS["train_000002"])
@@ -297,6 +300,7 @@ def test_a_fetch_that_fails_half_way_goes_on_without_listing_or_finished_files(h
     assert not any("/api/" in request or "000001" in request for request in hub.requests)
 
 
+@pytest.mark.fault(34)
 def test_repair_fetches_only_what_is_damaged(hub, tmp_path):
     options = PrepareOptions(("hub-tokens:kjj0/finewebedu10B-gpt2",), tmp_path / "out")
     adopt.adopt(options, quiet)

@@ -162,6 +162,7 @@ def test_every_document_a_row_reads_can_be_traced_to_its_id(options):
     assert checked > 100
 
 
+@pytest.mark.fault(50)
 @pytest.mark.parametrize("workers", [1, 2, 3])
 def test_any_number_of_workers_writes_the_same_bytes(options, tmp_path, workers):
     prepare.prepare(options, quiet)
@@ -169,6 +170,7 @@ def test_any_number_of_workers_writes_the_same_bytes(options, tmp_path, workers)
     assert digest(tmp_path / "other") == digest(options.out)
 
 
+@pytest.mark.fault(39)
 @settings(deadline=None, max_examples=25)
 @given(
     st.lists(st.integers(0, 40), min_size=1, max_size=12).filter(lambda lengths: sum(lengths) >= 20),
@@ -190,6 +192,7 @@ def test_documents_of_any_length_are_cut_into_shards_of_any_size(tmp_path_factor
     assert documents - cuts == wanted.count(50256)
 
 
+@pytest.mark.fault(37)
 @pytest.mark.parametrize(
     "texts", [["one document " * 300], make_texts(3), ["-" * 20_000], ["x " * 5000, "é" * 9999]]
 )
@@ -202,6 +205,7 @@ def test_a_corpus_smaller_than_a_shard_gives_both_splits(tmp_path, texts):
     assert 0.05 <= len(val) / len(val + train) <= 0.5
 
 
+@pytest.mark.fault(37)
 @pytest.mark.parametrize("texts", [[], [""], ["-" * 640]])
 def test_a_corpus_too_small_for_two_splits_is_an_error(tmp_path, texts):
     write_jsonl(tmp_path / "a.jsonl", texts)
@@ -236,6 +240,7 @@ def no_waiting_for_the_disk():
         yield
 
 
+@pytest.mark.fault(49)
 def test_killed_before_or_after_any_rename_the_same_command_continues_to_the_same_bytes(options, tmp_path):
     prepare.prepare(options, quiet)
     expected = digest(options.out)
@@ -255,6 +260,7 @@ def test_killed_before_or_after_any_rename_the_same_command_continues_to_the_sam
     assert kills == 2 * (3 * len(tokens_of(options.out)) + 1)  # a shard, its ids, the manifest; the manifest
 
 
+@pytest.mark.fault(49)
 def test_finished_shards_are_not_written_again(options):
     events = []
     assert killed("before:5:aymen_gpt.data.shards:write_shard", lambda: prepare.prepare(options, quiet))
@@ -265,6 +271,7 @@ def test_finished_shards_are_not_written_again(options):
     assert before.items() <= {path.name: path.stat().st_mtime_ns for path in options.out.glob("*.bin")}.items()
 
 
+@pytest.mark.fault(49)
 def test_a_small_corpus_that_is_cut_anew_survives_a_kill_too(tmp_path):
     write_jsonl(tmp_path / "a.jsonl", ["-" * 20_000, "=" * 20_000])  # many bytes a token: the estimate is too high
     options = PrepareOptions((str(tmp_path / "a.jsonl"),), tmp_path / "out", workers=0)
@@ -355,6 +362,7 @@ def with_bad_rows(tmp_path, n, bad):
     return PrepareOptions((str(path),), tmp_path / "out", 1000, workers=0), [text for text in texts if text]
 
 
+@pytest.mark.fault(41)
 def test_few_bad_rows_are_counted_and_skipped(tmp_path):
     options, good = with_bad_rows(tmp_path, 2000, {5, 1999})
     summary = prepare.prepare(options, quiet)
@@ -362,6 +370,7 @@ def test_few_bad_rows_are_counted_and_skipped(tmp_path):
     assert joined(tokens_of(options.out)) == reference(good)
 
 
+@pytest.mark.fault(41)
 def test_many_bad_rows_are_an_error_that_names_the_first(tmp_path):
     options, _ = with_bad_rows(tmp_path, 2000, {1005, 1006, 1007})
     message = r"3 of 2,000 rows have no usable text .more than 0.1%.; the first: bad.parquet, part 1, row 5: null"
@@ -371,6 +380,7 @@ def test_many_bad_rows_are_an_error_that_names_the_first(tmp_path):
         prepare.prepare(options, quiet)
 
 
+@pytest.mark.fault(42)
 @pytest.mark.parametrize("workers", [0, 2])
 def test_a_damaged_file_is_named_and_the_shards_before_it_stay(options, workers):
     path = Path(options.source[0]) / "b.parquet"
@@ -384,6 +394,7 @@ def test_a_damaged_file_is_named_and_the_shards_before_it_stay(options, workers)
     assert {path.name for path in options.out.glob("*.bin")} == set(done)
 
 
+@pytest.mark.fault(49)
 def test_a_worker_that_dies_is_an_error_not_a_hang(options, monkeypatch):
     class Dying(prepare.ProcessPoolExecutor):
         def submit(self, function, part, *more):
@@ -410,6 +421,7 @@ def test_parts_are_dealt_only_so_far_ahead(tmp_path):
     batches.close()
 
 
+@pytest.mark.fault(34)
 def test_repair_rebuilds_only_what_is_damaged(options, tmp_path):
     prepare.prepare(options, quiet)
     expected = digest(options.out)
@@ -481,6 +493,7 @@ def test_keep_source_keeps_the_downloads(hub, tmp_path):
     assert len(list((tmp_path / "out/.source/sample/10BT").glob("*.parquet"))) == 3
 
 
+@pytest.mark.fault(46)
 def test_a_hub_that_fails_half_way_is_continued_without_listing_or_the_first_file_again(hub, tmp_path):
     options = PrepareOptions(out=tmp_path / "out", shard_tokens=1000, workers=0)
     hub.faults["HEAD 002_00000.parquet"] = ["403", ...]
@@ -508,6 +521,7 @@ def test_repair_downloads_what_it_needs_and_cleans_up(hub, tmp_path):
     assert not (options.out / ".source").exists()
 
 
+@pytest.mark.fault(53)
 def test_a_manifest_cannot_make_us_touch_files_outside(hub, tmp_path):
     options = PrepareOptions(out=tmp_path / "out", shard_tokens=1000, workers=0)
     prepare.prepare(options, quiet)
@@ -584,6 +598,7 @@ def test_an_encoder_that_errs_is_replaced_by_tiktoken_from_the_beginning(late, b
     assert any(isinstance(event, prepare.Progress) and event.shards > 2 for event in events)
 
 
+@pytest.mark.fault(49)
 def test_an_encoder_that_errs_leaves_the_same_bytes_wherever_it_is_killed(late, broken, tmp_path):
     prepare.prepare(late, quiet)
     expected = digest(late.out)

@@ -104,6 +104,7 @@ def test_shards_of_llmc_nanogpt_and_numpy_are_mapped_read_only(tmp_path, name):
         tokens[0] = 1
 
 
+@pytest.mark.fault(32)
 @pytest.mark.parametrize("kind", CONVERTED)
 def test_other_integers_that_fit_are_converted_with_a_notice(tmp_path, kind):
     np.save(tmp_path / "x_train_000001.npy", CONVERTED[kind])
@@ -123,6 +124,7 @@ BAD_BIN = {
 }
 
 
+@pytest.mark.fault(33)
 @pytest.mark.parametrize("content", BAD_BIN)
 def test_a_damaged_bin_is_refused_by_name_and_reason(tmp_path, content):
     path = tmp_path / "x_train_000001.bin"
@@ -133,6 +135,7 @@ def test_a_damaged_bin_is_refused_by_name_and_reason(tmp_path, content):
     assert BAD_BIN[content] in str(caught.value)
 
 
+@pytest.mark.fault(33)
 @pytest.mark.parametrize("content", [b"", b"\0"])
 def test_a_headerless_file_of_no_whole_token_is_refused(tmp_path, content):
     (tmp_path / "train.bin").write_bytes(content)
@@ -150,6 +153,7 @@ BAD_NPY = {
 }
 
 
+@pytest.mark.fault(32, 33)
 @pytest.mark.parametrize("array", BAD_NPY.values(), ids=BAD_NPY)
 def test_an_array_that_is_no_row_of_ids_is_refused(tmp_path, array):
     np.save(tmp_path / "x_train_000001.npy", array, allow_pickle=True)
@@ -157,6 +161,7 @@ def test_an_array_that_is_no_row_of_ids_is_refused(tmp_path, array):
         shards.open_shard(tmp_path / "x_train_000001.npy")
 
 
+@pytest.mark.fault(33)
 def test_a_cut_array_and_a_missing_shard_are_refused(tmp_path):
     np.save(tmp_path / "a.npy", TOKENS)
     (tmp_path / "a.npy").write_bytes((tmp_path / "a.npy").read_bytes()[:-3])
@@ -217,6 +222,7 @@ def test_a_sound_folder_passes_both_checks(folder):
     assert shards.verify(folder) == {}
 
 
+@pytest.mark.fault(35)
 def test_a_folder_without_manifest_is_taken_for_gpt2s_with_a_warning(folder):
     (folder / "manifest.json").unlink()
     with pytest.warns(UserWarning, match=r"has no manifest.json"):
@@ -249,6 +255,7 @@ def test_training_refuses_a_folder_that_is_not_what_its_manifest_says(folder, sp
         shards.check_shards(folder)
 
 
+@pytest.mark.fault(31)
 @pytest.mark.parametrize("n_tokens", [100, 2**20])
 @pytest.mark.parametrize("place", [0, -1])
 def test_an_id_outside_the_vocabulary_is_found_before_training(tmp_path, n_tokens, place):
@@ -264,6 +271,7 @@ def test_an_id_outside_the_vocabulary_is_found_before_training(tmp_path, n_token
         shards.check_shards(tmp_path)
 
 
+@pytest.mark.fault(34)
 def test_verify_finds_a_flipped_bit_and_a_missing_file(folder):
     names = [record["file"] for record in shards.read_manifest(folder)["shards"]]
     content = bytearray((folder / names[0]).read_bytes())
@@ -276,6 +284,7 @@ def test_verify_finds_a_flipped_bit_and_a_missing_file(folder):
     assert damaged[names[1]] == "missing"
 
 
+@pytest.mark.fault(53)
 @pytest.mark.parametrize("name", ["../outside.bin", "/etc/passwd", "a/b.bin", "", ".hidden.bin", "..", "x.txt"])
 def test_a_manifest_cannot_name_a_file_outside_its_folder(folder, name):
     change(folder, shards=[{"file": name, "tokens": 1, "sha256": ""}])

@@ -97,6 +97,7 @@ def times_killed(moments, work):
     return sum(takewhile(bool, (killed(moment, work) for moment in moments)))
 
 
+@pytest.mark.fault(49)
 def test_killed_at_any_rename_a_share_and_the_merge_go_on_to_the_same_bytes(options, tmp_path):
     prepare.prepare(options, quiet)
     merged = replace(options, out=tmp_path / "merged")
@@ -216,6 +217,7 @@ def test_too_many_bad_rows_are_found_at_the_merge(tmp_path):
         shares.merge(options, quiet)
 
 
+@pytest.mark.fault(26)
 def test_each_share_is_held_by_one_process(options):
     with files.lock(Share(2, 2).folder(options.out), "--out"):
         shares.prepare_share(options, Share(1, 2), quiet)
@@ -254,6 +256,7 @@ def test_a_part_is_i_of_n(text):
         shares.parse(text)
 
 
+@pytest.mark.fault(49)
 def test_the_commands_in_any_order_and_killed_by_kill_minus_nine(tmp_path):
     texts = write_jsonl(tmp_path / "texts.jsonl", make_texts(3000))
     command = ["fineweb.py", "--source", texts, "--shard-tokens", 5000, "--workers", 0, "--out"]
