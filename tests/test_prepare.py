@@ -80,8 +80,8 @@ def joined(lists):
 
 
 def digest(folder):
-    """{name: sha256} of everything in a folder but the lock."""
-    names = [path for path in folder.iterdir() if path.name != ".lock"]
+    """{name: sha256} of everything in a folder but the lock, and what was found right already."""
+    names = [path for path in folder.iterdir() if path.name not in (".lock", shards.CHECKED)]
     return {path.name: hashlib.sha256(path.read_bytes()).hexdigest() for path in names if path.is_file()}
 
 
