@@ -1,14 +1,15 @@
-# make demo    install, then text -> tokens -> a small GPT -> its HellaSwag score, on any machine, in minutes
-# make test    install, then every test
-# make lint    formatting, lint and types
-# make clean   remove what the demo made (the environment stays)
+# make demo          install, then text -> tokens -> a small GPT -> its HellaSwag score, on any machine, in minutes
+# make test          install, then every test
+# make test-faults   only the tests that kill, cut, flip and fill things, and a table of what is survived
+# make lint          formatting, lint and types
+# make clean         remove what the demo made (the environment stays)
 
 PYTHON ?= python3
 BIN := .venv/bin
 # pip shows its bars to a person and only errors to a log
 PIP := $(BIN)/pip --disable-pip-version-check $(shell test -t 2 || echo -qq)
 
-.PHONY: setup demo test lint clean
+.PHONY: setup demo test test-faults lint clean
 
 setup: .venv/installed
 
@@ -30,6 +31,9 @@ demo: setup
 
 test: .venv/installed-dev
 	$(BIN)/python -m pytest -n 2
+
+test-faults: .venv/installed-dev
+	$(BIN)/python -m pytest -n 2 -p tests.faults -m fault
 
 lint: .venv/installed-dev
 	$(BIN)/ruff format --check .

@@ -1,6 +1,7 @@
 """Shared by all tests: one thread a process (two test processes share two cores), tiny shards, the doors."""
 
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -29,6 +30,28 @@ def make_shards(folder: Path, seed: int = 0) -> Path:
         tokens[0] = 50256
         write_shard(folder / shard_name(split, index), tokens)
     return folder
+
+
+@pytest.fixture
+def disk(tmp_path):
+    """A real small disk: disk("100k") is its folder; asked again it has another size, or with "ro" is read-only.
+
+    What is on it stays. Skips where nobody may mount: that takes Linux and root, as in a container.
+    """
+    folder = tmp_path / "disk"
+
+    def mount(option):
+        mounted = folder.is_mount()
+        option = option if option == "ro" else f"rw,size={option}"
+        folder.mkdir(exist_ok=True)
+        command = ["mount", "-t", "tmpfs", "-o", f"remount,{option}" if mounted else option, "tmpfs", folder]
+        if not shutil.which("mount") or subprocess.run(command, capture_output=True).returncode:
+            pytest.skip("mounting a small disk needs root")
+        return folder
+
+    yield mount
+    if folder.is_mount():
+        subprocess.run(["umount", "--lazy", folder], check=True)
 
 
 @pytest.fixture

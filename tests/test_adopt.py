@@ -8,8 +8,9 @@ from dataclasses import replace
 import numpy as np
 import pytest
 from conftest import make_shards
+from crashes import killed, points
 from fake_hub import COMMIT, FakeHub, talk_to
-from test_prepare import Killed, quiet, tokens_of, write_jsonl
+from test_prepare import quiet, tokens_of, write_jsonl
 from test_shards import llmc_bytes
 
 from aymen_gpt.data import adopt, prepare, shards
@@ -125,6 +126,7 @@ def test_other_formats_are_rewritten_as_llmcs_in_order(tmp_path, kind, monkeypat
     assert [len(tokens) for tokens in found] == ([300, 900] if "llmc" in kind else [300, 350, 350, 200])
 
 
+@pytest.mark.fault(31)
 @pytest.mark.parametrize("name", ["fineweb_train_000002.bin", "fineweb_train_000002.npy"])
 @pytest.mark.parametrize("bad", [50257, -1])
 def test_any_id_outside_the_vocabulary_is_found(llmc, name, bad):
@@ -143,6 +145,7 @@ def test_any_id_outside_the_vocabulary_is_found(llmc, name, bad):
         shards.check_shards(options.out)
 
 
+@pytest.mark.fault(33)
 def test_a_cut_file_is_named_before_anything_is_written(llmc):
     path = llmc / "fineweb_train_000002.bin"
     good = path.read_bytes()
@@ -231,35 +234,23 @@ def test_tokens_without_any_separator_are_doubted_aloud(tmp_path):
     assert sum("no separator" in event for event in events if isinstance(event, str)) == 2
 
 
-def test_killed_at_any_rename_the_same_command_finishes(llmc, tmp_path, monkeypatch):
+@pytest.mark.fault(49)
+def test_killed_at_any_rename_the_same_command_finishes(llmc, tmp_path):
     (llmc / "fineweb_train_000002.bin").unlink()
     np.save(llmc / "fineweb_train_000002.npy", LISTS["train_000002"])
     options = options_for(llmc, shard_tokens=150)
     adopt.adopt(options, quiet)
     expected = digest(options.out)
-    real = os.replace
-    for moment in range(100):
-        steps = iter(range(100))
-        out = tmp_path / f"kill{moment}"
-
-        def killing(source, target, moment=moment, steps=steps):
-            at = next(steps)
-            if at == moment // 2 and moment % 2 == 0:
-                raise Killed
-            real(source, target)
-            if at == moment // 2:
-                raise Killed
-
-        monkeypatch.setattr(os, "replace", killing)
-        try:
-            adopt.adopt(replace(options, out=out), quiet)
+    kills = 0
+    for point in points("os.replace"):
+        again = replace(options, out=tmp_path / f"kill{kills}")
+        if not killed(point, lambda again=again: adopt.adopt(again, quiet)):
             break
-        except Killed:
-            monkeypatch.setattr(os, "replace", real)
-        adopt.adopt(replace(options, out=out), quiet)
-        assert digest(out) == expected
-        assert not list(out.glob(".*.tmp"))
-    assert moment == 2 * 2 * len(shards.read_manifest(options.out)["shards"]) + 2
+        kills += 1
+        adopt.adopt(again, quiet)
+        assert digest(again.out) == expected
+        assert not list(again.out.glob(".*.tmp"))
+    assert kills == 2 * 2 * len(shards.read_manifest(options.out)["shards"]) + 2
 
 
 def test_a_resumed_call_mends_what_was_damaged_meanwhile(llmc, tmp_path, monkeypatch):
@@ -309,6 +300,7 @@ def test_a_fetch_that_fails_half_way_goes_on_without_listing_or_finished_files(h
     assert not any("/api/" in request or "000001" in request for request in hub.requests)
 
 
+@pytest.mark.fault(34)
 def test_repair_fetches_only_what_is_damaged(hub, tmp_path):
     options = PrepareOptions(("hub-tokens:kjj0/finewebedu10B-gpt2",), tmp_path / "out")
     adopt.adopt(options, quiet)

@@ -147,6 +147,7 @@ def damage_outside(folder):
     (folder / "manifest.json").write_text(json.dumps(manifest))
 
 
+@pytest.mark.fault(14, 15, 16, 53)
 @pytest.mark.parametrize(
     ("damage", "message"),
     [(damage_truncate, r"model.safetensors is [\d,]+ bytes, its manifest says [\d,]+"),

@@ -52,6 +52,7 @@ def test_one_bad_answer_is_survived(hub, tmp_path, method, fault):
     assert get(tmp_path / "x", sha256=SHA256).read_bytes() == CONTENT
 
 
+@pytest.mark.fault(45)
 def test_a_server_error_for_ever_ends_in_a_network_error_that_names_everything(hub, tmp_path):
     hub.faults["GET a.parquet"] = ["500", ...]
     with pytest.raises(NetworkError, match=r"sample/a.parquet of a/b: HTTP 500 .*tries.*command again"):
@@ -60,6 +61,7 @@ def test_a_server_error_for_ever_ends_in_a_network_error_that_names_everything(h
     assert hub.count("GET", "a.parquet") < 60
 
 
+@pytest.mark.fault(46)
 @pytest.mark.parametrize("method", ["HEAD", "GET"])
 @pytest.mark.parametrize("status", ["401", "403", "404"])
 def test_a_refusal_is_not_asked_again(hub, tmp_path, method, status):
@@ -69,12 +71,14 @@ def test_a_refusal_is_not_asked_again(hub, tmp_path, method, status):
     assert hub.count(method, "a.parquet") == 1
 
 
+@pytest.mark.fault(46)
 def test_a_name_that_does_not_exist_is_asked_for_once(hub, tmp_path):
     with pytest.raises(NetworkError, match="nothing.parquet of a/b: not found or private"):
         fetch.hub_file("a/b", "nothing.parquet", revision=COMMIT, folder=tmp_path)
     assert hub.count("HEAD", "nothing.parquet") == 1
 
 
+@pytest.mark.fault(43)
 @pytest.mark.parametrize("in_cache", [True, False])
 def test_wrong_bytes_for_ever_are_refused_and_not_kept(hub, tmp_path, in_cache):
     hub.faults["GET a.parquet"] = ["wrong", ...]
@@ -86,6 +90,7 @@ def test_wrong_bytes_for_ever_are_refused_and_not_kept(hub, tmp_path, in_cache):
     assert (get(None) if in_cache else get(tmp_path / "x", sha256=SHA256)).read_bytes() == CONTENT
 
 
+@pytest.mark.fault(45)
 def test_without_a_network_it_says_so_and_offline_is_honoured(hub, tmp_path, monkeypatch):
     hub.__exit__()
     with pytest.raises(NetworkError, match="cannot get sample/a.parquet"):
@@ -95,6 +100,7 @@ def test_without_a_network_it_says_so_and_offline_is_honoured(hub, tmp_path, mon
         get(tmp_path / "x")
 
 
+@pytest.mark.fault(53)
 def test_a_listing_cannot_name_a_path_outside(hub):
     hub.files["sample/../../evil.parquet"] = b"x"
     with pytest.raises(DataError, match="unsafe path"):
@@ -104,6 +110,7 @@ def test_a_listing_cannot_name_a_path_outside(hub):
             fetch.hub_file("a/b", name)
 
 
+@pytest.mark.fault(54)
 def test_messages_hide_passwords_in_urls():
     assert fetch.one_line("see https://me:secret@host/x\nmore") == "see https://host/x"
 

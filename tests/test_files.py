@@ -39,6 +39,7 @@ held = files.lock(Path(sys.argv[1]), "--run"); print("held", flush=True); sys.st
 """
 
 
+@pytest.mark.fault(25)
 def test_a_folder_has_one_holder_and_a_dead_one_holds_nothing(tmp_path):
     holder = subprocess.Popen(
         [sys.executable, "-c", HOLD, str(tmp_path / "run")],

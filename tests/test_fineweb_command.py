@@ -58,6 +58,7 @@ def test_text_becomes_shards_and_the_summary_says_what_happened(door, texts, tmp
     assert again.stdout.startswith("already prepared: my data, ")
 
 
+@pytest.mark.fault(34)
 def test_verify_and_repair(door, texts, tmp_path):
     words = ["fineweb.py", "--out", "d"]
     assert door(*words, "--source", texts, "--shard-tokens", 2000, "--workers", 0).returncode == 0
@@ -95,6 +96,7 @@ def test_a_mistake_is_one_line_and_its_exit_code(door, tmp_path, words, code, me
     assert "Traceback" not in done.stderr
 
 
+@pytest.mark.fault(22)
 def test_a_full_disk_is_exit_73_and_the_same_command_continues(texts, tmp_path):
     resource = pytest.importorskip("resource")
     words = ["fineweb.py", "--source", texts, "--shard-tokens", 8000, "--workers", 0, "--out"]
@@ -143,6 +145,7 @@ def workers_of(pid):
     return [int(child) for child in found if b"spawn_main" in Path(f"/proc/{child}/cmdline").read_bytes()]
 
 
+@pytest.mark.fault(49)
 @pytest.mark.skipif(not Path("/proc/self/task").exists(), reason="finds worker processes through /proc")
 def test_kill_minus_nine_at_any_moment_then_the_same_command_gives_the_same_bytes(tmp_path):
     texts = write_parquet(tmp_path / "texts.parquet", make_texts(6000, longest=90), rows=100)

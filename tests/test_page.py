@@ -91,6 +91,7 @@ def row(step, **more):
     return {"step": step, "tokens": step * 4096, "loss": 10 - step / 100, "lr": 1e-3, "grad_norm": 1.0} | more
 
 
+@pytest.mark.fault(61)
 def test_an_empty_run_has_a_page(tmp_path):
     page = page_of(make_run(tmp_path / "fresh", config={}))
     assert "fresh" in page.words
@@ -141,6 +142,7 @@ def test_mfu_has_a_chart_when_it_was_measured(tmp_path):
     assert "MFU 42" in page_of(make_run(tmp_path, [row(i, tokens_per_second=1.0, mfu=0.42) for i in (1, 2)])).words
 
 
+@pytest.mark.fault(61)
 def test_half_lines_are_said(tmp_path):
     page = page_of(make_run(tmp_path, [row(1), row(2)], tail='{"step": 3, "lo'))
     assert "1 line of metrics.jsonl could not be read" in page.words

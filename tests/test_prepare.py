@@ -13,6 +13,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+from crashes import killed, points
 from fake_hub import COMMIT, FakeHub, talk_to
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -79,8 +80,8 @@ def joined(lists):
 
 
 def digest(folder):
-    """{name: sha256} of everything in a folder but the lock."""
-    names = [path for path in folder.iterdir() if path.name != ".lock"]
+    """{name: sha256} of everything in a folder but the lock, and what was found right already."""
+    names = [path for path in folder.iterdir() if path.name not in (".lock", shards.CHECKED)]
     return {path.name: hashlib.sha256(path.read_bytes()).hexdigest() for path in names if path.is_file()}
 
 
@@ -161,6 +162,7 @@ def test_every_document_a_row_reads_can_be_traced_to_its_id(options):
     assert checked > 100
 
 
+@pytest.mark.fault(50)
 @pytest.mark.parametrize("workers", [1, 2, 3])
 def test_any_number_of_workers_writes_the_same_bytes(options, tmp_path, workers):
     prepare.prepare(options, quiet)
@@ -168,6 +170,7 @@ def test_any_number_of_workers_writes_the_same_bytes(options, tmp_path, workers)
     assert digest(tmp_path / "other") == digest(options.out)
 
 
+@pytest.mark.fault(39)
 @settings(deadline=None, max_examples=25)
 @given(
     st.lists(st.integers(0, 40), min_size=1, max_size=12).filter(lambda lengths: sum(lengths) >= 20),
@@ -189,6 +192,7 @@ def test_documents_of_any_length_are_cut_into_shards_of_any_size(tmp_path_factor
     assert documents - cuts == wanted.count(50256)
 
 
+@pytest.mark.fault(37)
 @pytest.mark.parametrize(
     "texts", [["one document " * 300], make_texts(3), ["-" * 20_000], ["x " * 5000, "é" * 9999]]
 )
@@ -201,6 +205,7 @@ def test_a_corpus_smaller_than_a_shard_gives_both_splits(tmp_path, texts):
     assert 0.05 <= len(val) / len(val + train) <= 0.5
 
 
+@pytest.mark.fault(37)
 @pytest.mark.parametrize("texts", [[], [""], ["-" * 640]])
 def test_a_corpus_too_small_for_two_splits_is_an_error(tmp_path, texts):
     write_jsonl(tmp_path / "a.jsonl", texts)
@@ -235,93 +240,50 @@ def no_waiting_for_the_disk():
         yield
 
 
-class Killed(BaseException):
-    """Stands for kill -9: nothing of ours catches it."""
-
-
-def test_killed_before_or_after_any_rename_the_same_command_continues_to_the_same_bytes(
-    options, tmp_path, monkeypatch
-):
+@pytest.mark.fault(49)
+def test_killed_before_or_after_any_rename_the_same_command_continues_to_the_same_bytes(options, tmp_path):
     prepare.prepare(options, quiet)
     expected = digest(options.out)
-    real, calls = os.replace, 0
-
-    def counting(source, target):
-        nonlocal calls
-        calls += 1
-        real(source, target)
-
-    monkeypatch.setattr(os, "replace", counting)
-    prepare.prepare(replace(options, out=tmp_path / "count"), quiet)
-    assert calls == 3 * (len(tokens_of(options.out))) + 1
-    for moment in range(2 * calls):
-        out = tmp_path / f"kill{moment}"
-        steps = iter(range(10**6))
-
-        def killing(source, target, moment=moment, steps=steps):
-            if (at := next(steps)) == moment // 2 and moment % 2 == 0:
-                (target.parent / ".edufineweb_train_000009.bin.1.tmp").write_bytes(b"what a killed process leaves")
-                raise Killed
-            real(source, target)
-            if at == moment // 2:
-                raise Killed
-
-        monkeypatch.setattr(os, "replace", killing)
-        with pytest.raises(Killed):
-            prepare.prepare(replace(options, out=out), quiet)
-        monkeypatch.setattr(os, "replace", real)
-        finished = digest(out)
+    kills = 0
+    for point in points("os.replace"):
+        again = replace(options, out=tmp_path / f"kill{kills}")
+        if not killed(point, lambda again=again: prepare.prepare(again, quiet)):
+            break
+        kills += 1
+        finished = digest(again.out)
+        assert any(name.endswith(".tmp") for name in finished) == point.startswith("before")
         if "manifest.json" in finished:
-            listed = {record["file"]: record["sha256"] for record in shards.read_manifest(out)["shards"]}
+            listed = {record["file"]: record["sha256"] for record in shards.read_manifest(again.out)["shards"]}
             assert listed.items() <= finished.items()
-        prepare.prepare(replace(options, out=out), quiet)
-        assert digest(out) == expected
+        prepare.prepare(again, quiet)
+        assert digest(again.out) == expected
+    assert kills == 2 * (3 * len(tokens_of(options.out)) + 1)  # a shard, its ids, the manifest; the manifest
 
 
-def test_finished_shards_are_not_written_again(options, monkeypatch):
+@pytest.mark.fault(49)
+def test_finished_shards_are_not_written_again(options):
     events = []
-    report = events.append
-    real = shards.write_shard
-
-    def failing(path, tokens):
-        if path.name == shards.shard_name("train", 4):
-            raise Killed
-        return real(path, tokens)
-
-    monkeypatch.setattr(shards, "write_shard", failing)
-    with pytest.raises(Killed):
-        prepare.prepare(options, quiet)
-    monkeypatch.setattr(shards, "write_shard", real)
+    assert killed("before:5:aymen_gpt.data.shards:write_shard", lambda: prepare.prepare(options, quiet))
     before = {path.name: path.stat().st_mtime_ns for path in options.out.glob("*.bin")}
     assert len(before) == 4
-    prepare.prepare(options, report)
+    prepare.prepare(options, events.append)
     assert any("continuing after 4 finished shards" in event for event in events if isinstance(event, str))
     assert before.items() <= {path.name: path.stat().st_mtime_ns for path in options.out.glob("*.bin")}.items()
 
 
-def test_a_small_corpus_that_is_cut_anew_survives_a_kill_too(tmp_path, monkeypatch):
+@pytest.mark.fault(49)
+def test_a_small_corpus_that_is_cut_anew_survives_a_kill_too(tmp_path):
     write_jsonl(tmp_path / "a.jsonl", ["-" * 20_000, "=" * 20_000])  # many bytes a token: the estimate is too high
     options = PrepareOptions((str(tmp_path / "a.jsonl"),), tmp_path / "out", workers=0)
     events = []
     prepare.prepare(options, events.append)
     assert any("a small corpus" in event for event in events if isinstance(event, str))
     expected = digest(options.out)
-    real = os.replace
-    for moment in range(10):
-        out = tmp_path / f"kill{moment}"
-        steps = iter(range(10**6))
-
-        def killing(source, target, moment=moment, steps=steps):
-            if next(steps) == moment:
-                raise Killed
-            real(source, target)
-
-        monkeypatch.setattr(os, "replace", killing)
-        with pytest.raises(Killed):
-            prepare.prepare(replace(options, out=out), quiet)
-        monkeypatch.setattr(os, "replace", real)
-        prepare.prepare(replace(options, out=out), quiet)
-        assert digest(out) == expected
+    for nth in range(1, 11):
+        again = replace(options, out=tmp_path / f"kill{nth}")
+        assert killed(f"before:{nth}:os.replace", lambda again=again: prepare.prepare(again, quiet))
+        prepare.prepare(again, quiet)
+        assert digest(again.out) == expected
 
 
 def test_a_finished_folder_needs_nothing_even_without_its_source(options):
@@ -351,23 +313,14 @@ def test_a_folder_of_other_options_is_refused_and_left_alone(options, change, me
     assert digest(options.out) == before
 
 
-def stop_after(monkeypatch, n_shards):
-    real = shards.write_manifest
-
-    def write(folder, manifest):
-        real(folder, manifest)
-        if len(manifest["shards"]) == n_shards:
-            raise Killed
-
-    monkeypatch.setattr(shards, "write_manifest", write)
-    return lambda: monkeypatch.setattr(shards, "write_manifest", real)
+def stop_after(options, n_shards):
+    assert killed(
+        f"after:{n_shards}:aymen_gpt.data.shards:write_manifest", lambda: prepare.prepare(options, quiet)
+    )
 
 
-def test_a_source_that_changed_half_way_is_refused(options, monkeypatch):
-    go_on = stop_after(monkeypatch, 2)
-    with pytest.raises(Killed):
-        prepare.prepare(options, quiet)
-    go_on()
+def test_a_source_that_changed_half_way_is_refused(options):
+    stop_after(options, 2)
     write_jsonl(Path(options.source[0]) / "c.jsonl", make_texts(10))
     with pytest.raises(UsageError, match="not those that .*out was begun with"):
         prepare.prepare(options, quiet)
@@ -409,6 +362,7 @@ def with_bad_rows(tmp_path, n, bad):
     return PrepareOptions((str(path),), tmp_path / "out", 1000, workers=0), [text for text in texts if text]
 
 
+@pytest.mark.fault(41)
 def test_few_bad_rows_are_counted_and_skipped(tmp_path):
     options, good = with_bad_rows(tmp_path, 2000, {5, 1999})
     summary = prepare.prepare(options, quiet)
@@ -416,6 +370,7 @@ def test_few_bad_rows_are_counted_and_skipped(tmp_path):
     assert joined(tokens_of(options.out)) == reference(good)
 
 
+@pytest.mark.fault(41)
 def test_many_bad_rows_are_an_error_that_names_the_first(tmp_path):
     options, _ = with_bad_rows(tmp_path, 2000, {1005, 1006, 1007})
     message = r"3 of 2,000 rows have no usable text .more than 0.1%.; the first: bad.parquet, part 1, row 5: null"
@@ -425,6 +380,7 @@ def test_many_bad_rows_are_an_error_that_names_the_first(tmp_path):
         prepare.prepare(options, quiet)
 
 
+@pytest.mark.fault(42)
 @pytest.mark.parametrize("workers", [0, 2])
 def test_a_damaged_file_is_named_and_the_shards_before_it_stay(options, workers):
     path = Path(options.source[0]) / "b.parquet"
@@ -438,6 +394,7 @@ def test_a_damaged_file_is_named_and_the_shards_before_it_stay(options, workers)
     assert {path.name for path in options.out.glob("*.bin")} == set(done)
 
 
+@pytest.mark.fault(49)
 def test_a_worker_that_dies_is_an_error_not_a_hang(options, monkeypatch):
     class Dying(prepare.ProcessPoolExecutor):
         def submit(self, function, part, *more):
@@ -464,6 +421,7 @@ def test_parts_are_dealt_only_so_far_ahead(tmp_path):
     batches.close()
 
 
+@pytest.mark.fault(34)
 def test_repair_rebuilds_only_what_is_damaged(options, tmp_path):
     prepare.prepare(options, quiet)
     expected = digest(options.out)
@@ -535,6 +493,7 @@ def test_keep_source_keeps_the_downloads(hub, tmp_path):
     assert len(list((tmp_path / "out/.source/sample/10BT").glob("*.parquet"))) == 3
 
 
+@pytest.mark.fault(46)
 def test_a_hub_that_fails_half_way_is_continued_without_listing_or_the_first_file_again(hub, tmp_path):
     options = PrepareOptions(out=tmp_path / "out", shard_tokens=1000, workers=0)
     hub.faults["HEAD 002_00000.parquet"] = ["403", ...]
@@ -562,6 +521,7 @@ def test_repair_downloads_what_it_needs_and_cleans_up(hub, tmp_path):
     assert not (options.out / ".source").exists()
 
 
+@pytest.mark.fault(53)
 def test_a_manifest_cannot_make_us_touch_files_outside(hub, tmp_path):
     options = PrepareOptions(out=tmp_path / "out", shard_tokens=1000, workers=0)
     prepare.prepare(options, quiet)
@@ -638,25 +598,15 @@ def test_an_encoder_that_errs_is_replaced_by_tiktoken_from_the_beginning(late, b
     assert any(isinstance(event, prepare.Progress) and event.shards > 2 for event in events)
 
 
-def test_an_encoder_that_errs_leaves_the_same_bytes_wherever_it_is_killed(late, broken, tmp_path, monkeypatch):
+@pytest.mark.fault(49)
+def test_an_encoder_that_errs_leaves_the_same_bytes_wherever_it_is_killed(late, broken, tmp_path):
     prepare.prepare(late, quiet)
     expected = digest(late.out)
-    real = os.replace
-    for moment in range(0, 3 * 2 * len(tokens_of(late.out)) - 6, 5):
-        out = tmp_path / f"kill{moment}"
-        steps = iter(range(10**6))
-
-        def killing(source, target, moment=moment, steps=steps):
-            if next(steps) == moment:
-                raise Killed
-            real(source, target)
-
-        monkeypatch.setattr(os, "replace", killing)
-        with pytest.raises(Killed):
-            prepare.prepare(replace(late, out=out), quiet)
-        monkeypatch.setattr(os, "replace", real)
-        prepare.prepare(replace(late, out=out), quiet)
-        assert digest(out) == expected
+    for nth in range(1, 3 * 2 * len(tokens_of(late.out)) - 5, 5):
+        again = replace(late, out=tmp_path / f"kill{nth}")
+        assert killed(f"before:{nth}:os.replace", lambda again=again: prepare.prepare(again, quiet))
+        prepare.prepare(again, quiet)
+        assert digest(again.out) == expected
 
 
 def test_the_sample_is_one_document_in_a_hundred_and_some_of_every_part(tmp_path):
@@ -680,10 +630,7 @@ def test_both_encoders_write_the_same_shards_and_the_manifest_names_them(options
 
 
 def test_a_folder_that_tiktoken_worked_on_stays_with_it(options, monkeypatch):
-    go_on = stop_after(monkeypatch, 2)
-    with pytest.raises(Killed):
-        prepare.prepare(replace(options, encoder="tiktoken"), quiet)
-    go_on()
+    stop_after(replace(options, encoder="tiktoken"), 2)
     monkeypatch.setattr(encoder, "_gigatoken", None)
     prepare.prepare(options, quiet)
     assert joined(tokens_of(options.out)) == reference(ALL_TEXTS)

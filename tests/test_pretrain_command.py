@@ -50,6 +50,7 @@ def test_two_processes_give_the_losses_of_one(door, shards, tmp_path):
     assert json.loads((tmp_path / "two/config.json").read_text())["world_size"] == 2
 
 
+@pytest.mark.fault(3)
 def test_sigterm_saves_and_the_same_command_continues(door, shards, tmp_path):
     words = [*TINY, "--data", shards, "--steps", 30, "--run", "run"]
     whole = door("pretrain.py", *words[:-1], "whole")
@@ -69,6 +70,7 @@ def test_sigterm_saves_and_the_same_command_continues(door, shards, tmp_path):
     assert rows(tmp_path / "run") == rows(tmp_path / "whole")
 
 
+@pytest.mark.fault(1)
 def test_after_kill_nine_the_losses_are_those_of_the_uninterrupted_run(door, shards, tmp_path):
     words = [*TINY, "--data", shards, "--steps", 16, "--run", "run"]
     assert door("pretrain.py", *words[:-1], "whole").returncode == 0
@@ -82,6 +84,7 @@ def test_after_kill_nine_the_losses_are_those_of_the_uninterrupted_run(door, sha
     assert rows(tmp_path / "run") == rows(tmp_path / "whole")
 
 
+@pytest.mark.fault(4, 11)
 def test_three_ranks_with_uneven_rows_stop_together_and_continue_bit_for_bit(door, shards, tmp_path):
     """8 rows on 3 ranks are 3, 3 and 2, so with two rows a micro-batch the last rank takes one batch less."""
     words = [*TINY, "--data", shards, "--steps", 12, "--micro-batch", 2, "--run-dir"]
@@ -102,6 +105,7 @@ def test_three_ranks_with_uneven_rows_stop_together_and_continue_bit_for_bit(doo
         assert b.get("loss", 0) == pytest.approx(a.get("loss", 0), abs=1e-5)
 
 
+@pytest.mark.fault(25)
 def test_a_second_process_on_the_same_run_is_refused(door, shards, tmp_path):
     words = [*TINY, "--data", shards, "--steps", 500, "--run", "run"]
     process = start(tmp_path, *words)

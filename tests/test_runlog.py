@@ -75,6 +75,7 @@ def test_the_console_line_carries_units():
     ]
 
 
+@pytest.mark.fault(25)
 def test_a_second_writer_is_refused_and_told_who_the_first_is(tmp_path):
     with RunLog(tmp_path, 1) as log:
         log.start({}, None)

@@ -50,6 +50,7 @@ def test_a_whole_run_is_read(tmp_path):
     assert (run.n_bad_lines, run.problems) == (0, [])
 
 
+@pytest.mark.fault(61)
 def test_a_half_written_last_line_is_left_out_and_counted(tmp_path):
     run = read_run(write_run(tmp_path, metrics=b'{"step": 1, "loss": 9.5}\n{"step": 2, "lo\xe2\x82'))
     assert run.series("loss") == [(1, 9.5)]

@@ -9,6 +9,7 @@ from itertools import chain
 import numpy as np
 import pytest
 
+from aymen_gpt import files
 from aymen_gpt.data import shards, tokenizer
 from aymen_gpt.data.loader import TokenRows
 from aymen_gpt.errors import CannotWrite, DataError
@@ -104,6 +105,7 @@ def test_shards_of_llmc_nanogpt_and_numpy_are_mapped_read_only(tmp_path, name):
         tokens[0] = 1
 
 
+@pytest.mark.fault(32)
 @pytest.mark.parametrize("kind", CONVERTED)
 def test_other_integers_that_fit_are_converted_with_a_notice(tmp_path, kind):
     np.save(tmp_path / "x_train_000001.npy", CONVERTED[kind])
@@ -123,6 +125,7 @@ BAD_BIN = {
 }
 
 
+@pytest.mark.fault(33)
 @pytest.mark.parametrize("content", BAD_BIN)
 def test_a_damaged_bin_is_refused_by_name_and_reason(tmp_path, content):
     path = tmp_path / "x_train_000001.bin"
@@ -133,6 +136,7 @@ def test_a_damaged_bin_is_refused_by_name_and_reason(tmp_path, content):
     assert BAD_BIN[content] in str(caught.value)
 
 
+@pytest.mark.fault(33)
 @pytest.mark.parametrize("content", [b"", b"\0"])
 def test_a_headerless_file_of_no_whole_token_is_refused(tmp_path, content):
     (tmp_path / "train.bin").write_bytes(content)
@@ -150,6 +154,7 @@ BAD_NPY = {
 }
 
 
+@pytest.mark.fault(32, 33)
 @pytest.mark.parametrize("array", BAD_NPY.values(), ids=BAD_NPY)
 def test_an_array_that_is_no_row_of_ids_is_refused(tmp_path, array):
     np.save(tmp_path / "x_train_000001.npy", array, allow_pickle=True)
@@ -157,11 +162,15 @@ def test_an_array_that_is_no_row_of_ids_is_refused(tmp_path, array):
         shards.open_shard(tmp_path / "x_train_000001.npy")
 
 
+@pytest.mark.fault(33)
 def test_a_cut_array_and_a_missing_shard_are_refused(tmp_path):
     np.save(tmp_path / "a.npy", TOKENS)
-    (tmp_path / "a.npy").write_bytes((tmp_path / "a.npy").read_bytes()[:-3])
-    with pytest.raises(DataError, match=r"a.npy is not a readable .npy array"):
-        shards.open_shard(tmp_path / "a.npy")
+    whole = (tmp_path / "a.npy").read_bytes()
+    np.savez(tmp_path / "archive", tokens=TOKENS)
+    for content in (whole[:-3], whole[:20], b"", b"<html>", (tmp_path / "archive.npz").read_bytes()):
+        (tmp_path / "a.npy").write_bytes(content)
+        with pytest.raises(DataError, match=r"a.npy is not a readable .npy array .*: get it again"):
+            shards.open_shard(tmp_path / "a.npy")
     with pytest.raises(DataError, match=r"b.bin is missing"):
         shards.open_shard(tmp_path / "b.bin")
 
@@ -202,7 +211,7 @@ def folder(tmp_path):
         shards.write_shard(path, TOKENS)
         sha256 = hashlib.sha256(path.read_bytes()).hexdigest()
         records.append({"file": path.name, "tokens": 7, "documents": 2, "sha256": sha256})
-    identity = {"name": "gpt2", "vocabulary_sha256": tokenizer.vocabulary_sha256()}
+    identity = {"name": "gpt2", "vocabulary_sha256": tokenizer.vocabulary_sha256(), "separator": 50256}
     manifest = {"format": shards.FORMAT, "complete": True, "tokenizer": identity, "shards": records}
     shards.write_manifest(tmp_path, manifest)
     return tmp_path
@@ -217,6 +226,7 @@ def test_a_sound_folder_passes_both_checks(folder):
     assert shards.verify(folder) == {}
 
 
+@pytest.mark.fault(35)
 def test_a_folder_without_manifest_is_taken_for_gpt2s_with_a_warning(folder):
     (folder / "manifest.json").unlink()
     with pytest.warns(UserWarning, match=r"has no manifest.json"):
@@ -225,35 +235,86 @@ def test_a_folder_without_manifest_is_taken_for_gpt2s_with_a_warning(folder):
         shards.verify(folder)
 
 
-@pytest.mark.parametrize("spoil", ["another size", "missing", "unlisted", "unfinished", "tokenizer"])
+OTHERS = {"name": "other", "vocabulary_sha256": "0", "separator": 50256}
+SPOILT = {
+    "another size": (
+        lambda folder: shards.write_shard(folder / shards.shard_name("train", 1), TOKENS[:5]),
+        "000001.bin has 5 tokens, manifest.json says 7: rebuild it with fineweb.py --out",
+    ),
+    "missing": (
+        lambda folder: (folder / shards.shard_name("train", 1)).unlink(),
+        "000001.bin is missing: rebuild it with fineweb.py --out",
+    ),
+    "unlisted": (
+        lambda folder: shards.write_shard(folder / shards.shard_name("train", 2), TOKENS),
+        "holds edufineweb_train_000002.bin, which its manifest.json does not list",
+    ),
+    "unfinished": (
+        lambda folder: change(folder, complete=False),
+        "is not finished: run the same fineweb.py command again",
+    ),
+    "tokenizer": (
+        lambda folder: change(folder, tokenizer=OTHERS),
+        r"was made with another tokenizer \(other, separator 50256\) than GPT-2's .*: prepare its text",
+    ),
+    "separator": (
+        lambda folder: change(folder, tokenizer=shards.read_manifest(folder)["tokenizer"] | {"separator": 0}),
+        r"made with another tokenizer \(gpt2, separator 0\) than GPT-2's \(separator 50256\)",
+    ),
+}
+
+
+@pytest.mark.fault(35)
+@pytest.mark.parametrize("spoil", SPOILT)
 def test_training_refuses_a_folder_that_is_not_what_its_manifest_says(folder, spoil):
-    train = folder / shards.shard_name("train", 1)
-    if spoil == "another size":
-        shards.write_shard(train, TOKENS[:5])
-    elif spoil == "missing":
-        train.unlink()
-    elif spoil == "unlisted":
-        shards.write_shard(folder / shards.shard_name("train", 2), TOKENS)
-    elif spoil == "unfinished":
-        change(folder, complete=False)
-    else:
-        change(folder, tokenizer={"name": "other", "vocabulary_sha256": "0"})
-    reason = {
-        "another size": "000001.bin has 5 tokens, manifest.json says 7",
-        "missing": "000001.bin is missing: rebuild it with fineweb.py --out",
-        "unlisted": "holds edufineweb_train_000002.bin, which its manifest.json does not list",
-        "unfinished": "is not finished: run the same fineweb.py command again",
-        "tokenizer": "made with another tokenizer",
-    }[spoil]
+    spoiling, reason = SPOILT[spoil]
+    spoiling(folder)
+    before = content(folder)
     with pytest.raises(DataError, match=reason):
         shards.check_shards(folder)
+    assert content(folder) == before
 
 
+def content(folder):
+    return {path.name: path.read_bytes() for path in folder.iterdir()}
+
+
+def flip(path, position=-1):
+    content = bytearray(path.read_bytes())
+    content[position] ^= 1
+    path.write_bytes(content)
+
+
+@pytest.mark.fault(34)
+def test_training_refuses_a_flipped_bit_and_reads_right_shards_only_once(folder, monkeypatch):
+    victim = folder / shards.shard_name("train", 1)
+    shards.check_shards(folder)
+    read = []
+    real = files.sha256
+    monkeypatch.setattr(files, "sha256", lambda path: read.append(path.name) or real(path))
+    shards.check_shards(folder)
+    assert read == []
+    flip(victim)
+    for _ in range(2):
+        with pytest.raises(
+            DataError, match=r"000001.bin has sha256 .*…, not .*…: rebuild it with fineweb.py --out"
+        ):
+            shards.check_shards(folder)
+    assert read == 2 * [victim.name]
+    flip(victim)
+    shards.check_shards(folder)
+    assert read == 3 * [victim.name]
+    (folder / ".checked.json").write_text("[1")  # torn: as if it were not there
+    shards.check_shards(folder)
+    assert sorted(read[3:]) == sorted(path.name for path in folder.glob("*.bin"))
+
+
+@pytest.mark.fault(31)
 @pytest.mark.parametrize("n_tokens", [100, 2**20])
-@pytest.mark.parametrize("place", [0, -1])
+@pytest.mark.parametrize("place", [0, 40_050, -1])
 def test_an_id_outside_the_vocabulary_is_found_before_training(tmp_path, n_tokens, place):
     tokens = np.zeros(n_tokens, np.uint16)
-    tokens[place] = 60000
+    tokens[place % n_tokens] = 60000
     path = tmp_path / shards.shard_name("train", 1)
     shards.write_shard(path, tokens)
     position = f"{place % n_tokens:,}"
@@ -264,11 +325,10 @@ def test_an_id_outside_the_vocabulary_is_found_before_training(tmp_path, n_token
         shards.check_shards(tmp_path)
 
 
+@pytest.mark.fault(34)
 def test_verify_finds_a_flipped_bit_and_a_missing_file(folder):
     names = [record["file"] for record in shards.read_manifest(folder)["shards"]]
-    content = bytearray((folder / names[0]).read_bytes())
-    content[-1] ^= 1
-    (folder / names[0]).write_bytes(content)
+    flip(folder / names[0])
     (folder / names[1]).unlink()
     damaged = shards.verify(folder)
     assert damaged.keys() == set(names)
@@ -276,6 +336,7 @@ def test_verify_finds_a_flipped_bit_and_a_missing_file(folder):
     assert damaged[names[1]] == "missing"
 
 
+@pytest.mark.fault(53)
 @pytest.mark.parametrize("name", ["../outside.bin", "/etc/passwd", "a/b.bin", "", ".hidden.bin", "..", "x.txt"])
 def test_a_manifest_cannot_name_a_file_outside_its_folder(folder, name):
     change(folder, shards=[{"file": name, "tokens": 1, "sha256": ""}])

@@ -9,11 +9,13 @@ import signal
 import subprocess
 import time
 from dataclasses import replace
+from itertools import cycle, islice, takewhile
 
 import pytest
 from conftest import door_command
+from crashes import killed, points
 from fake_hub import FakeHub, talk_to
-from test_prepare import Killed, digest, make_texts, quiet, tokens_of, write_jsonl, write_parquet
+from test_prepare import digest, make_texts, quiet, tokens_of, write_jsonl, write_parquet
 
 from aymen_gpt import files
 from aymen_gpt.data import encoder, prepare, shards, shares, sources, tokenizer
@@ -90,40 +92,22 @@ def test_repair_of_a_merged_folder_works_from_the_source(options):
     assert digest(options.out) == expected
 
 
-def killed_at(monkeypatch, moment, work):
-    """Whether the work was killed; ``moment`` // 2 counts renames, odd ones are killed behind it."""
-    real, steps = os.replace, iter(range(10**6))
-
-    def killing(source, target):
-        at = next(steps)
-        if at == moment // 2 and moment % 2 == 0:
-            raise Killed
-        real(source, target)
-        if at == moment // 2:
-            raise Killed
-
-    with monkeypatch.context() as patch:
-        patch.setattr(os, "replace", killing)
-        try:
-            work()
-        except Killed:
-            return True
-    return False
+def times_killed(moments, work):
+    """How often the work died, at the first moment, then the second... going on each time, until it was done."""
+    return sum(takewhile(bool, (killed(moment, work) for moment in moments)))
 
 
-def test_killed_at_any_rename_a_share_and_the_merge_go_on_to_the_same_bytes(options, tmp_path, monkeypatch):
+@pytest.mark.fault(49)
+def test_killed_at_any_rename_a_share_and_the_merge_go_on_to_the_same_bytes(options, tmp_path):
     prepare.prepare(options, quiet)
     merged = replace(options, out=tmp_path / "merged")
     for share in (Share(1, 2), Share(2, 2)):
-        moment = 0
-        while killed_at(monkeypatch, moment, lambda share=share: shares.prepare_share(merged, share, quiet)):
-            moment += 3
-        assert 6 < moment < 100
-    kills = 0
-    while killed_at(monkeypatch, kills % 6, lambda: shares.merge(merged, quiet)):
-        kills += 1  # each round a little further, for it continues
-        assert kills < 100
-    assert kills > 6
+        later_and_later = islice(points("os.replace"), 0, 100, 3)
+        assert (
+            2 < times_killed(later_and_later, lambda share=share: shares.prepare_share(merged, share, quiet)) < 33
+        )
+    soon = cycle(islice(points("os.replace"), 6))
+    assert 6 < times_killed(soon, lambda: shares.merge(merged, quiet)) < 100
     assert digest(merged.out) == digest(options.out)
     bundles = [shards.read_manifest(Share(i, 2).folder(merged.out))["shards"] for i in (1, 2)]
     assert min(map(len, bundles)) >= 3
@@ -233,6 +217,7 @@ def test_too_many_bad_rows_are_found_at_the_merge(tmp_path):
         shares.merge(options, quiet)
 
 
+@pytest.mark.fault(26)
 def test_each_share_is_held_by_one_process(options):
     with files.lock(Share(2, 2).folder(options.out), "--out"):
         shares.prepare_share(options, Share(1, 2), quiet)
@@ -271,6 +256,7 @@ def test_a_part_is_i_of_n(text):
         shares.parse(text)
 
 
+@pytest.mark.fault(49)
 def test_the_commands_in_any_order_and_killed_by_kill_minus_nine(tmp_path):
     texts = write_jsonl(tmp_path / "texts.jsonl", make_texts(3000))
     command = ["fineweb.py", "--source", texts, "--shard-tokens", 5000, "--workers", 0, "--out"]

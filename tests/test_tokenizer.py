@@ -84,10 +84,12 @@ def test_long_documents_are_really_cut(monkeypatch):
     ]
 
 
+@pytest.mark.fault(40)
 def test_text_that_looks_like_the_separator_stays_text():
     assert tokenizer.encode("a<|endoftext|>b").tolist() == [64, 27, 91, 437, 1659, 5239, 91, 29, 65]
 
 
+@pytest.mark.fault(40)
 def test_lone_surrogates_become_replacement_characters():
     assert tokenizer.gpt2().decode(tokenizer.encode("a\ud800b").tolist()) == "a\ufffdb"
 

@@ -83,6 +83,7 @@ def test_the_micro_batch_changes_nothing(shards, tmp_path, micro_batch):
     )
 
 
+@pytest.mark.fault(3)
 @pytest.mark.parametrize("at", [1, 2, 3, 5])
 def test_a_stopped_and_continued_run_repeats_the_uninterrupted_one_bit_for_bit(shards, tmp_path, at):
     whole = fit(shards, tmp_path / "whole")
@@ -94,6 +95,7 @@ def test_a_stopped_and_continued_run_repeats_the_uninterrupted_one_bit_for_bit(s
         assert torch.equal(p, q)
 
 
+@pytest.mark.fault(1)
 def test_lost_steps_are_taken_again_from_the_last_checkpoint(shards, tmp_path):
     """As after kill -9 at step 5: rows up to 5 are logged, the newest checkpoint is of step 4."""
     run = tmp_path / "run"
@@ -134,6 +136,7 @@ def test_a_checkpoint_is_taken_after_the_update_it_is_named_for(shards, tmp_path
     assert not torch.equal(stored.wte.weight, t.model.wte.weight)
 
 
+@pytest.mark.fault(13)
 @pytest.mark.parametrize("change", [{"seed": 1}, {"tokens_per_step": 256}, {"block_size": 32}, {"preset": "demo"}])
 def test_another_run_in_the_same_folder_is_refused_with_the_difference(shards, tmp_path, change):
     fit(shards, tmp_path / "run", steps=2)
@@ -150,6 +153,7 @@ def test_another_data_folder_is_another_run(shards, tmp_path):
         fit(tmp_path / "other", tmp_path / "run")
 
 
+@pytest.mark.fault(17)
 def test_damaged_checkpoints_alone_never_mean_a_silent_new_start(shards, tmp_path):
     fit(shards, tmp_path / "run", steps=2)
     for folder in checkpoints(tmp_path / "run"):
@@ -404,6 +408,7 @@ def test_a_run_can_start_from_another_models_weights(shards, tmp_path):
         fit(shards, tmp_path / "third", preset="demo", init_from=str(tmp_path / "first"))
 
 
+@pytest.mark.fault(11)
 def test_more_processes_than_rows_are_refused_with_the_numbers(shards):
     t = trainer(shards)
     with pytest.raises(
@@ -412,6 +417,7 @@ def test_more_processes_than_rows_are_refused_with_the_numbers(shards):
         dataclasses.replace(t, ranks=Ranks(rank=0, world_size=9))
 
 
+@pytest.mark.fault(11)
 def test_ranks_share_the_rows_of_a_step_without_gap_or_overlap(shards):
     t = trainer(shards, micro_batch=2)
     for world_size in (1, 2, 3, 5, 8):

@@ -10,21 +10,25 @@ import json
 import re
 import warnings
 from collections.abc import Iterable
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from aymen_gpt import files
-from aymen_gpt.data.tokenizer import VOCAB_SIZE, vocabulary_sha256
-from aymen_gpt.errors import DataError
+from aymen_gpt.data.tokenizer import EOT, VOCAB_SIZE, vocabulary_sha256
+from aymen_gpt.errors import CannotWrite, DataError
 from aymen_gpt.files import whole_file, write_whole
 
 MAGIC, VERSION = 20240520, 1
 HEADER_BYTES = 256 * 4
 MANIFEST = "manifest.json"
 FORMAT = "aymen-gpt shards, version 1"
-SCAN = 2**18  # tokens of each shard whose ids are looked at when training starts, in 16 windows
+CHECKED = ".checked.json"  # in a folder of shards: which files check_shards has read and found right
+CHUNK = 2**22  # tokens whose ids are looked at together
+READERS = 4  # shards that are read at the same time to be checked
 
 
 def shard_name(split: str, index: int) -> str:
@@ -55,8 +59,14 @@ def open_shard(path: Path) -> np.ndarray:
     DataError names the file, what was found and what was expected.
     """
     if not path.is_file():
-        raise DataError(f"shard {path} is missing")
+        raise _damaged(path, "is missing")
     return _open_npy(path) if path.suffix == ".npy" else _open_bin(path)
+
+
+def _damaged(path: Path, why: str) -> DataError:
+    has_manifest = (path.parent / MANIFEST).is_file()
+    way_out = f"rebuild it with fineweb.py --out {path.parent} --repair" if has_manifest else "get it again"
+    return DataError(f"shard {path} {why}: {way_out}")
 
 
 def _open_bin(path: Path) -> np.ndarray:
@@ -70,10 +80,10 @@ def _open_bin(path: Path) -> np.ndarray:
     elif path.name in ("train.bin", "val.bin"):  # nanoGPT: nothing but tokens
         offset, n_tokens = 0, size // 2
     else:
-        raise DataError(f"shard {path} begins with {header[0]}, not with llm.c's magic number {MAGIC}")
+        raise _damaged(path, f"begins with {header[0]}, not with llm.c's magic number {MAGIC}")
     expected = offset + 2 * n_tokens
     if size != expected or n_tokens <= 0:
-        raise DataError(f"shard {path} has {size:,} bytes; {n_tokens:,} tokens need {expected:,}")
+        raise _damaged(path, f"has {size:,} bytes; {n_tokens:,} tokens need {expected:,}")
     return np.memmap(path, "<u2", "r", offset=offset, shape=(n_tokens,))
 
 
@@ -92,9 +102,9 @@ def map_tokens(path: Path) -> np.ndarray:
 
 def _map_npy(path: Path) -> np.ndarray:
     try:
-        tokens = np.load(path, mmap_mode="r", allow_pickle=False)
+        tokens = np.lib.format.open_memmap(path, mode="r")  # .npy and nothing else: no pickles, no archives
     except (ValueError, EOFError) as error:
-        raise DataError(f"shard {path} is not a readable .npy array: {error}") from None
+        raise _damaged(path, f"is not a readable .npy array ({error})") from None
     if tokens.ndim != 1 or not len(tokens) or not np.issubdtype(tokens.dtype, np.integer):
         raise DataError(f"shard {path} holds {tokens.shape} {tokens.dtype}; a shard is a row of uint16")
     return tokens
@@ -193,38 +203,71 @@ def manifest_hash(folder: Path) -> str:
 
 
 def check_shards(folder: Path) -> None:
-    """The cheap check when training starts: names, sizes, headers, tokenizer, and a sample of the ids.
+    """What training asks when it starts: is every shard what the manifest says, and every id one of GPT-2's?
 
-    DataError names the first file that is wrong. ``verify`` reads every byte.
+    All bytes are read, a GB a second and core, but only once: CHECKED remembers the files that were right by
+    their size, time of change and inode. DataError names the first file that is wrong.
     """
     paths = list_shards(folder, "val") + list_shards(folder, "train")
+    hashes: dict[str, str] = {}
     if manifest := read_manifest(folder):
         _check_manifest(folder, manifest, {path.name for path in paths})
+        hashes = {shard["file"]: shard["sha256"] for shard in manifest["shards"]}
     elif paths:
         warnings.warn(f"{folder} has no {MANIFEST}: taking its ids for GPT-2's", stacklevel=2)
-    for path in paths:
-        tokens = open_shard(path)
-        starts = np.linspace(0, max(len(tokens) - SCAN // 16, 0), 16, dtype=np.int64)
-        for start in starts.tolist():
-            check_ids(path, tokens[start : start + SCAN // 16], start)
+    checked = _read_checked(folder)
+    right = {path.name: [*_version(path), hashes.get(path.name)] for path in paths}
+    new = [path for path in paths if checked.get(path.name) != right[path.name]]
+    with ThreadPoolExecutor(READERS) as pool:
+        list(pool.map(lambda path: _check_shard(path, hashes.get(path.name)), new))
+    if new:
+        with suppress(CannotWrite):  # then they are read again the next time
+            write_whole(folder / CHECKED, json.dumps(right, indent=1).encode())
+
+
+def _read_checked(folder: Path) -> dict[str, Any]:
+    try:
+        found = json.loads((folder / CHECKED).read_bytes())
+    except (OSError, ValueError):
+        return {}
+    return found if isinstance(found, dict) else {}
+
+
+def _version(path: Path) -> tuple[int, int, int]:
+    status = path.stat()
+    return status.st_size, status.st_mtime_ns, status.st_ino
+
+
+def _check_shard(path: Path, sha256: str | None) -> None:
+    if sha256 and (why := _other_content(path, sha256)):
+        raise _damaged(path, f"has {why}")
+    tokens = open_shard(path)
+    for start in range(0, len(tokens), CHUNK):
+        check_ids(path, tokens[start : start + CHUNK], start)
+
+
+def _other_content(path: Path, sha256: str) -> str | None:
+    found = files.sha256(path)
+    return None if found == sha256 else f"sha256 {found[:12]}…, not {sha256[:12]}…"
 
 
 def _check_manifest(folder: Path, manifest: dict[str, Any], present: set[str]) -> None:
     if not manifest["complete"]:
         raise DataError(f"{folder} is not finished: run the same fineweb.py command again")
-    if manifest["tokenizer"]["vocabulary_sha256"] != vocabulary_sha256():
-        raise DataError(f"{folder} was made with another tokenizer ({manifest['tokenizer']['name']}), not GPT-2's")
+    made_with = manifest["tokenizer"]
+    if (made_with.get("vocabulary_sha256"), made_with.get("separator")) != (vocabulary_sha256(), EOT):
+        name = f"{made_with.get('name')}, separator {made_with.get('separator')}"
+        raise DataError(
+            f"{folder} was made with another tokenizer ({name}) than GPT-2's (separator {EOT}): "
+            "prepare its text with fineweb.py"
+        )
     listed = {shard["file"]: shard["tokens"] for shard in manifest["shards"]}
     if extra := sorted(present - set(listed)):
         raise DataError(f"{folder} holds {extra[0]}, which its {MANIFEST} does not list: move it away")
     for name, n_tokens in listed.items():
-        if name not in present:
-            raise DataError(
-                f"shard {folder / name} is missing: rebuild it with fineweb.py --out {folder} --repair"
-            )
         found = len(open_shard(folder / name))
         if found != n_tokens:
-            raise DataError(f"shard {folder / name} has {found:,} tokens, {MANIFEST} says {n_tokens:,}")
+            raise _damaged(folder / name, f"has {found:,} tokens, {MANIFEST} says {n_tokens:,}")
 
 
 def check_ids(path: Path, tokens: np.ndarray, start: int) -> None:
@@ -246,6 +289,6 @@ def verify(folder: Path) -> dict[str, str]:
         path = folder / shard["file"]
         if not path.is_file():
             damaged[path.name] = "missing"
-        elif (found := files.sha256(path)) != shard["sha256"]:
-            damaged[path.name] = f"sha256 {found[:12]}…, not {shard['sha256'][:12]}…"
+        elif why := _other_content(path, shard["sha256"]):
+            damaged[path.name] = why
     return damaged
