@@ -96,6 +96,31 @@ def test_a_mistake_is_one_line_and_its_exit_code(door, tmp_path, words, code, me
     assert "Traceback" not in done.stderr
 
 
+@pytest.mark.fault(26)
+@pytest.mark.skipif(not hasattr(os, "WUNTRACED"), reason="stops a process and waits for that")
+def test_a_second_preparation_is_refused_and_disturbs_neither_the_first_nor_readers(door, texts, tmp_path):
+    words = ["--source", texts, "--shard-tokens", 2000, "--workers", 0, "--out"]
+    assert door("fineweb.py", *words, "whole").returncode == 0
+    command = door_command("tests/crashes.py", "stop:8:os.replace", "fineweb.py", *words, "d")
+    first = subprocess.Popen(command, cwd=tmp_path, stdout=subprocess.PIPE, text=True)
+    try:
+        assert os.WIFSTOPPED(os.waitpid(first.pid, os.WUNTRACED)[1])
+        before = digest(tmp_path / "d")
+        second = door("fineweb.py", *words, "d")
+        assert second.returncode == 73
+        assert second.stderr.startswith(f"error: d is in use by pid {first.pid} since ")
+        assert second.stderr.endswith(" UTC; stop it or use another --out\n")
+        assert door("fineweb.py", "--out", "d", "--repair").returncode == 73
+        assert door("fineweb.py", "--out", "d", "--verify").returncode == 0
+        assert [len(tokens) for tokens in tokens_of(tmp_path / "d")][1:] == [2000, 2000]
+        assert digest(tmp_path / "d") == before
+        first.send_signal(signal.SIGCONT)
+        assert first.communicate(timeout=60)[0].startswith("prepared: d, ")
+    finally:
+        first.kill()
+    assert digest(tmp_path / "d") == digest(tmp_path / "whole")
+
+
 @pytest.mark.fault(22)
 def test_a_full_disk_is_exit_73_and_the_same_command_continues(texts, tmp_path):
     resource = pytest.importorskip("resource")

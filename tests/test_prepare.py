@@ -3,6 +3,7 @@
 import hashlib
 import json
 import os
+import re
 from collections import Counter
 from dataclasses import replace
 from importlib.metadata import version
@@ -18,7 +19,6 @@ from fake_hub import COMMIT, FakeHub, talk_to
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from aymen_gpt import files
 from aymen_gpt.data import encoder, fetch, prepare, shards, sources, tokenizer
 from aymen_gpt.data.loader import TokenRows
 from aymen_gpt.data.prepare import PrepareOptions
@@ -326,15 +326,6 @@ def test_a_source_that_changed_half_way_is_refused(options):
         prepare.prepare(options, quiet)
 
 
-def test_two_processes_cannot_prepare_one_folder(options):
-    with (
-        files.lock(options.out, "--out"),
-        pytest.raises(CannotWrite, match=rf"out is in use by pid {os.getpid()}"),
-    ):
-        prepare.prepare(options, quiet)
-    assert shards.list_shards(options.out, "val") == []
-
-
 def test_a_full_disk_keeps_finished_shards_and_leaves_no_partial_one(options, tmp_path, monkeypatch):
     prepare.prepare(options, quiet)
     out = tmp_path / "full"
@@ -354,6 +345,38 @@ def test_a_full_disk_keeps_finished_shards_and_leaves_no_partial_one(options, tm
     assert digest(out).items() <= digest(options.out).items() | {("manifest.json", digest(out)["manifest.json"])}
     prepare.prepare(replace(options, out=out), quiet)
     assert digest(out) == digest(options.out)
+
+
+def grow_until_done(disk, folder, work, used=0):
+    """Do the work, again each time a disk that grows by 4 kB is full; how often it was. ``used`` is what it holds.
+
+    What is finished must stay, never be written twice, and nothing half-written may lie beside it.
+    """
+    finished = {}
+    for failures in range(200):
+        disk(used + 4096 * (failures + 1))
+        try:
+            work()
+        except CannotWrite as error:
+            says = str(error)
+        else:
+            return failures
+        assert re.search(r"[Nn]o space left.*(make room|free some)", says)
+        found = {path: path.stat().st_mtime_ns for path in folder.glob("*.bin")}
+        assert finished.items() <= found.items()
+        if (manifest := shards.read_manifest(folder)) is not None:
+            assert shards.verify(folder) == {}
+            finished = {folder / record["file"]: found[folder / record["file"]] for record in manifest["shards"]}
+        assert not list(folder.glob(".*.tmp"))
+    raise AssertionError("800 kB are not enough")
+
+
+@pytest.mark.fault(22)
+def test_on_a_disk_that_is_full_again_and_again_finished_shards_stay_and_the_rest_follows(options, disk):
+    prepare.prepare(options, quiet)
+    small = replace(options, out=disk("4k") / "out")
+    assert grow_until_done(disk, small.out, lambda: prepare.prepare(small, quiet)) > 20
+    assert digest(small.out) == digest(options.out)
 
 
 def with_bad_rows(tmp_path, n, bad):
@@ -485,6 +508,16 @@ def test_fineweb_edu_comes_from_the_hub_file_by_file_and_is_not_kept(hub, tmp_pa
         ]
         == 1
     )
+
+
+@pytest.mark.fault(22)
+@pytest.mark.filterwarnings("ignore:Not enough free disk space")
+def test_a_download_that_fills_the_disk_is_made_again_when_there_is_room(hub, tmp_path, disk):
+    options = PrepareOptions(out=tmp_path / "out", shard_tokens=1000, workers=0)
+    prepare.prepare(options, quiet)
+    small = replace(options, out=disk("4k") / "out")
+    assert grow_until_done(disk, small.out, lambda: prepare.prepare(small, quiet)) > 5
+    assert digest(small.out) == digest(options.out)
 
 
 def test_keep_source_keeps_the_downloads(hub, tmp_path):
