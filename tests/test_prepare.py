@@ -541,6 +541,28 @@ def test_a_hub_that_fails_half_way_is_continued_without_listing_or_the_first_fil
     assert not any("/api/" in request or "000_00000" in request for request in hub.requests)
 
 
+@pytest.mark.fault(45)
+def test_without_the_hub_a_file_put_in_its_place_by_hand_is_checked_and_taken(hub, tmp_path):
+    options = PrepareOptions(out=tmp_path / "out", shard_tokens=1000, workers=0)
+    prepare.prepare(replace(options, out=tmp_path / "whole"), quiet)
+    hub.faults["GET 002_00000.parquet"] = ["500", ...]
+    place = options.out / ".source/sample/10BT/002_00000.parquet"
+    with pytest.raises(
+        NetworkError, match=rf"HTTP 500 \(tries: 4\).*run the same command again; or put it at {place}"
+    ):
+        prepare.prepare(options, quiet)
+    finished = digest(options.out)
+    assert len(finished) > 5
+    hub.__exit__()
+    place.write_bytes(b"another file")
+    with pytest.raises(NetworkError, match="cannot get sample/10BT/002_00000.parquet"):
+        prepare.prepare(options, quiet)
+    assert digest(options.out) == finished
+    place.write_bytes(hub.files["sample/10BT/002_00000.parquet"])
+    prepare.prepare(options, quiet)
+    assert digest(options.out) == digest(tmp_path / "whole")
+
+
 def test_repair_downloads_what_it_needs_and_cleans_up(hub, tmp_path):
     options = PrepareOptions(out=tmp_path / "out", shard_tokens=1000, workers=0)
     prepare.prepare(options, quiet)
