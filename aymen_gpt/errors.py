@@ -10,8 +10,11 @@ without a traceback. A bug of ours stays an ordinary exception and keeps its tra
     ├── CannotWrite   73   disk full, read-only, or the folder is in use          (also an OSError)
     └── Stopped       75   a signal came, the work is saved: run the same command again
 
-Every room may import this module; it imports nothing.
+Every room may import this module; it imports none of them.
 """
+
+import os
+import re
 
 
 class AymenError(Exception):
@@ -38,3 +41,19 @@ class CannotWrite(AymenError, OSError):
 
 class Stopped(AymenError):
     exit_code = 75
+
+
+SECRET_NAMES = re.compile(r"TOKEN|SECRET|PASSWORD|API_?KEY", re.IGNORECASE)
+
+
+def redact(text: str) -> str:
+    """Text without what must never be shown or kept: passwords in addresses, secrets of the environment.
+
+    >>> redact("https://user:hunter2@example.org/data")
+    'https://***@example.org/data'
+    """
+    text = re.sub(r"(://)[^/@\s\"']+@", r"\1***@", text)
+    for name, value in os.environ.items():
+        if SECRET_NAMES.search(name) and len(value) >= 8:
+            text = text.replace(value, "***")
+    return text

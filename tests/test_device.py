@@ -42,7 +42,7 @@ def test_auto_falls_back_to_the_cpu(monkeypatch):
         ("cuda:1", "auto", "--device cuda:1: this machine has no CUDA device"),
         ("mps", "auto", "--device mps: this machine has no Apple GPU"),
         ("tpu", "auto", "--device tpu: expected auto, cpu, mps, cuda or cuda:N"),
-        ("cpu", "fp8", "--dtype fp8: expected auto, float32 or bfloat16"),
+        ("cpu", "fp8", "--dtype fp8: expected auto, float32, bfloat16, float16"),
     ],
 )
 def test_what_is_not_there_is_refused(monkeypatch, name, dtype, message):

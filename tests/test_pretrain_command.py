@@ -132,7 +132,7 @@ def test_a_second_process_on_the_same_run_is_refused(door, shards, tmp_path):
         (["--device", "tpu"], 2, "error: --device tpu: expected auto, cpu, mps, cuda or cuda:N"),
         (["--device", "cuda"], 2, "no CUDA device that torch can use"),
         (["--data", "spoiled"], 65, "error: shard spoiled/edufineweb_train_000001.bin"),
-        (["--dtype", "int8"], 2, "error: --dtype int8: expected auto, float32 or bfloat16"),
+        (["--dtype", "int8"], 2, "error: --dtype int8: expected auto, float32, bfloat16, float16"),
     ],
 )
 def test_mistakes_are_answered_in_one_line(door, tmp_path, words, code, message):

@@ -1,19 +1,23 @@
 """The loop: tokens per step is the contract, and a resumed run repeats the uninterrupted one bit for bit."""
 
+import contextlib
 import dataclasses
 import json
 
 import pytest
 import torch
 from conftest import make_shards
+from safetensors.torch import load_file, save_file
 
 from aymen_gpt.commands.pretrain import build
 from aymen_gpt.errors import AymenError, DataError, Stopped, UsageError
-from aymen_gpt.model.folders import checkpoint_folder, checkpoints
+from aymen_gpt.model.folders import checkpoint_folder, checkpoints, latest_valid
 from aymen_gpt.model.huggingface import load_pretrained
+from aymen_gpt.training.checkpoint import capture, read_snapshot, restore
 from aymen_gpt.training.config import resolve
 from aymen_gpt.training.device import choose_device
 from aymen_gpt.training.distributed import Ranks
+from aymen_gpt.training.resume import Resume
 from aymen_gpt.training.runlog import RunLog
 
 CPU = choose_device("cpu", "float32")
@@ -45,10 +49,10 @@ def trainer(shards, **options):
     return build(resolve(given | options), CPU, Ranks())
 
 
-def fit(shards, run, stop=None, **options):
+def fit(shards, run, stop=None, how=None, **options):
     t = trainer(shards, **options)
     with RunLog(run, t.config.steps) as log:
-        t.fit(run, log, stop or Stop(), {})
+        t.fit(run, log, stop or Stop(), dict, how)
     return t
 
 
@@ -136,7 +140,7 @@ def test_a_checkpoint_is_taken_after_the_update_it_is_named_for(shards, tmp_path
 @pytest.mark.parametrize("change", [{"seed": 1}, {"tokens_per_step": 256}, {"block_size": 32}, {"preset": "demo"}])
 def test_another_run_in_the_same_folder_is_refused_with_the_difference(shards, tmp_path, change):
     fit(shards, tmp_path / "run", steps=2)
-    with pytest.raises(UsageError, match="holds another run .* was .*, is .*: choose a new --run"):
+    with pytest.raises(UsageError, match="holds another run .* -> .*: choose a new --run"):
         fit(shards, tmp_path / "run", **({"block_size": 64, "tokens_per_step": 512} | change))
     assert [row["step"] for row in rows(tmp_path / "run")] == [0, 1, 2]
 
@@ -160,14 +164,248 @@ def test_damaged_checkpoints_alone_never_mean_a_silent_new_start(shards, tmp_pat
         fit(shards, tmp_path / "run")
 
 
-def test_a_loss_that_is_not_finite_updates_nothing(shards, tmp_path):
-    t = trainer(shards)
+def poison(t, steps, what="loss"):
+    """Make the chosen steps' loss or gradient NaN, in the second micro-batch of each."""
+    honest, calls = t.batch_loss, iter(range(10**9))
+    per_step = t.config.rows_per_step // t.micro_batch
+
+    def batch_loss(tokens):
+        loss, call = honest(tokens), next(calls)
+        if torch.is_grad_enabled() and call // per_step + 1 in steps and call % per_step == 1:
+            if what == "loss":
+                return loss * float("nan")
+            loss.register_hook(lambda grad: grad * float("inf"))
+        return loss
+
+    t.batch_loss = batch_loss
+
+
+def fit_poisoned(shards, run, steps, what="loss", **options):
+    t = trainer(shards, micro_batch=4, val_every=0, **options)
+    t.validation_loss = lambda: 1.0  # it would take part in the count of batches
+    poison(t, steps, what)
+    with RunLog(run, t.config.steps) as log:
+        t.fit(run, log, Stop(), dict)
+    return t
+
+
+@pytest.mark.fault(27, 28)
+@pytest.mark.parametrize(
+    ("what", "reason", "documents"), [("loss", "non-finite loss", 4), ("gradient", "non-finite gradient", 8)]
+)
+def test_a_step_that_is_not_finite_is_skipped_and_its_documents_named(
+    shards, tmp_path, capsys, what, reason, documents
+):
+    run = tmp_path / "run"
+    t = fit_poisoned(shards, run, {3}, what)
+    row = rows(run)[3]
+    assert (row["step"], row["skipped"], row["grad_norm"]) == (3, reason, None)
+    assert (row["loss"] is None) == (what == "loss")
+    first = 16 + 8 - documents  # the loss betrays its micro-batch, a gradient only its step
+    reads = t.train_rows.documents(first, documents)
+    assert row["documents"] == list(dict.fromkeys(f"{r.shard} document {r.document}" for r in reads))
+    assert f"warning: {reason} at step 3 (documents {row['documents'][0]}" in capsys.readouterr().err
+    assert ("3 train nan" in (run / "log.txt").read_text()) == (what == "loss")
+    assert all(row["loss"] for row in rows(run)[4:])
+    assert read_snapshot(checkpoints(run)[0]).updates == 5  # of 6 steps
+    assert latest_valid(run)[1] == []
+
+
+@pytest.mark.fault(27)
+def test_the_weights_after_a_skipped_step_are_those_before_it(shards, tmp_path):
+    t = trainer(shards, micro_batch=4)
+    poison(t, {1})
+    before = [p.clone() for p in t.parameters]
+    row, *_ = t.train_step(0, t.batches(t.train_rows, 0, 8))
+    assert row["skipped"] == "non-finite loss"
+    assert all(torch.equal(p, q) for p, q in zip(t.parameters, before, strict=True))
+    row, *_ = t.train_step(1, t.batches(t.train_rows, 8, 8))
+    assert "skipped" not in row
+    assert not torch.equal(t.parameters[0], before[0])
+
+
+@pytest.mark.fault(27)
+def test_too_many_skipped_steps_in_a_row_end_the_run_with_what_is_known(shards, tmp_path):
+    run = tmp_path / "run"
+    with pytest.raises(AymenError, match="3 steps in a row were skipped.*weights are those before step 3.*lower"):
+        fit_poisoned(shards, run, {3, 4, 5, 6}, max_skips=2)
+    assert [row.get("skipped") for row in rows(run)[1:]] == [None, None, *["non-finite loss"] * 3]
+    found = json.loads((run / "failure.json").read_text())
+    assert found["documents"] == rows(run)[-1]["documents"]
+    assert max(size["not_finite"] for size in found["gradients"].values()) > 0
+    assert max(size["not_finite"] for size in found["weights"].values()) == 0
+    assert json.loads((run / "status.json").read_text())["state"] == "failed"
+    assert latest_valid(run)[1] == []  # the checkpoint of step 4 holds the weights of step 2, all finite
+    fit(shards, run, micro_batch=4, val_every=0)  # and the run can be continued
+    assert rows(run)[-1]["step"] == 6
+
+
+@pytest.mark.fault(29)
+def test_a_spike_is_logged_and_only_skipped_when_asked(shards, tmp_path, monkeypatch):
+    monkeypatch.setattr("aymen_gpt.training.guard.WINDOW", 4)
+    for skip in (False, True):
+        t = trainer(shards, micro_batch=4, skip_spikes=skip)
+        honest = t.batch_loss
+        for step in range(4):
+            t.train_step(step, t.batches(t.train_rows, 8 * step, 8))
+        before = [p.clone() for p in t.parameters]
+        t.batch_loss = lambda tokens, honest=honest: 3 * honest(tokens)
+        row, *_ = t.train_step(4, t.batches(t.train_rows, 32, 8))
+        assert (row.get("spike"), row.get("skipped")) == ((None, "spike") if skip else (True, None))
+        assert all(torch.equal(p, q) for p, q in zip(t.parameters, before, strict=True)) == skip
+
+
+@pytest.mark.fault(30)
+def test_a_checkpoint_with_nan_is_neither_written_nor_loaded(shards, tmp_path):
+    t = fit(shards, tmp_path / "run", steps=2)
     with torch.no_grad():
         t.model.ln_f.bias[0] = float("nan")
-    before = [p.clone() for p in t.parameters]
-    with pytest.raises(AymenError, match="loss nan .* in step 1: no update was made"):
-        t.train_step(0, t.batches(t.train_rows, 0, 8), stop=False)
-    assert all(torch.equal(p, q) for p, q in zip(t.parameters[1:-1], before[1:-1], strict=True))
+    with pytest.raises(AymenError, match=r"ln_f.bias holds NaN or infinity: nothing was saved"):
+        capture(t.model, t.optimizer)
+    folder = checkpoints(tmp_path / "run")[0]
+    weights = load_file(folder / "model.safetensors")
+    weights["transformer.ln_f.bias"][0] = float("inf")
+    save_file(weights, folder / "model.safetensors")
+    with pytest.raises(DataError, match=r"transformer.ln_f.bias holds NaN or infinity; delete the folder"):
+        restore(folder, t.model, t.optimizer)
+
+
+@pytest.mark.fault(12)
+def test_options_that_may_change_are_told_and_recorded(shards, tmp_path, capsys):
+    run = tmp_path / "run"
+    fit(shards, run, steps=2)
+    fit(shards, run, steps=4, learning_rate=1e-3)
+    told = capsys.readouterr().err
+    assert "changed since then: learning_rate 0.003 -> 0.001" in told
+    assert "changed since then: steps 2 -> 4" in told
+    history = json.loads((run / "config.json").read_text())["history"]
+    assert [entry["step"] for entry in history] == [0, 2]
+    assert history[0]["changed"] == {}
+    assert history[1]["changed"] == {"learning_rate": [0.003, 0.001], "steps": [2, 4]}
+
+
+@pytest.mark.fault(13)
+def test_what_makes_the_run_changes_only_when_overridden(shards, tmp_path, capsys):
+    run = tmp_path / "run"
+    fit(shards, run, steps=2)
+    before = {p: p.read_bytes() for p in run.rglob("*") if p.is_file() and p.name != ".lock"}
+    with pytest.raises(UsageError, match="seed 1337 -> 7.*choose a new --run, or .*--override-resume seed tokens"):
+        fit(shards, run, seed=7, tokens_per_step=256)
+    assert {p: p.read_bytes() for p in run.rglob("*") if p.is_file() and p.name != ".lock"} == before
+    t = fit(shards, run, how=Resume(override=("seed", "tokens_per_step")), seed=7, tokens_per_step=256)
+    assert [row["tokens"] for row in rows(run)] == [0, 512, 1024, 1280, 1536, 1792, 2048]
+    assert t.first_row(6) == 2 * 8 + 4 * 4  # no row twice, none left out
+    with pytest.raises(UsageError, match="n_layer 2 -> 6.*choose a new --run$"):
+        fit(shards, run, preset="demo", seed=7, tokens_per_step=256)
+    fit(shards, run, seed=7, tokens_per_step=256, steps=8)  # the new identity is the run's from then on
+
+
+@pytest.mark.fault(18)
+def test_resume_must_and_none(shards, tmp_path):
+    run = tmp_path / "run"
+    with pytest.raises(UsageError, match=r"--resume must: .*run has no checkpoint to continue from"):
+        fit(shards, run, how=Resume("must"))
+    assert not run.exists()
+    fit(shards, run, steps=2)
+    fit(shards, run, how=Resume("must"), steps=4)
+    fit(shards, run, how=Resume("none"), steps=3)
+    assert [row["step"] for row in rows(run)] == [0, 1, 2, 3]
+    assert [row["step"] for row in rows(run / "earlier-1")] == [0, 1, 2, 3, 4]
+    assert latest_valid(run / "earlier-1")[0] is not None
+    with pytest.raises(UsageError, match="--resume never: expected auto, must, none"):
+        Resume("never")
+
+
+@pytest.mark.fault(16)
+def test_a_stranger_in_a_checkpoint_is_ignored_with_a_warning(shards, tmp_path, capsys):
+    fit(shards, tmp_path / "run", steps=2)
+    (checkpoints(tmp_path / "run")[0] / "notes.txt").write_text("mine")
+    fit(shards, tmp_path / "run", steps=4)
+    assert "also holds notes.txt, which is no part of it" in capsys.readouterr().err
+
+
+@pytest.mark.fault(56)
+def test_the_micro_batch_is_halved_until_it_fits_and_changes_nothing(shards, tmp_path, monkeypatch):
+    fit(shards, tmp_path / "whole", micro_batch=8)
+    t = trainer(shards)
+    assert t.micro_batch == 8  # of 16, for there are 8 rows a step
+    honest = t.batch_loss
+
+    def small_card(tokens):
+        if len(tokens) > 3:
+            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB")
+        return honest(tokens)
+
+    t.batch_loss = small_card
+    t.val_rows.rows_per_epoch = 3  # its validation takes one small batch
+    with RunLog(tmp_path / "run", 6) as log:
+        t.fit(tmp_path / "run", log, Stop(), dict)
+    assert t.micro_batch == 2
+    assert losses(tmp_path / "run") == pytest.approx(losses(tmp_path / "whole"), abs=1e-5)
+
+
+@pytest.mark.fault(56)
+def test_a_micro_batch_of_ones_own_that_does_not_fit_is_answered_with_the_next(shards, tmp_path):
+    t = trainer(shards, micro_batch=4)
+
+    def small_card(tokens):
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB")
+
+    t.batch_loss = small_card
+    with pytest.raises(
+        AymenError, match=r"out of memory in step 1 with micro-batch 4 .*GB.*: try --micro-batch 2"
+    ):
+        t.train_step(0, t.batches(t.train_rows, 0, 8))
+    t.batch_loss = trainer(shards).batch_loss
+    monster = trainer(shards)
+    monster.batch_loss = small_card
+    with pytest.raises(AymenError, match="one row does not fit in memory"):
+        monster.fit_micro_batch()
+
+
+@pytest.mark.fault(57)
+def test_a_clock_set_back_makes_no_speed_negative(shards, tmp_path, monkeypatch):
+    now = iter(range(10**9, 0, -1000))
+    monkeypatch.setattr("time.time", lambda: float(next(now)))
+    fit(shards, tmp_path / "run")
+    found = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
+    assert all(row["tokens_per_second"] > 0 and row["step_seconds"] > 0 for row in found if "loss" in row)
+
+
+def test_float16_trains_with_a_loss_scale_and_resumes_bit_for_bit(shards, tmp_path):
+    half = choose_device("cpu", "float16")
+    for name, stop in (("whole", None), ("parts", Stop(3)), ("parts", None)):
+        t = build(
+            resolve({"preset": "tiny", "data": str(shards), "steps": 6, "checkpoint_every": 2}), half, Ranks()
+        )
+        with RunLog(tmp_path / name, 6) as log, contextlib.suppress(Stopped):
+            t.fit(tmp_path / name, log, stop or Stop(), dict)
+    assert rows(tmp_path / "parts") == rows(tmp_path / "whole")
+    fit(shards, tmp_path / "float32")
+    assert losses(tmp_path / "whole") == pytest.approx(losses(tmp_path / "float32"), abs=0.02)
+
+
+def test_a_float16_overflow_lowers_the_scale_and_is_no_failure(shards, tmp_path):
+    half = choose_device("cpu", "float16")
+    t = build(resolve({"preset": "tiny", "data": str(shards), "micro_batch": 4, "max_skips": 0}), half, Ranks())
+    poison(t, {1}, "gradient")
+    scale = t.scaler.get_scale()
+    row, *_ = t.train_step(0, t.batches(t.train_rows, 0, 8))
+    assert row["skipped"] == "float16 overflow"
+    assert t.scaler.get_scale() == scale / 2
+    assert t.guard.skipped == 0
+
+
+def test_a_run_can_start_from_another_models_weights(shards, tmp_path):
+    first = fit(shards, tmp_path / "first")
+    t = trainer(shards, init_from=str(tmp_path / "first"))
+    with RunLog(tmp_path / "second", 6) as log:
+        t.report = lambda log, row: row["step"] or states.append([p.clone() for p in t.parameters])
+        states = []
+        t.fit(tmp_path / "second", log, Stop(), dict)
+    assert all(torch.equal(p, q) for p, q in zip(states[0], first.parameters, strict=True))
+    with pytest.raises(UsageError, match="--init-from .*first is GPTConfig.*this run is GPTConfig"):
+        fit(shards, tmp_path / "third", preset="demo", init_from=str(tmp_path / "first"))
 
 
 @pytest.mark.fault(11)
@@ -195,6 +433,6 @@ def test_the_score_of_a_due_step_is_in_its_row(shards, tmp_path):
     calls = []
     t.score = lambda model: calls.append(model) or {"completion": {"acc_norm": 0.25, "acc_norm_stderr": 0.01}}
     with RunLog(tmp_path / "run", 6) as log:
-        t.fit(tmp_path / "run", log, Stop(), {})
+        t.fit(tmp_path / "run", log, Stop(), dict)
     assert [row["step"] for row in rows(tmp_path / "run") if "hellaswag" in row] == [4, 6]
     assert calls == [t.model, t.model]

@@ -9,7 +9,7 @@ import warnings
 from collections.abc import Callable
 from typing import NoReturn
 
-from aymen_gpt.errors import AymenError, Stopped
+from aymen_gpt.errors import AymenError, Stopped, UsageError, redact
 
 
 def run(main: Callable[[], int]) -> NoReturn:
@@ -26,7 +26,7 @@ def run(main: Callable[[], int]) -> NoReturn:
     except AymenError as error:
         if os.environ.get("AYMEN_GPT_DEBUG"):
             traceback.print_exc()
-        print(error if isinstance(error, Stopped) else f"error: {error}", file=sys.stderr)
+        say(error)
         code = error.exit_code
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
@@ -35,6 +35,16 @@ def run(main: Callable[[], int]) -> NoReturn:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         code = 1
     sys.exit(code)
+
+
+def say(error: AymenError) -> None:
+    """The one line of an error. Under torchrun what every rank finds alike is said by the first one only."""
+    rank = int(os.environ.get("RANK", 0))
+    text = redact(str(error))
+    if rank == 0:
+        print(text if isinstance(error, Stopped) else f"error: {text}", file=sys.stderr)
+    elif not isinstance(error, Stopped | UsageError):
+        print(f"rank {rank}: error: {text}", file=sys.stderr)
 
 
 def parser(description: str, examples: str) -> argparse.ArgumentParser:

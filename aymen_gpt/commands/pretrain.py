@@ -28,6 +28,7 @@ EXAMPLES = """\
   torchrun --standalone --nproc_per_node=8 pretrain.py   the same run on 8 GPUs, the same result
   python pretrain.py --preset demo                       a small GPT, minutes on a laptop
   python pretrain.py --preset gpt3-medium --run runs/m   another size, another folder
+  python pretrain.py --init-from gpt2 --data my-shards   go on from a model, on other text
 """
 
 
@@ -45,6 +46,20 @@ def parser() -> argparse.ArgumentParser:
         flags = ["--run", "--run-dir"] if f.name == "run" else [flag(f.name)]
         groups[name].add_argument(*flags, dest=f.name, default=argparse.SUPPRESS, **argument(f))
     p.add_argument(
+        "--resume",
+        default="auto",
+        metavar="MODE",
+        help="auto: continue the run if it has a checkpoint; must: only continue; none: start anew, what is "
+        "there is set aside [auto]",
+    )
+    p.add_argument(
+        "--override-resume",
+        default=[],
+        nargs="+",
+        metavar="KEY",
+        help="continue although these differ from the run's: seed, data, tokens_per_step",
+    )
+    p.add_argument(
         "--show-batch",
         type=console.whole_number,
         metavar="N",
@@ -60,6 +75,10 @@ def argument(f: Field[Any]) -> dict[str, Any]:
         return {"choices": list(RECIPES), "metavar": "NAME", "help": f"{help} [gpt2]: {', '.join(RECIPES)}"}
     if f.name == "compile":
         return {"action": argparse.BooleanOptionalAction, "help": help}
+    if f.name == "micro_batch":
+        return {"type": rows_or_auto, "metavar": "N", "help": f"{help} [auto]"}
+    if f.type is bool:
+        return {"action": "store_true", "help": help}
     if f.default:
         help += f" [{f.default}]"
     kinds = {int: (console.whole_number, "N"), float: (float, "X"), str: (str, "NAME")}
@@ -67,30 +86,46 @@ def argument(f: Field[Any]) -> dict[str, Any]:
     return {"type": kind, "metavar": metavar, "help": help}
 
 
+def rows_or_auto(text: str) -> int:
+    return 0 if text == "auto" else console.whole_number(text)
+
+
+rows_or_auto.__name__ = "number of rows"  # argparse names the type in its message
+
+
 def main(argv: list[str] | None = None) -> int:
     given = vars(parser().parse_args(argv))
     step = given.pop("show_batch")
+    mode, override = given.pop("resume"), given.pop("override_resume")
     config = resolve(given)
     if step is not None:
         return show_batch(config, step)
 
     from aymen_gpt.training import device as devices
     from aymen_gpt.training.distributed import process_group, ranks_from_environment
+    from aymen_gpt.training.resume import Resume
     from aymen_gpt.training.runlog import RunLog
-    from aymen_gpt.training.trainer import StopSignal
+    from aymen_gpt.training.signals import StopSignal
+    from aymen_gpt.training.trackers import tracker
 
+    how = Resume(mode, tuple(override))
     stop = StopSignal()
     ranks = ranks_from_environment()
     device = devices.choose_device(config.device, config.dtype, ranks.local_rank)
     if device.place.type == "cpu":
         devices.keep_freed_memory()
+    if config.deterministic:
+        devices.be_deterministic()
     folder = Path(config.run)
-    with process_group(ranks, device.place):
+    track = tracker(config.track, folder, asdict(config))
+    with (
+        process_group(ranks, device.place, config.timeout),
+        RunLog(folder, config.steps, draw_report, track) if ranks.is_first else nullcontext() as log,
+    ):
         trainer = build(config, device, ranks)
-        with RunLog(folder, config.steps, draw_report) if ranks.is_first else nullcontext() as log:
-            if log:
-                log.say(introduction(trainer))
-            trainer.fit(folder, log, stop, describe(trainer) if log else {})
+        if log:
+            log.say(introduction(trainer))
+        trainer.fit(folder, log, stop, lambda: describe(trainer), how)
     if ranks.is_first:
         print(closing(folder))
     return 0
@@ -119,7 +154,40 @@ def build(config: TrainConfig, device: "Device", ranks: "Ranks") -> "Trainer":
     val = TokenRows(data, "val", block_size=config.block_size, seed=None)
     if ranks.is_first:
         check_shards(data)
-    return Trainer(config, device, ranks, train, val, manifest_hash(data), score=scorer(config, device, ranks))
+    return Trainer(
+        config,
+        device,
+        ranks,
+        train,
+        val,
+        manifest_hash(data),
+        score=scorer(config, device, ranks),
+        initial=initial_model(config, ranks) if config.init_from else None,
+        settings=machine(device),
+    )
+
+
+def machine(device: "Device") -> dict[str, Any]:
+    """What decides the last bits of a result, besides the options."""
+    import torch
+
+    dtype = str(device.dtype).removeprefix("torch.")
+    return {"device": device.name, "dtype": dtype, "threads": torch.get_num_threads(), "torch": torch.__version__}
+
+
+def initial_model(config: TrainConfig, ranks: "Ranks") -> "Callable[[], GPT]":
+    """What the trainer calls for the weights of step 0, with --init-from."""
+    import torch
+
+    from aymen_gpt.evaluation.loading import load_model
+
+    def load() -> "GPT":
+        if ranks.is_first:
+            load_model(config.init_from, torch.device("cpu"))  # one download, not one a rank
+        ranks.wait()
+        return load_model(config.init_from, torch.device("cpu"))[0]
+
+    return load
 
 
 def draw_report(folder: Path) -> None:
@@ -157,6 +225,8 @@ def scorer(config: TrainConfig, device: "Device", ranks: "Ranks") -> "Callable[[
 
 def introduction(trainer: "Trainer") -> str:
     """What is about to be trained, on what, in a few lines."""
+    from aymen_gpt.training.device import attention_kernel
+
     c, m, device, ranks = trainer.config, trainer.config.model, trainer.device, trainer.ranks
     tokens = c.steps * c.tokens_per_step
     epochs = c.steps * c.rows_per_step / trainer.train_rows.rows_per_epoch
@@ -167,7 +237,8 @@ def introduction(trainer: "Trainer") -> str:
         f"recipe   {c.steps:,} steps x {c.tokens_per_step:,} tokens = {tokens:,} tokens = {epochs:.2f} epochs, "
         f"peak rate {c.learning_rate:g}, {c.warmup_steps} warmup steps",
         f"machine  {ranks.world_size} x {device.name}, {str(device.dtype).removeprefix('torch.')}, "
-        f"micro-batch {trainer.micro_batch}{', compiled' if trainer.compiled else ''}",
+        f"attention {attention_kernel(device, m.n_head, m.n_embd // m.n_head)}, micro-batch "
+        f"{c.micro_batch or f'up to {trainer.micro_batch}'}{', compiled' if trainer.compiled else ''}",
         f"run      {c.run}",
     ]
     return "\n".join(lines)

@@ -15,6 +15,10 @@ def checkpoints(run: Path) -> list[Path]:
     return sorted((run / "checkpoints").glob("step-?????????"), reverse=True)
 
 
+def step_of(checkpoint: Path) -> int:
+    return int(checkpoint.name.removeprefix("step-"))
+
+
 def problem(checkpoint: Path) -> str | None:
     """Why a checkpoint cannot be trusted, in words; None when every file is as its manifest says."""
     try:
@@ -32,6 +36,12 @@ def problem(checkpoint: Path) -> str | None:
         if sha256(path) != expected["sha256"]:
             return f"{name} has another sha256 than its manifest says"
     return None
+
+
+def strangers(checkpoint: Path) -> list[str]:
+    """Names in a checkpoint's folder that its manifest does not know."""
+    known = json.loads((checkpoint / "manifest.json").read_text())["files"]
+    return sorted(p.name for p in checkpoint.iterdir() if p.name not in known and p.name != "manifest.json")
 
 
 def latest_valid(run: Path) -> tuple[Path | None, list[str]]:

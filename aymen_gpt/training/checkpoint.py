@@ -6,15 +6,19 @@
         state.json               step, rows consumed, the run's configuration, the step's metrics  ours
         manifest.json            size and sha256 of every file above, written last                 ours
 
-Published by writing beside, syncing, hashing and renaming. No random state is kept, since there is none: the
-initial weights, the data order and the samples are functions of the seed and the step alone.
+Published by writing beside, syncing, hashing and renaming, from copies in memory while training goes on. No
+random state is kept, since there is none: the initial weights, the data order and the samples are functions of
+the seed and the step alone.
 """
 
+import errno
 import json
 import os
 import shutil
-from dataclasses import dataclass
+from collections.abc import Callable
+from dataclasses import dataclass, field
 from pathlib import Path
+from threading import Thread
 from typing import Any
 
 import torch
@@ -23,14 +27,15 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from aymen_gpt.data import tokenizer
-from aymen_gpt.errors import CannotWrite
+from aymen_gpt.errors import AymenError, CannotWrite, DataError
 from aymen_gpt.files import sha256, sync
-from aymen_gpt.model.folders import checkpoint_folder, checkpoints
-from aymen_gpt.model.gpt import GPT
+from aymen_gpt.model.folders import checkpoint_folder, checkpoints, problem, step_of
+from aymen_gpt.model.gpt import GPT, GPTConfig
 from aymen_gpt.model.huggingface import EOT, config_to_huggingface, from_huggingface, to_huggingface
 from aymen_gpt.training import optim
 
-FORMAT = 1
+FORMAT = 2
+Tensors = dict[str, Tensor]
 
 
 def write_json(path: Path, value: Any) -> None:
@@ -39,52 +44,103 @@ def write_json(path: Path, value: Any) -> None:
 
 @dataclass(frozen=True)
 class Snapshot:
-    """All of a run at one step: what save writes and restore reads."""
+    """All of a run at one step but its tensors: state.json."""
 
     step: int
+    updates: int  # of the optimizer: steps less the skipped ones
     rows: int  # of the data order, consumed so far
-    run: dict[str, Any]  # the configuration, as plain values
+    identity: dict[str, Any]  # what may not change between the parts of a run
+    settings: dict[str, Any]  # what may
+    guard: dict[str, Any]  # the losses that spikes are measured by
     metrics: dict[str, Any]  # this step's row of metrics.jsonl
+    scaler: dict[str, Any] = field(default_factory=dict)  # the loss scale of float16 training
 
 
-def save(run: Path, model: GPT, optimizer: torch.optim.AdamW, snapshot: Snapshot, *, keep_last: int) -> Path:
-    """Publish the checkpoint of ``snapshot.step`` and drop all but the newest ``keep_last``; its folder.
+@dataclass(frozen=True)
+class Capture:
+    """Copies of a run's tensors in host memory, as the files of a checkpoint hold them."""
 
-    Raises CannotWrite when the disk is full or read-only; older checkpoints are untouched then.
+    config: GPTConfig
+    weights: Tensors
+    moments: Tensors
+
+    @property
+    def n_bytes(self) -> int:
+        return sum(t.nbytes for part in (self.weights, self.moments) for t in part.values())
+
+
+def capture(model: GPT, optimizer: torch.optim.AdamW) -> Capture:
+    """Copy what a checkpoint needs, so that training can go on while it is written.
+
+    Raises AymenError when a weight is not finite: such a model is never saved.
+    """
+    bad = first_not_finite(model.state_dict())
+    if bad:
+        raise AymenError(f"{bad} holds NaN or infinity: nothing was saved; continue from an older checkpoint")
+
+    def host(tensors: Tensors) -> Tensors:
+        copies: Tensors = {}
+        for name, t in tensors.items():  # one at a time: the layout change makes a second copy
+            copies |= to_huggingface({name: t.to("cpu", copy=True)}, model.config.vocab_size)
+        return copies
+
+    moments = {
+        f"{which}.{name}": t
+        for which in optim.MOMENTS
+        for name, t in host(optim.moments(model, optimizer, which)).items()
+    }
+    return Capture(model.config, host(model.state_dict()), moments)
+
+
+def first_not_finite(tensors: Tensors) -> str | None:
+    return next((name for name, t in tensors.items() if not torch.isfinite(t).all()), None)
+
+
+def publish(run: Path, captured: Capture, snapshot: Snapshot, *, keep_last: int, keep_every: int = 0) -> Path:
+    """Write the checkpoint of ``snapshot.step``, then drop old ones; its folder.
+
+    The newest ``keep_last`` stay, and those whose step is a multiple of ``keep_every``. Raises CannotWrite when
+    the disk is full or read-only; older checkpoints are untouched then.
     """
     final = checkpoint_folder(run, snapshot.step)
     partial = final.with_name(f".tmp-{final.name}-{os.getpid()}")
     try:
         shutil.rmtree(partial, ignore_errors=True)
         partial.mkdir(parents=True)
-        _write_files(partial, model, optimizer, snapshot)
+        _require_space(partial, captured.n_bytes)
+        _write_files(partial, captured, snapshot)
         _write_manifest(partial, snapshot.step)
         shutil.rmtree(final, ignore_errors=True)  # only ever a damaged one: valid steps are not retaken
         os.replace(partial, final)
         sync(final.parent)
     except (OSError, SafetensorError) as error:
         shutil.rmtree(partial, ignore_errors=True)
-        raise CannotWrite(
-            f"cannot save {final}: {getattr(error, 'strerror', None) or error}; free some space and run again"
-        ) from error
-    for old in checkpoints(run)[keep_last:]:
-        shutil.rmtree(old)
+        reason = getattr(error, "strerror", None) or str(error)
+        raise CannotWrite(f"cannot save step {snapshot.step} in {final.parent}: {reason}") from error
+    if problem(final) is None:
+        _drop_old(run, keep_last, keep_every)
     return final
 
 
-def _write_files(folder: Path, model: GPT, optimizer: torch.optim.AdamW, snapshot: Snapshot) -> None:
-    config = model.config
-    write_json(folder / "config.json", config_to_huggingface(config))
+def _require_space(folder: Path, needed: int) -> None:
+    free = shutil.disk_usage(folder).free
+    if free < needed:
+        why = f"no space left on the disk (needs {needed / 1e9:.2g} GB, {free / 1e9:.2g} GB free)"
+        raise OSError(errno.ENOSPC, why)
+
+
+def _drop_old(run: Path, keep_last: int, keep_every: int) -> None:
+    for old in checkpoints(run)[keep_last:]:
+        if not (keep_every and step_of(old) % keep_every == 0):
+            shutil.rmtree(old)
+
+
+def _write_files(folder: Path, captured: Capture, snapshot: Snapshot) -> None:
+    write_json(folder / "config.json", config_to_huggingface(captured.config))
     write_json(folder / "generation_config.json", {"bos_token_id": EOT, "eos_token_id": EOT})
-    tokenizer.write_huggingface_files(folder, model_max_length=config.block_size)
-    weights = to_huggingface(model.state_dict(), config.vocab_size)
-    save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
-    moments = {
-        f"{which}.{name}": t
-        for which in optim.MOMENTS
-        for name, t in to_huggingface(optim.moments(model, optimizer, which), config.vocab_size).items()
-    }
-    save_file(moments, folder / "optimizer.safetensors", metadata={"format": "pt"})
+    tokenizer.write_huggingface_files(folder, model_max_length=captured.config.block_size)
+    save_file(captured.weights, folder / "model.safetensors", metadata={"format": "pt"})
+    save_file(captured.moments, folder / "optimizer.safetensors", metadata={"format": "pt"})
     write_json(folder / "state.json", {"format": FORMAT, **vars(snapshot)})
 
 
@@ -109,20 +165,68 @@ def remove_partial(run: Path) -> int:
 
 def read_snapshot(folder: Path) -> Snapshot:
     found = json.loads((folder / "state.json").read_text())
-    return Snapshot(found["step"], found["rows"], found["run"], found["metrics"])
+    if found.pop("format") != FORMAT:
+        raise DataError(
+            f"{folder} was written by another version of Aymen-GPT: its model can be used, not continued"
+        )
+    return Snapshot(**found)
 
 
 def restore(folder: Path, model: GPT, optimizer: torch.optim.AdamW) -> Snapshot:
-    """Put model and optimizer where ``save`` found them."""
+    """Put model and optimizer where ``capture`` found them; DataError when a tensor holds NaN or infinity."""
     snapshot = read_snapshot(folder)
-    model.load_state_dict(from_huggingface(load_file(folder / "model.safetensors"), model.config))
-    stored = load_file(folder / "optimizer.safetensors")
-    by_moment: dict[str, dict[str, Tensor]] = {
+    weights, stored = load_file(folder / "model.safetensors"), load_file(folder / "optimizer.safetensors")
+    bad = first_not_finite(weights) or first_not_finite(stored)
+    if bad:
+        raise DataError(
+            f"{folder}: {bad} holds NaN or infinity; delete the folder to continue from the one before"
+        )
+    model.load_state_dict(from_huggingface(weights, model.config))
+    by_moment: dict[str, Tensors] = {
         which: from_huggingface(
             {name.removeprefix(f"{which}."): t for name, t in stored.items() if name.startswith(f"{which}.")},
             model.config,
         )
         for which in optim.MOMENTS
     }
-    optim.restore_moments(model, optimizer, snapshot.step, by_moment)
+    optim.restore_moments(model, optimizer, snapshot.updates, by_moment)
     return snapshot
+
+
+class Saver:
+    """Publishes checkpoints in a thread while training goes on; leaving the ``with`` waits for the last one."""
+
+    def __init__(self, run: Path, *, keep_last: int, keep_every: int, warn: Callable[[str], None]) -> None:
+        self.run, self.keep_last, self.keep_every, self.warn = run, keep_last, keep_every, warn
+        self.failures = 0  # in a row
+        self.error: Exception | None = None  # of the newest save
+        self._thread: Thread | None = None
+
+    def __enter__(self) -> "Saver":
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self.wait()
+
+    def start(self, model: GPT, optimizer: torch.optim.AdamW, snapshot: Snapshot) -> None:
+        """Copy the tensors and return; the files follow. Waits for the save before, so there is one at a time."""
+        self.wait()
+        captured = capture(model, optimizer)
+        self._thread = Thread(target=self._publish, args=(captured, snapshot), name="checkpoint")
+        self._thread.start()
+
+    def wait(self) -> None:
+        """Return when no save is under way."""
+        if self._thread is not None:
+            self._thread.join()
+            self._thread = None
+
+    def _publish(self, captured: Capture, snapshot: Snapshot) -> None:
+        try:
+            publish(self.run, captured, snapshot, keep_last=self.keep_last, keep_every=self.keep_every)
+        except Exception as error:  # a thread has nobody to raise to
+            self.error = error
+            self.failures += 1
+            self.warn(f"warning: {error}; training goes on and will try again at the next checkpoint")
+        else:
+            self.error, self.failures = None, 0

@@ -24,6 +24,7 @@ class TrainConfig:
     run: str = option("", "folder of the run, made or continued [runs/PRESET]", "run")
     data: str = option("edu_fineweb10B", "folder of token shards, made by fineweb.py", "run")
     seed: int = option(1337, "of the initial weights, the data order and the samples", "run")
+    init_from: str = option("", "start from this model's weights: gpt2, a run, a checkpoint, a .pt file", "run")
 
     steps: int = option(76_292, "updates in all: 76,292 x 524,288 tokens = 40B = 4 epochs of 10B", "recipe")
     tokens_per_step: int = option(2**19, "tokens of one update, over all devices", "recipe")
@@ -37,21 +38,34 @@ class TrainConfig:
     grad_clip: float = option(1.0, "largest L2 norm of the gradient", "recipe")
 
     device: str = option("auto", "auto, cpu, mps, cuda or cuda:N", "machine")
-    dtype: str = option("auto", "of matrix products: auto, float32 or bfloat16", "machine")
+    dtype: str = option("auto", "of matrix products: auto, float32, bfloat16 or float16", "machine")
     micro_batch: int = option(
-        0, "rows per forward pass, 0: 64 on CUDA, 16 elsewhere; never changes the result", "machine"
+        0, "rows per forward pass, or auto: the most that fit of 64 (16 on a CPU), 32, 16, ...", "machine"
     )
     compile: bool | None = option(None, "torch.compile the model [only on CUDA]", "machine")
+    deterministic: bool = option(False, "the same bits on every run of a GPU too, at some speed", "machine")
+    timeout: float = option(600.0, "seconds that ranks wait for one another before they give up", "machine")
+
+    max_skips: int = option(
+        5, "steps skipped in a row, for a loss or gradient not finite, before the end", "safety"
+    )
+    skip_spikes: bool = option(
+        False, "skip steps whose loss or gradient norm is 6 sigma above the last 128", "safety"
+    )
 
     val_every: int = option(250, "steps between validations (and samples); 0: only at the end", "watching")
     val_tokens: int = option(20 * 2**19, "tokens of one validation", "watching")
     hellaswag_every: int = option(1000, "steps between HellaSwag scores; 0: never", "watching")
     hellaswag_limit: int = option(0, "examples of one score, evenly spaced; 0: all 10,042", "watching")
     checkpoint_every: int = option(1000, "steps between checkpoints; the last step always has one", "watching")
-    keep_last: int = option(3, "checkpoints kept, the oldest is deleted first", "watching")
+    keep_last: int = option(3, "checkpoints kept, the oldest is deleted first; 2 or more", "watching")
+    keep_every: int = option(
+        0, "keep the checkpoints of these steps for good (every 10,000th, say); 0: none", "watching"
+    )
+    track: str = option("", "also send the numbers to tensorboard, wandb or trackio", "watching")
 
     def __post_init__(self) -> None:
-        positive = "steps tokens_per_step block_size learning_rate grad_clip val_tokens checkpoint_every keep_last"
+        positive = "steps tokens_per_step block_size learning_rate grad_clip val_tokens checkpoint_every timeout"
         for name in positive.split():
             if not getattr(self, name) > 0:
                 raise UsageError(f"{flag(name)} must be above 0, got {getattr(self, name)}")
@@ -59,6 +73,10 @@ class TrainConfig:
             value = getattr(self, f.name)
             if isinstance(value, int | float) and value < 0:
                 raise UsageError(f"{flag(f.name)} must not be negative, got {value}")
+        if self.keep_last < 2:
+            raise UsageError(
+                f"--keep-last {self.keep_last}: 2 or more, so that a damaged checkpoint is never the only one"
+            )
         if self.tokens_per_step % self.block_size:
             raise UsageError(
                 f"--tokens-per-step {self.tokens_per_step} is not a multiple of --block-size {self.block_size}: "

@@ -1,6 +1,7 @@
 """What to compute on, in which precision, chosen once at the start of a command."""
 
 import ctypes
+import math
 import os
 import platform
 import sys
@@ -8,6 +9,7 @@ from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 
 import torch
+from torch.nn.attention import SDPBackend
 
 from aymen_gpt.errors import UsageError
 
@@ -47,7 +49,8 @@ def choose_device(name: str = "auto", dtype: str = "auto", local_rank: int = 0) 
     """The device of this process; UsageError when the one asked for is not there.
 
     ``name`` is auto (cuda, else mps, else cpu), cpu, mps, cuda or cuda:N; under torchrun each process takes the
-    GPU of its local rank. ``dtype`` auto is bfloat16 where the hardware multiplies it fast, else float32.
+    GPU of its local rank. ``dtype`` auto is bfloat16 where the hardware multiplies it fast, else float16 on CUDA
+    (with a loss scale, see Trainer) and float32 elsewhere.
     """
     kind = name.partition(":")[0]
     if kind == "auto":
@@ -68,12 +71,52 @@ def choose_device(name: str = "auto", dtype: str = "auto", local_rank: int = 0) 
     return Device(device, _dtype(dtype, kind), full_name, peak)
 
 
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+
+
 def _dtype(name: str, kind: str) -> torch.dtype:
     if name == "auto":
-        return torch.bfloat16 if has_fast_bfloat16(kind) else torch.float32
-    if name not in ("float32", "bfloat16"):
-        raise UsageError(f"--dtype {name}: expected auto, float32 or bfloat16")
-    return torch.bfloat16 if name == "bfloat16" else torch.float32
+        name = "bfloat16" if has_fast_bfloat16(kind) else "float16" if kind == "cuda" else "float32"
+    if name not in DTYPES:
+        raise UsageError(f"--dtype {name}: expected auto, {', '.join(DTYPES)}")
+    return DTYPES[name]
+
+
+def be_deterministic() -> None:
+    """Ask torch for kernels that give the same bits on every run, before anything is computed.
+
+    https://docs.pytorch.org/docs/stable/notes/randomness.html; a CPU needs none of it.
+    """
+    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+    torch.use_deterministic_algorithms(True)
+    torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]
+    torch.backends.cudnn.benchmark = False
+
+
+def attention_kernel(device: Device, n_head: int, head_dim: int) -> str:
+    """Which kernel scaled_dot_product_attention takes for the training step on this device."""
+    q = torch.empty(1, n_head, 128, head_dim, device=device.place, dtype=device.dtype)
+    try:
+        return SDPBackend(torch._fused_sdp_choice(q, q, q, is_causal=True)).name.lower()
+    except (AttributeError, ValueError, NotImplementedError, RuntimeError):
+        return "unknown"
+
+
+def is_out_of_memory(error: RuntimeError) -> bool:
+    """Whether an allocation failed, on a GPU or (rarely: Linux prefers to kill) in host memory."""
+    return isinstance(error, torch.OutOfMemoryError) or "can't allocate memory" in str(error)
+
+
+def memory_in_words(device: Device) -> str:
+    """How much memory is taken, for a message.
+
+    >>> memory_in_words(Device(torch.device("cpu"), torch.float32, "", None)).endswith("GB of memory")
+    True
+    """
+    if device.place.type == "cuda":
+        free, total = torch.cuda.mem_get_info(device.place)
+        return f"{(total - free) / 1e9:.1f} of {total / 1e9:.1f} GB in use"
+    return f"this machine has {memory_gb() or math.nan:.1f} GB of memory"
 
 
 def has_fast_bfloat16(kind: str) -> bool:

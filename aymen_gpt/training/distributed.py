@@ -7,7 +7,7 @@ and ranks may take different numbers of micro-batches.
 """
 
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
@@ -17,17 +17,26 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 from torch._utils import _flatten_dense_tensors, _unflatten_dense_tensors
+from torch.distributed.rendezvous import rendezvous
+
+from aymen_gpt.errors import AymenError
 
 T = TypeVar("T")
 
 
-@dataclass(frozen=True)
+@dataclass
 class Ranks:
-    """Which process this is, of how many; the default is the only one."""
+    """Which process this is, of how many; the default is the only one.
+
+    When another rank dies or hangs, the collective under way raises AymenError naming the ranks that never came
+    to it: each rank counts its arrivals in a store that lives in torchrun, not in a rank.
+    """
 
     rank: int = 0
     world_size: int = 1
     local_rank: int = 0
+    store: dist.Store | None = None
+    arrivals: int = 0
 
     @property
     def is_first(self) -> bool:
@@ -36,7 +45,8 @@ class Ranks:
     def sum(self, values: Tensor) -> Tensor:
         """Sum of ``values`` over all ranks, in place."""
         if self.world_size > 1:
-            dist.all_reduce(values)
+            with self._meeting():
+                dist.all_reduce(values)
         return values
 
     def sum_gradients(self, parameters: Sequence[Tensor]) -> None:
@@ -44,23 +54,75 @@ class Ranks:
         if self.world_size == 1:
             return
         grads = [p.grad for p in parameters if p.grad is not None]
-        flat = _flatten_dense_tensors(grads)
-        dist.all_reduce(flat)
+        flat = self.sum(_flatten_dense_tensors(grads))
         for grad, summed in zip(grads, _unflatten_dense_tensors(flat, grads), strict=True):
             grad.copy_(summed)
 
     def wait(self) -> None:
         """Return when every rank has come here."""
         if self.world_size > 1:
-            dist.barrier()
+            with self._meeting():
+                dist.barrier()
 
     def broadcast(self, value: T) -> T:
         """The first rank's value (anything JSON could hold) on every rank."""
         if self.world_size == 1:
             return value
         box: list[Any] = [value]
-        dist.broadcast_object_list(box, src=0)
+        with self._meeting():
+            dist.broadcast_object_list(box, src=0)
         return box[0]
+
+    def first(self, make: Callable[[], T]) -> T:
+        """What ``make`` returns on the first rank, on every rank; its AymenError too."""
+        made: T | AymenError | None = None
+        if self.is_first:
+            try:
+                made = make()
+            except AymenError as error:
+                made = error
+        result: Any = self.broadcast(made)
+        if isinstance(result, AymenError):
+            raise result
+        return result
+
+    def all(self, condition: bool) -> bool:
+        """Whether the condition holds on every rank."""
+        return all(self.gather(condition))
+
+    def gather(self, value: T) -> list[T]:
+        """Every rank's value, in order of rank, on every rank."""
+        if self.world_size == 1:
+            return [value]
+        values: list[Any] = [None] * self.world_size
+        with self._meeting():
+            dist.all_gather_object(values, value)
+        return values
+
+    @contextmanager
+    def _meeting(self) -> Iterator[None]:
+        self.arrivals += 1
+        if self.store is not None:
+            self.store.set(f"arrivals/{self.rank}", str(self.arrivals))
+        try:
+            yield
+        except RuntimeError as error:
+            reason = " ".join(str(error).split())[:200]
+            raise AymenError(f"{self._absent()}; run the same command again to continue ({reason})") from error
+
+    def _absent(self) -> str:
+        """Who never came to the collective that this rank waited in, in words."""
+        late = [r for r in range(self.world_size) if r != self.rank and self._arrivals_of(r) < self.arrivals]
+        if not late:
+            return "the connection to another rank was lost"
+        return f"rank{'s' if len(late) > 1 else ''} {', '.join(map(str, late))} did not arrive: dead or hanging"
+
+    def _arrivals_of(self, rank: int) -> int:
+        key = f"arrivals/{rank}"
+        try:
+            return int(self.store.get(key)) if self.store is not None and self.store.check([key]) else 0
+        except RuntimeError:  # the store is gone too: blame nobody
+            return self.arrivals
 
 
 def ranks_from_environment() -> Ranks:
@@ -73,15 +135,26 @@ def ranks_from_environment() -> Ranks:
 
 
 @contextmanager
-def process_group(
-    ranks: Ranks, device: torch.device, timeout: timedelta = timedelta(minutes=10)
-) -> Iterator[None]:
-    """Connect the ranks for the length of the block: NCCL between GPUs, Gloo between CPUs."""
+def process_group(ranks: Ranks, device: torch.device, timeout_seconds: float = 600.0) -> Iterator[None]:
+    """Connect the ranks for the length of the block: NCCL between GPUs, Gloo between CPUs.
+
+    A rank that waits longer than the timeout for the others gives up.
+    """
     if ranks.world_size == 1:
         yield
         return
+    timeout = timedelta(seconds=timeout_seconds)
     on_cuda = device.type == "cuda"
-    dist.init_process_group("nccl" if on_cuda else "gloo", timeout=timeout, device_id=device if on_cuda else None)
+    store, rank, world_size = next(rendezvous("env://", timeout=timeout))
+    ranks.store = dist.PrefixStore("aymen_gpt", store)
+    dist.init_process_group(
+        "nccl" if on_cuda else "gloo",
+        store=store,
+        rank=rank,
+        world_size=world_size,
+        timeout=timeout,
+        device_id=device if on_cuda else None,
+    )
     try:
         yield
     finally:

@@ -28,21 +28,31 @@ MOMENTS = ("exp_avg", "exp_avg_sq")
 
 
 def moments(model: nn.Module, optimizer: torch.optim.AdamW, which: str) -> dict[str, Tensor]:
-    """One of the MOMENTS of every parameter, by the parameter's name (zeros before the first update)."""
-    return {
-        name: optimizer.state[p][which] if optimizer.state[p] else torch.zeros_like(p)
-        for name, p in model.named_parameters()
-    }
+    """One of the MOMENTS of every parameter, by the parameter's name."""
+    return {name: optimizer.state[p][which] for name, p in model.named_parameters()}
 
 
 def restore_moments(
-    model: nn.Module, optimizer: torch.optim.AdamW, step: int, stored: dict[str, dict[str, Tensor]]
+    model: nn.Module, optimizer: torch.optim.AdamW, updates: int, stored: dict[str, dict[str, Tensor]]
 ) -> None:
-    """Put the optimizer where it was after ``step`` updates, from what ``moments`` gave for each of MOMENTS."""
+    """Put the optimizer where it was after ``updates``, from what ``moments`` gave for each of MOMENTS."""
     for name, p in model.named_parameters():
-        state: dict[str, Tensor] = {"step": torch.tensor(float(step), device=p.device)}
+        state: dict[str, Tensor] = {"step": torch.tensor(float(updates), device=p.device)}
         state |= {which: stored[which][name].to(p.device) for which in MOMENTS}
         optimizer.state[p] = state
+
+
+def start_moments(model: nn.Module, optimizer: torch.optim.AdamW) -> None:
+    """The state before the first update, allocated now: what fits after this fits for the whole run."""
+    zeros = {name: torch.zeros_like(p) for name, p in model.named_parameters()}
+    restore_moments(
+        model, optimizer, 0, {"exp_avg": zeros, "exp_avg_sq": {n: z.clone() for n, z in zeros.items()}}
+    )
+
+
+def updates(optimizer: torch.optim.AdamW) -> int:
+    """How many updates the optimizer has made."""
+    return int(next(iter(optimizer.state.values()))["step"].item())
 
 
 def set_learning_rate(optimizer: torch.optim.Optimizer, lr: float) -> None:

@@ -6,47 +6,77 @@ runs/NAME/
     log.txt         the same as `step stream value` lines (train, val, hella), as the first version wrote them
     samples.md      texts the model wrote at each validation
     status.json     running, stopped, done or failed, and at which step
+    failure.json    only after too many skipped steps: the gradients and documents of the last one
     checkpoints/    see aymen_gpt/training/checkpoint.py
 """
 
+import errno
 import json
+import math
+import os
 import re
 import sys
 import time
 from collections.abc import Callable, Iterable
 from datetime import UTC, datetime
 from pathlib import Path
+from threading import Thread
 from types import TracebackType
 from typing import Any
 
 from tqdm import tqdm
 
-from aymen_gpt.errors import Stopped
+from aymen_gpt.errors import CannotWrite, Stopped, redact
 from aymen_gpt.files import lock, replace_text
+
+Tracker = Callable[[dict[str, Any]], object]  # is given every row of metrics.jsonl
 
 
 class RunLog:
-    """Writes the run folder and the console. ``with`` holds the folder's lock and ends with a last status."""
+    """Writes the run folder and the console. ``with`` holds the folder's lock and ends with a last status.
 
-    def __init__(self, folder: Path, steps: int, refresh: Callable[[Path], object] = lambda folder: None) -> None:
+    A disk that is full does not stop a run for the sake of its log: lines wait in memory until they can be
+    written.
+    """
+
+    def __init__(
+        self,
+        folder: Path,
+        steps: int,
+        refresh: Callable[[Path], object] = lambda folder: None,
+        track: Tracker | None = None,
+    ) -> None:
         self.folder = folder
         self.refresh = refresh  # told of the folder after each validation and at the end
+        self.track = track
         self.steps = steps
         self.step = 0
         self.bar: tqdm[Any] | None = None
+        self._started = False
+        self._waiting: dict[str, str] = {}  # text by file that could not be appended yet
+        self._warned = False
         self._last_line = 0.0
+        self._drawing: Thread | None = None
 
     def __enter__(self) -> "RunLog":
+        self._made = not self.folder.exists()
         self._lock = lock(self.folder, "--run")
         return self
 
     def __exit__(self, kind: type | None, error: BaseException | None, trace: TracebackType | None) -> None:
         if self.bar is not None:
             self.bar.close()
-        state = "done" if kind is None else "stopped" if kind is Stopped else "failed"
-        self.status(state, str(error or ""))
-        self.refresh(self.folder)
+        if self._started:
+            state = "done" if kind is None else "stopped" if kind is Stopped else "failed"
+            self.status(state, str(error or ""))
+            self._append_waiting()
+            if self._drawing:
+                self._drawing.join()
+            self.refresh(self.folder)
         self._lock.close()
+        if not self._started and self._made:  # nothing began: leave no trace
+            (self.folder / ".lock").unlink(missing_ok=True)
+            self.folder.rmdir()
 
     def say(self, text: str) -> None:
         """A line for the person who watches; standard error, so that output can be piped."""
@@ -60,18 +90,45 @@ class RunLog:
             "message": message,
             "updated": datetime.now(UTC).isoformat(timespec="seconds"),
         }
-        replace_text(self.folder / "status.json", json.dumps(value, indent=2) + "\n")
+        self._replace("status.json", json.dumps(value, indent=2) + "\n")
 
-    def start(self, config: dict[str, Any], step: int | None) -> None:
-        """Begin (None), or go on after ``step``: what was logged past it will be done, and logged, again."""
+    def failure(self, found: dict[str, Any]) -> None:
+        """Keep what is known of the step that ended the run."""
+        self._replace("failure.json", json.dumps(found, indent=2) + "\n")
+
+    def start(self, config: dict[str, Any], step: int | None, changed: dict[str, list[Any]] | None = None) -> None:
+        """Begin (None), or go on after ``step``: what was logged past it will be done, and logged, again.
+
+        ``changed`` is what is not as it was when the checkpoint was taken; config.json keeps it, start by start.
+        """
         self.step = step or 0
-        replace_text(self.folder / "config.json", json.dumps(config, indent=2) + "\n")
+        self._started = True
+        self._tell_start(step, changed or {})
+        history = self._history() if step is not None else []
+        history.append({"step": self.step, "started": config.get("started"), "changed": changed or {}})
+        first = history[0]["started"] or config.get("started")
+        config = config | {"started": first, "history": history}
+        self._replace("config.json", redact(json.dumps(config, indent=2)) + "\n")
         last = -1 if step is None else step
         keep_up_to(self.folder / "metrics.jsonl", last, lambda line: json.loads(line)["step"])
         keep_up_to(self.folder / "log.txt", last, lambda line: int(line.split()[0]))
         self.status("running")
         if sys.stderr.isatty():
             self.bar = tqdm(total=self.steps, initial=self.step, unit="step", dynamic_ncols=True)
+
+    def _tell_start(self, step: int | None, changed: dict[str, list[Any]]) -> None:
+        if step is None:
+            return self.say(f"starting at step 0 of {self.steps}")
+        self.say(f"resuming from step {step}")
+        for key, (before, now) in changed.items():
+            note = ", same data order" if key == "world_size" else ""
+            self.say(f"changed since then: {key} {before} -> {now}{note}")
+
+    def _history(self) -> list[dict[str, Any]]:
+        try:
+            return json.loads((self.folder / "config.json").read_text()).get("history", [])
+        except (OSError, ValueError):
+            return []
 
     def last_step(self) -> int:
         """The step of the last row in metrics.jsonl, -1 when there is none."""
@@ -84,33 +141,76 @@ class RunLog:
     def write(self, row: dict[str, Any]) -> None:
         """Log one finished step: to the files, and to the console when it is due."""
         self.step = row["step"]
-        with (self.folder / "metrics.jsonl").open("a") as f:
-            f.write(json.dumps(row, allow_nan=False) + "\n")
-        with (self.folder / "log.txt").open("a") as f:
-            f.writelines(f"{line}\n" for line in stream_lines(row))
+        self._append("metrics.jsonl", json.dumps(row, allow_nan=False) + "\n")
+        self._append("log.txt", "".join(f"{line}\n" for line in stream_lines(row)))
+        if self.track:
+            self.track(row)
         self._show(row)
         if "val_loss" in row:
             self.status("running")
-            self.refresh(self.folder)
+            self._draw()
 
     def samples(self, step: int, section: str) -> None:
         """Add a section to samples.md in place of any of this step or a later one."""
         path = self.folder / "samples.md"
         sections = re.split(r"(?m)^(?=## step \d+$)", path.read_text() if path.exists() else "# Samples\n\n")
         kept = [s for s in sections if not s.startswith("## step ") or int(s.split()[2]) < step]
-        replace_text(path, "".join(kept).rstrip("\n") + "\n\n" + section)
+        self._replace("samples.md", "".join(kept).rstrip("\n") + "\n\n" + section)
+
+    def _draw(self) -> None:
+        """Have the report drawn beside the training, unless the last drawing is still under way."""
+        if self._drawing is None or not self._drawing.is_alive():
+            self._drawing = Thread(target=self.refresh, args=(self.folder,), name="report")
+            self._drawing.start()
+
+    def _append(self, name: str, text: str) -> None:
+        self._waiting[name] = self._waiting.get(name, "") + text
+        self._append_waiting()
+
+    def _append_waiting(self) -> None:
+        for name, text in self._waiting.items():
+            try:
+                append(self.folder / name, text)
+            except OSError as error:
+                self._warn(name, error)
+            else:
+                self._waiting[name] = ""
+
+    def _replace(self, name: str, text: str) -> None:
+        try:
+            replace_text(self.folder / name, text)
+        except CannotWrite as error:
+            self._warn(name, error)
+
+    def _warn(self, name: str, error: OSError) -> None:
+        if not self._warned:
+            self._warned = True
+            why = error.strerror or error
+            self.say(f"warning: cannot write {name}: {why}; training goes on, the log waits in memory")
 
     def _show(self, row: dict[str, Any]) -> None:
-        rare = "val_loss" in row or "hellaswag" in row or self.step == self.steps
+        rare = "val_loss" in row or "hellaswag" in row or "skipped" in row or self.step == self.steps
         if self.bar is not None:
             self.bar.update(self.step - self.bar.n)
             if "loss" in row:
-                self.bar.set_postfix_str(
-                    f"loss {row['loss']:.4f} | {row['tokens_per_second']:,.0f} tok/s", refresh=False
-                )
+                self.bar.set_postfix_str(console_line(row, self.steps).partition(" | ")[2], refresh=False)
         if rare or (self.bar is None and time.monotonic() - self._last_line >= 5.0):
             self._last_line = time.monotonic()
             self.say(console_line(row, self.steps))
+        if "skipped" in row:
+            self.say(skipped_line(row))
+
+
+def append(path: Path, text: str) -> None:
+    """Add text to a file, or leave the file as it was and raise OSError."""
+    with path.open("ab", buffering=0) as f:
+        end, data = f.seek(0, os.SEEK_END), text.encode()
+        try:
+            if f.write(data) != len(data):
+                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        except OSError:
+            f.truncate(end)
+            raise
 
 
 def keep_up_to(path: Path, step: int, step_of: Any) -> None:
@@ -135,11 +235,23 @@ def stream_lines(row: dict[str, Any]) -> Iterable[str]:
     ['250 train 6.500000', '250 val 6.4321']
     """
     if "loss" in row:
-        yield f"{row['step']} train {row['loss']:.6f}"
+        yield f"{row['step']} train {number(row['loss']):.6f}"
     if "val_loss" in row:
-        yield f"{row['step']} val {row['val_loss']:.4f}"
+        yield f"{row['step']} val {number(row['val_loss']):.4f}"
     if "hellaswag" in row:
         yield f"{row['step']} hella {row['hellaswag']['completion']['acc_norm']:.4f}"
+
+
+def number(value: float | None) -> float:
+    """A number of metrics.jsonl, where null stands for one that is not finite."""
+    return math.nan if value is None else value
+
+
+def skipped_line(row: dict[str, Any]) -> str:
+    """What was skipped in a step and what it had read."""
+    some = ", ".join(row["documents"][:3])
+    more = f" and {len(row['documents']) - 3} more, see metrics.jsonl" if len(row["documents"]) > 3 else ""
+    return f"warning: {row['skipped']} at step {row['step']} (documents {some}{more}): weights unchanged"
 
 
 def console_line(row: dict[str, Any], steps: int) -> str:
@@ -147,16 +259,18 @@ def console_line(row: dict[str, Any], steps: int) -> str:
     parts = [f"step {row['step']:>{len(str(steps))}}/{steps}"]
     if "loss" in row:
         parts += [
-            f"loss {row['loss']:7.4f}",
+            f"loss {number(row['loss']):7.4f}",
             f"lr {row['lr']:.2e}",
-            f"norm {row['grad_norm']:6.3f}",
+            f"norm {number(row['grad_norm']):6.3f}",
             f"{1000 * row['step_seconds']:6.0f} ms",
             f"{row['tokens_per_second']:9,.0f} tok/s",
         ]
+    if row.get("spike"):
+        parts.append("spike")
     if row.get("mfu") is not None:
         parts.append(f"mfu {100 * row['mfu']:4.1f}%")
     if "val_loss" in row:
-        parts.append(f"val {row['val_loss']:.4f}")
+        parts.append(f"val {number(row['val_loss']):.4f}")
     if "hellaswag" in row:
         score = row["hellaswag"]["completion"]
         parts.append(f"hellaswag {100 * score['acc_norm']:.2f}% ± {100 * (score['acc_norm_stderr'] or 0):.2f}")

@@ -6,13 +6,11 @@ So the mean is over tokens, and world size and micro-batch change nothing but th
 """
 
 import math
-import signal
 import time
 from collections.abc import Callable, Iterable, Iterator
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
-from types import FrameType
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 import torch
@@ -20,20 +18,32 @@ from torch import Tensor
 
 from aymen_gpt.data import tokenizer
 from aymen_gpt.data.loader import TokenRows, deal
-from aymen_gpt.errors import AymenError, DataError, Stopped, UsageError
-from aymen_gpt.model.folders import latest_valid
+from aymen_gpt.errors import AymenError, CannotWrite, Stopped, UsageError
 from aymen_gpt.model.generation import generate
 from aymen_gpt.model.gpt import GPT
 from aymen_gpt.model.loss import linear_cross_entropy
 from aymen_gpt.training import checkpoint, optim
 from aymen_gpt.training.batches import Prefetch
-from aymen_gpt.training.config import TrainConfig, flag
-from aymen_gpt.training.device import Device
+from aymen_gpt.training.config import TrainConfig
+from aymen_gpt.training.device import Device, is_out_of_memory, memory_in_words
 from aymen_gpt.training.distributed import Ranks
+from aymen_gpt.training.guard import Guard
+from aymen_gpt.training.resume import Resume, changes, check_identity, find_checkpoint, identity, options
 from aymen_gpt.training.runlog import RunLog
 from aymen_gpt.training.schedule import learning_rate
 
 Score = Callable[[GPT], dict[str, Any]]
+Row = dict[str, Any]  # a line of metrics.jsonl
+MAX_FAILED_SAVES = 3  # in a row, before the run ends
+
+
+class Stop(Protocol):
+    """What ``fit`` asks at each step: see signals.StopSignal."""
+
+    name: str
+
+    @property
+    def requested(self) -> bool: ...
 
 
 @dataclass
@@ -47,6 +57,8 @@ class Trainer:
     val_rows: TokenRows
     data_sha256: str  # of the token shards' manifest
     score: Score | None = None  # a model -> its HellaSwag, for metrics.jsonl
+    initial: Callable[[], GPT] | None = None  # gives the weights of step 0, else they are random
+    settings: dict[str, Any] = field(default_factory=dict)  # of the machine, to tell what changed on resume
 
     def __post_init__(self) -> None:
         c = self.config
@@ -55,11 +67,16 @@ class Trainer:
                 f"{self.ranks.world_size} processes for {c.rows_per_step} rows a step: use fewer, or raise "
                 f"--tokens-per-step to at least {self.ranks.world_size * c.block_size}"
             )
-        self.micro_batch = c.micro_batch or (64 if self.device.place.type == "cuda" else 16)
+        _, most = deal(c.rows_per_step, 0, self.ranks.world_size)
+        self.micro_batch = min(c.micro_batch or (64 if self.device.place.type == "cuda" else 16), most)
         self.model = GPT(c.model, torch.Generator().manual_seed(c.seed)).to(self.device.place)
         self.parameters = list(self.model.parameters())
         betas = (c.beta1, c.beta2)
         self.optimizer = optim.adamw(self.model, lr=c.learning_rate, betas=betas, weight_decay=c.weight_decay)
+        optim.start_moments(self.model, self.optimizer)
+        self.scaler = torch.amp.GradScaler(self.device.place.type, enabled=self.device.dtype == torch.float16)
+        self.guard = Guard(c.skip_spikes)
+        self.origin = (0, 0)  # a step and its first row of the data order; both move on when a run is continued
         self.compiled = self.device.place.type == "cuda" if c.compile is None else c.compile
         self.loss = torch.compile(self._loss, dynamic=False) if self.compiled else self._loss
 
@@ -89,35 +106,100 @@ class Trainer:
 
     def batches_from(self, step: int) -> Iterator[list[Tensor]]:
         """The micro-batches of update ``step``, of the one after it, and so on to the last."""
-        c = self.config
-        for s in range(step, c.steps):
-            yield list(self.batches(self.train_rows, s * c.rows_per_step, c.rows_per_step))
+        for s in range(step, self.config.steps):
+            yield list(self.batches(self.train_rows, self.first_row(s), self.config.rows_per_step))
 
-    def train_step(self, step: int, batches: Iterable[Tensor], stop: bool) -> tuple[dict[str, Any], bool]:
-        """Update number ``step`` (0 is the first): its row of metrics, and whether any rank was told to stop."""
-        c, began = self.config, time.monotonic()
-        total = torch.zeros(2, device=self.device.place)  # loss, ranks that want to stop
-        total[1] = float(stop)
-        for tokens in batches:
-            loss = self.batch_loss(tokens) / c.tokens_per_step
-            loss.backward()
-            total[0] += loss.detach()
-        self.ranks.sum_gradients(self.parameters)
-        norm = optim.clip_gradients(self.parameters, c.grad_clip).item()
-        mean_loss, stops = self.ranks.sum(total).tolist()
-        if not math.isfinite(mean_loss) or not math.isfinite(norm):
+    def first_row(self, step: int) -> int:
+        """Where update ``step`` begins in the data order."""
+        origin_step, origin_row = self.origin
+        return origin_row + (step - origin_step) * self.config.rows_per_step
+
+    def fit_micro_batch(self) -> None:
+        """Halve the micro-batch until forward and backward fit in the memory of every rank."""
+        while not self.ranks.all(self._fits(self.micro_batch)):
+            if self.micro_batch == 1:
+                raise AymenError(f"one row does not fit in memory ({memory_in_words(self.device)}): {SMALLER}")
+            self.micro_batch = (self.micro_batch + 1) // 2
+
+    def _fits(self, rows: int) -> bool:
+        try:
+            self.batch_loss(torch.zeros(rows, self.config.block_size + 1, dtype=torch.int64)).backward()
+        except RuntimeError as error:
+            if not is_out_of_memory(error):
+                raise
+            return False
+        finally:
+            self.optimizer.zero_grad(set_to_none=True)
+        return True
+
+    def gradients(self, step: int, batches: Iterable[Tensor]) -> list[Tensor]:
+        """Accumulate this rank's share of the mean loss; the share of each micro-batch."""
+        losses = []
+        try:
+            for tokens in batches:
+                loss = self.batch_loss(tokens) / self.config.tokens_per_step
+                self.scaler.scale(loss).backward()
+                losses.append(loss.detach())
+        except RuntimeError as error:
+            if not is_out_of_memory(error):
+                raise
+            smaller = f"try --micro-batch {self.micro_batch // 2}, the result is the same"
             raise AymenError(
-                f"loss {mean_loss} and gradient norm {norm} in step {step + 1}: no update was made "
-                "and no checkpoint taken; try a lower --learning-rate or --dtype float32"
-            )
+                f"out of memory in step {step + 1} with micro-batch {self.micro_batch} "
+                f"({memory_in_words(self.device)}): {smaller if self.micro_batch > 1 else SMALLER}"
+            ) from error
+        return losses
+
+    def train_step(
+        self, step: int, batches: Iterable[Tensor], *, stop: bool = False, failed: bool = False
+    ) -> tuple[Row, bool, bool]:
+        """Update ``step`` (0 is the first): its row of metrics, and whether any rank said stop or failed."""
+        c, began = self.config, time.monotonic()
+        losses = self.gradients(step, batches)
+        self.ranks.sum_gradients(self.parameters)
+        if self.scaler.is_enabled():
+            self.scaler.unscale_(self.optimizer)
+        norm = optim.clip_gradients(self.parameters, c.grad_clip).item()
+        total = torch.zeros(3, device=self.device.place)
+        total[0], total[1], total[2] = sum(losses), float(stop), float(failed)
+        loss, stops, failures = self.ranks.sum(total).tolist()
+        wrong, skip = self._judge(loss, norm)
         lr = learning_rate(
             step, peak=c.learning_rate, warmup_steps=c.warmup_steps, steps=c.steps, min_ratio=c.min_lr_ratio
         )
-        optim.set_learning_rate(self.optimizer, lr)
-        self.optimizer.step()
-        self.optimizer.zero_grad(set_to_none=True)
-        row = {"step": step + 1, "tokens": (step + 1) * c.tokens_per_step, "loss": mean_loss, "lr": lr}
-        return row | {"grad_norm": norm} | self._speed(time.monotonic() - began), stops > 0
+        row: Row = {"step": step + 1, "tokens": self.first_row(step + 1) * c.block_size}
+        row |= {"loss": finite(loss), "lr": lr, "grad_norm": finite(norm)}
+        if skip:
+            row |= {"skipped": wrong, "documents": self._documents(step, losses)}
+        else:
+            optim.set_learning_rate(self.optimizer, lr)
+            self.optimizer.step()
+        if wrong and not skip:
+            row[wrong] = True
+        if self.scaler.is_enabled():
+            self.scaler.update()
+        if self.guard.skipped <= c.max_skips:  # else they are looked at once more, by autopsy
+            self.optimizer.zero_grad(set_to_none=True)
+        return row | self._speed(time.monotonic() - began), stops > 0, failures > 0
+
+    def _judge(self, loss: float, norm: float) -> tuple[str | None, bool]:
+        """What is wrong with this step, None mostly, and whether it may not touch the weights."""
+        overflow = self.scaler.is_enabled() and math.isfinite(loss) and not math.isfinite(norm)
+        if overflow and self.scaler.get_scale() > 1.0:
+            return "float16 overflow", True  # the scale was too high: it halves, nothing is wrong
+        return self.guard.judge(loss, norm)
+
+    def _documents(self, step: int, losses: list[Tensor]) -> list[str]:
+        """The documents of a skipped step: of the micro-batches whose loss is not finite, if it can be told."""
+        places = self.micro_batches(self.first_row(step), self.config.rows_per_step)
+        bad = [place for place, loss in zip(places, losses, strict=True) if not torch.isfinite(loss)]
+        suspects = [tuple(p) for of_rank in self.ranks.gather(bad) for p in of_rank]
+        reads = [
+            read
+            for first, n in suspects or [(self.first_row(step), self.config.rows_per_step)]
+            for read in self.train_rows.documents(first, n)
+        ]
+        return list(dict.fromkeys(read.id or f"{read.shard} document {read.document}" for read in reads))
 
     def _speed(self, seconds: float) -> dict[str, Any]:
         speed = self.config.tokens_per_step / max(seconds, 1e-9)
@@ -149,91 +231,136 @@ class Trainer:
             section += f"\n> {encoding.decode(prompt).strip().replace(chr(10), ' ')}\n\n````text\n{text}\n````\n"
         return section
 
-    def snapshot(self, row: dict[str, Any]) -> checkpoint.Snapshot:
-        step = row["step"]
+    def snapshot(self, row: Row) -> checkpoint.Snapshot:
         return checkpoint.Snapshot(
-            step, step * self.config.rows_per_step, self.identity() | asdict(self.config), row
+            step=row["step"],
+            updates=optim.updates(self.optimizer),
+            rows=self.first_row(row["step"]),
+            identity=identity(self.config, self.data_sha256),
+            settings=self.all_settings(),
+            guard=self.guard.state(),
+            metrics=dict(row),  # a copy: the score joins the row while the checkpoint is written
+            scaler=self.scaler.state_dict(),
         )
 
-    def identity(self) -> dict[str, Any]:
-        """What may not change between the parts of one run."""
-        c = self.config
-        return {
-            "model": asdict(c.model),
-            "seed": c.seed,
-            "tokens_per_step": c.tokens_per_step,
-            "data_sha256": self.data_sha256,
-        }
+    def all_settings(self) -> dict[str, Any]:
+        """What may change between the parts of a run, and is told when it does."""
+        return options(self.config) | {"world_size": self.ranks.world_size} | self.settings
 
-    def resume(self, folder: Path, log: RunLog | None) -> dict[str, Any] | None:
-        """Continue from the newest checkpoint that verifies; its row of metrics, None for a fresh start."""
-        newest, problems = self.ranks.broadcast(find_checkpoint(folder) if self.ranks.is_first else (None, []))
-        if newest is None and problems:
-            raise DataError(
-                "no checkpoint can be used: "
-                + "; ".join(problems)
-                + f". Start anew with another --run than {folder}"
-            )
-        if newest is None:
-            return None
+    def resume(self, folder: Path, log: RunLog | None, how: Resume) -> tuple[Row | None, dict[str, Any]]:
+        """Go to the newest checkpoint that verifies: its row of metrics (None: a new start), and what changed."""
+        newest, problems = self.ranks.first(lambda: find_checkpoint(folder, how.mode))
         if log:
             for line in problems:
-                log.say(f"warning: {line}; using {newest.name}")
-        self._check_identity(checkpoint.read_snapshot(newest).run, folder)
-        return checkpoint.restore(newest, self.model, self.optimizer).metrics
+                log.say(f"warning: {line}; {f'using {newest.name}' if newest else 'not used'}")
+        if newest is None:
+            if self.initial is not None:
+                self._start_from(self.initial())
+            return None, {}
+        saved = checkpoint.read_snapshot(newest)
+        now = identity(self.config, self.data_sha256)
+        changed = check_identity(saved.identity, now, folder, how)
+        checkpoint.restore(newest, self.model, self.optimizer)
+        self.guard.restore(saved.guard)
+        self.scaler.load_state_dict(saved.scaler)
+        self.origin = (saved.step, saved.rows)
+        return saved.metrics, changed | changes(saved.settings, self.all_settings())
 
-    def _check_identity(self, saved: dict[str, Any], folder: Path) -> None:
-        differing = [
-            f"{key} was {saved.get(key)}, is {value}"
-            for key, value in self.identity().items()
-            if saved.get(key) != value
-        ]
-        if differing:
-            raise UsageError(f"{folder} holds another run ({'; '.join(differing)}): choose a new {flag('run')}")
+    def _start_from(self, other: GPT) -> None:
+        if other.config != self.config.model:
+            raise UsageError(
+                f"--init-from {self.config.init_from} is {other.config}, this run is {self.config.model}"
+            )
+        self.model.load_state_dict(other.state_dict())
 
-    def fit(self, folder: Path, log: RunLog | None, stop: "StopSignal", describe: dict[str, Any]) -> None:
+    def fit(
+        self,
+        folder: Path,
+        log: RunLog | None,
+        stop: Stop,
+        describe: Callable[[], dict[str, Any]] = dict,
+        how: Resume | None = None,
+    ) -> None:
         """Train to ``config.steps``, from wherever the folder's newest checkpoint is. ``log`` is the first rank's.
 
-        Raises Stopped, with everything saved, when a signal came to any rank.
+        Raises Stopped, with everything saved, when a signal came to any rank; AymenError after ``max_skips``
+        steps in a row without a finite loss and gradient; CannotWrite when no checkpoint could be saved.
         """
         c = self.config
-        row = self.resume(folder, log)
+        row, changed = self.resume(folder, log, how or Resume())
         step = 0 if row is None else row["step"]
+        if not c.micro_batch:
+            self.fit_micro_batch()
         if log:
-            log.start(describe, None if row is None else step)
-            log.say(f"resuming from step {step}" if row else f"starting at step 0 of {c.steps}")
+            log.start(describe(), None if row is None else step, changed)
         if row is None:
-            self.report(folder, log, {"step": 0, "tokens": 0, "val_loss": self.validation_loss()})
+            self.report(log, {"step": 0, "tokens": 0, "val_loss": self.validation_loss()})
         elif self.ranks.broadcast(log is not None and log.last_step() < step):
-            self.report(folder, log, row)  # killed between the checkpoint and its row
-        with Prefetch(self.batches_from(step)) as ready:
+            self.report(log, row)  # killed between the checkpoint and its row
+        warn = log.say if log else print
+        with (
+            checkpoint.Saver(folder, keep_last=c.keep_last, keep_every=c.keep_every, warn=warn) as saver,
+            Prefetch(self.batches_from(step)) as ready,
+        ):
             for batches in ready:
-                row, stopping = self.train_step(step, batches, stop.requested)
+                cannot_save = saver.failures >= MAX_FAILED_SAVES
+                row, stopping, failed = self.train_step(step, batches, stop=stop.requested, failed=cannot_save)
                 step += 1
                 last = step == c.steps
                 if last or (c.val_every and step % c.val_every == 0):
-                    row["val_loss"] = self.validation_loss()
-                if last or stopping or step % c.checkpoint_every == 0:
-                    self.save(folder, row)
-                self.report(folder, log, row)
+                    row["val_loss"] = finite(self.validation_loss())
+                if self.ranks.is_first and (last or stopping or step % c.checkpoint_every == 0):
+                    saver.start(self.model, self.optimizer, self.snapshot(row))
+                if last or stopping or failed or self.due(step):
+                    self.settle(saver, must=last or stopping or failed)
+                self.report(log, row)
+                if self.guard.skipped > c.max_skips:
+                    if log:
+                        log.failure(self.autopsy(row))
+                    raise AymenError(self._hopeless(row))
                 if stopping and not last:
                     raise Stopped(
                         f"stopped by {stop.name} at step {step} of {c.steps} and saved: run the same command "
                         "again to continue"
                     )
 
-    def save(self, folder: Path, row: dict[str, Any]) -> None:
-        if self.ranks.is_first:
-            checkpoint.save(
-                folder, self.model, self.optimizer, self.snapshot(row), keep_last=self.config.keep_last
-            )
-        self.ranks.wait()
+    def settle(self, saver: checkpoint.Saver, *, must: bool) -> None:
+        """Wait until the save under way is done; if it ``must`` have worked, every rank raises when it did not."""
+        saver.wait()
+        error = self.ranks.broadcast(str(saver.error) if saver.error else None) if must else None
+        if error:
+            raise CannotWrite(f"{error}; make room, then run the same command again")
 
-    def report(self, folder: Path, log: RunLog | None, row: dict[str, Any]) -> None:
+    def autopsy(self, row: Row) -> dict[str, Any]:
+        """What failure.json tells of the last skipped step: every parameter's size and that of its gradient."""
+
+        def size(t: Tensor | None) -> dict[str, Any]:
+            if t is None:
+                return {}
+            return {"norm": finite(t.norm().item()), "not_finite": int((~torch.isfinite(t)).sum())}
+
+        return row | {
+            "last_losses": list(self.guard.losses)[-20:],
+            "weights": {name: size(p.detach()) for name, p in self.model.named_parameters()},
+            "gradients": {name: size(p.grad) for name, p in self.model.named_parameters()},
+        }
+
+    def _hopeless(self, row: Row) -> str:
+        return (
+            f"{self.guard.skipped} steps in a row were skipped, the last for a {row['skipped']}: the weights are "
+            f"those before step {row['step'] - self.guard.skipped + 1}; failure.json has the documents and the "
+            "gradients; try a lower --learning-rate or --dtype float32"
+        )
+
+    def due(self, step: int) -> bool:
+        """Whether HellaSwag is scored after update ``step``."""
+        c = self.config
+        return bool(self.score and c.hellaswag_every) and (step % c.hellaswag_every == 0 or step == c.steps)
+
+    def report(self, log: RunLog | None, row: Row) -> None:
         """Complete a step's row with what is due after its checkpoint (score, samples), and log it."""
-        c, step = self.config, row["step"]
-        due = step > 0 and c.hellaswag_every and (step % c.hellaswag_every == 0 or step == c.steps)
-        if self.score is not None and due:
+        step = row["step"]
+        if self.score is not None and step > 0 and self.due(step):
             row["hellaswag"] = self.score(self.model)
         if log:
             if "val_loss" in row:
@@ -241,22 +368,9 @@ class Trainer:
             log.write(row)
 
 
-def find_checkpoint(folder: Path) -> tuple[Path | None, list[str]]:
-    """The newest checkpoint that verifies and what is wrong with newer ones; sweeps up after killed saves."""
-    checkpoint.remove_partial(folder)
-    return latest_valid(folder)
+SMALLER = "try a smaller --preset, a shorter --block-size or another device"
 
 
-class StopSignal:
-    """Remembers SIGTERM or SIGINT instead of dying of it; a second one ends the process at once, with 130."""
-
-    def __init__(self) -> None:
-        self.requested = False
-        self.name = "another rank's signal"
-        for number in (signal.SIGTERM, signal.SIGINT):
-            signal.signal(number, self._receive)
-
-    def _receive(self, number: int, frame: FrameType | None) -> None:
-        if self.requested:
-            raise SystemExit(130)
-        self.requested, self.name = True, signal.Signals(number).name
+def finite(value: float) -> float | None:
+    """For JSON, which has no NaN."""
+    return value if math.isfinite(value) else None

@@ -1,0 +1,110 @@
+"""Which checkpoint a start continues from, and what may have changed since it was taken."""
+
+import json
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from aymen_gpt.errors import DataError, UsageError
+from aymen_gpt.model.folders import latest_valid, strangers
+from aymen_gpt.training import checkpoint
+from aymen_gpt.training.config import TrainConfig, flag
+
+MODES = ("auto", "must", "none")
+OVERRIDABLE = ("seed", "data", "tokens_per_step")
+
+
+@dataclass(frozen=True)
+class Resume:
+    """What the user said about continuing: --resume and --override-resume."""
+
+    mode: str = "auto"
+    override: tuple[str, ...] = ()
+
+    def __post_init__(self) -> None:
+        if self.mode not in MODES:
+            raise UsageError(f"--resume {self.mode}: expected {', '.join(MODES)}")
+        for key in self.override:
+            if key not in OVERRIDABLE:
+                raise UsageError(f"--override-resume {key}: expected any of {', '.join(OVERRIDABLE)}")
+
+
+def find_checkpoint(run: Path, mode: str) -> tuple[Path | None, list[str]]:
+    """The checkpoint to continue from (None: start at step 0) and what is wrong with newer ones.
+
+    Raises DataError when there are checkpoints and none can be used, UsageError when there must be one.
+    """
+    checkpoint.remove_partial(run)
+    if mode == "none":
+        set_aside(run)
+    newest, problems = latest_valid(run)
+    if newest is not None:
+        problems += [f"{newest} also holds {name}, which is no part of it" for name in strangers(newest)]
+    if newest is None and problems:
+        raise DataError(
+            f"no checkpoint can be used: {'; '.join(problems)}. To start at step 0 with these files set aside: "
+            "--resume none"
+        )
+    if newest is None and mode == "must":
+        raise UsageError(f"--resume must: {run} has no checkpoint to continue from")
+    return newest, problems
+
+
+def set_aside(run: Path) -> None:
+    """Move everything of an earlier attempt into ``run``/earlier-1, or -2, ...; nothing is deleted."""
+    files = [p for p in run.glob("*") if p.name != ".lock" and not p.name.startswith("earlier-")]
+    if not files:
+        return
+    number = 1 + max([int(p.name[8:]) for p in run.glob("earlier-*") if p.name[8:].isdigit()], default=0)
+    target = run / f"earlier-{number}"
+    target.mkdir()
+    for path in files:
+        path.rename(target / path.name)
+
+
+def identity(config: TrainConfig, data_sha256: str) -> dict[str, Any]:
+    """What makes a run this run: contract C1. ``data`` is the sha256 of the shards' manifest."""
+    return {
+        **asdict(config.model),
+        "seed": config.seed,
+        "tokens_per_step": config.tokens_per_step,
+        "data": data_sha256,
+    }
+
+
+def options(config: TrainConfig) -> dict[str, Any]:
+    """The options that may change between the parts of a run."""
+    fixed = {"run", "preset", "seed", "tokens_per_step", "block_size"}
+    return {("data_folder" if k == "data" else k): v for k, v in asdict(config).items() if k not in fixed}
+
+
+def changes(before: dict[str, Any], now: dict[str, Any]) -> dict[str, list[Any]]:
+    """{key: [before, now]} of all that differs; what JSON cannot tell apart does not."""
+    now = json.loads(json.dumps(now))
+    return {key: [before.get(key), value] for key, value in now.items() if before.get(key) != value}
+
+
+def in_words(changed: dict[str, list[Any]]) -> str:
+    """
+    >>> in_words({"learning_rate": [0.003, 0.001], "world_size": [2, 4]})
+    'learning_rate 0.003 -> 0.001, world_size 2 -> 4'
+    """
+    return ", ".join(f"{key} {short(before)} -> {short(now)}" for key, (before, now) in changed.items())
+
+
+def short(value: Any) -> str:
+    return f"{value[:12]}..." if isinstance(value, str) and len(value) == 64 else str(value)
+
+
+def check_identity(saved: dict[str, Any], now: dict[str, Any], run: Path, resume: Resume) -> dict[str, list[Any]]:
+    """What differs and was overridden; UsageError with the difference when any of it was not."""
+    changed = changes(saved, now)
+    refused = {key: values for key, values in changed.items() if key not in resume.override}
+    if refused:
+        keys = [key for key in refused if key in OVERRIDABLE]
+        override = f", or go on all the same with --override-resume {' '.join(keys)}"
+        raise UsageError(
+            f"{run} holds another run ({in_words(refused)}): choose a new {flag('run')}"
+            + (override if len(keys) == len(refused) else "")
+        )
+    return changed

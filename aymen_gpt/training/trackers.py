@@ -1,0 +1,85 @@
+"""Send a run's numbers to TensorBoard, Weights & Biases or Trackio too; none of them can hurt the run."""
+
+import warnings
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from aymen_gpt.errors import UsageError
+
+Send = Callable[[dict[str, float], int], object]  # numbers by name, and their step
+
+
+def tensorboard(folder: Path, config: dict[str, Any]) -> Send:
+    from torch.utils.tensorboard import SummaryWriter
+
+    writer = SummaryWriter(folder / "tensorboard")
+
+    def send(numbers: dict[str, float], step: int) -> None:
+        for name, value in numbers.items():
+            writer.add_scalar(name, value, step)
+        writer.flush()
+
+    return send
+
+
+def wandb(folder: Path, config: dict[str, Any]) -> Send:
+    import wandb
+
+    run = wandb.init(
+        project="aymen-gpt", name=folder.name, dir=folder, config=config, resume="allow", id=folder.name
+    )
+    return lambda numbers, step: run.log(numbers, step=step)
+
+
+def trackio(folder: Path, config: dict[str, Any]) -> Send:
+    import trackio
+
+    trackio.init(project="aymen-gpt", name=folder.name, config=config, resume="allow")
+    return lambda numbers, step: trackio.log(numbers, step=step)
+
+
+TRACKERS = {"tensorboard": tensorboard, "wandb": wandb, "trackio": trackio}
+
+
+def tracker(name: str, folder: Path, config: dict[str, Any]) -> Callable[[dict[str, Any]], None] | None:
+    """Something to call with each row of metrics.jsonl, None without a name.
+
+    Whatever fails in it is said once, then it stays silent: a run never depends on a tracker. UsageError for an
+    unknown name.
+    """
+    if not name:
+        return None
+    if name not in TRACKERS:
+        raise UsageError(f"--track {name}: expected {', '.join(TRACKERS)}")
+    send: Send | None = None
+    broken = False
+
+    def track(row: dict[str, Any]) -> None:
+        nonlocal send, broken
+        if broken:
+            return
+        try:
+            send = send or TRACKERS[name](folder, config)
+            send(numbers(row), row["step"])
+        except Exception as error:
+            broken = True
+            why = f"pip install {name}" if isinstance(error, ImportError) else f"{type(error).__name__}: {error}"
+            warnings.warn(f"--track {name} does not work ({why}); training goes on without it", stacklevel=2)
+
+    return track
+
+
+def numbers(row: dict[str, Any]) -> dict[str, float]:
+    """The numbers of a row by flat names.
+
+    >>> numbers({"step": 5, "loss": 3.5, "mfu": None, "hellaswag": {"completion": {"acc_norm": 0.25}}})
+    {'loss': 3.5, 'hellaswag/completion/acc_norm': 0.25}
+    """
+    flat: dict[str, float] = {}
+    for key, value in row.items():
+        if isinstance(value, dict):
+            flat |= {f"{key}/{name}": v for name, v in numbers(value).items()}
+        elif isinstance(value, int | float) and key != "step":
+            flat[key] = float(value)
+    return flat
