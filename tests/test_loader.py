@@ -204,11 +204,15 @@ def test_document_starts_are_found_across_scan_borders(tmp_path, monkeypatch):
 @pytest.mark.parametrize(
     ("lists", "split", "message"),
     [
-        ([range(12)], "val", "validation needs at least 1025 tokens, has 12"),
+        (
+            [range(12)],
+            "val",
+            "validation needs at least 1025 tokens, .*d has 12: prepare more text, or lower --block-size",
+        ),
         (
             [range(12), range(900)],
             "train",
-            "training needs at least 1025 tokens, has 900 in the largest of its 2 shards",
+            "training needs at least 1025 tokens, .*d has 900 in the largest of its 2 shards: prepare more",
         ),
     ],
 )
