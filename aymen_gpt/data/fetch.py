@@ -16,7 +16,7 @@ import time
 import zipfile
 from collections.abc import Callable
 from dataclasses import dataclass
-from pathlib import Path, PurePosixPath
+from pathlib import Path, PurePosixPath, PureWindowsPath
 from typing import NoReturn, TypeVar
 
 from aymen_gpt import files
@@ -117,7 +117,7 @@ def hub_file(
     """
     from huggingface_hub import hf_hub_download, try_to_load_from_cache
 
-    check_name(filename)
+    check_name(filename, folder)
     what = f"{filename} of {repo}"
     cached = folder is None and isinstance(
         try_to_load_from_cache(repo, filename, revision=revision, repo_type=repo_type), str
@@ -150,10 +150,12 @@ def _announced_sha256(path: Path) -> str:
     return blob if re.fullmatch(r"[0-9a-f]{64}", blob) else ""
 
 
-def check_name(name: str) -> None:
-    """DataError for a path that would leave the folder it is meant for."""
-    if name.startswith("/") or "\\" in name or ".." in PurePosixPath(name).parts:
+def check_name(name: str, folder: Path | None = None) -> None:
+    """DataError for a path that would leave the folder it is meant for, by its letters or by a link."""
+    if name.startswith("/") or "\\" in name or ".." in PurePosixPath(name).parts or PureWindowsPath(name).drive:
         raise DataError(f"unsafe path {name!r} in a list of files: nothing was written")
+    if folder and not (folder / name).parent.resolve().is_relative_to(folder.resolve()):
+        raise DataError(f"unsafe path {name!r}: a link leads out of {folder}; remove it")
 
 
 def _asked(request: Callable[[], T], what: str) -> T:
