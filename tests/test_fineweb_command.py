@@ -4,6 +4,7 @@ import hashlib
 import json
 import os
 import random
+import shlex
 import signal
 import subprocess
 import sys
@@ -140,6 +141,41 @@ def test_a_full_disk_is_exit_73_and_the_same_command_continues(texts, tmp_path):
     assert not list(out.glob(".*.tmp"))
     subprocess.run(door_command(*words, out), check=True, capture_output=True)
     assert digest(out) == digest(tmp_path / "whole")
+
+
+@pytest.mark.slow
+@pytest.mark.fault(58)
+def test_paths_with_blanks_and_letters_of_all_kinds_work_from_text_to_a_story(door, tmp_path):
+    place = tmp_path / "my té xt's; $HOME & 中 100%"
+    place.mkdir()
+    texts = write_jsonl(place / "á b.jsonl", make_texts(400))
+    made = door(
+        "fineweb.py", "--source", texts, "--out", place / "out put", "--workers", 2, "--shard-tokens", 3000
+    )
+    assert made.returncode == 0, made.stderr
+    then = shlex.split(made.stdout.splitlines()[-1])
+    assert then == ["next", "python", "pretrain.py", "--data", str(place / "out put")]
+    copied = door("fineweb.py", "--source", f"tokens:{place / 'out put'}", "--out", place / "cop y")
+    assert copied.returncode == 0, copied.stderr
+    small = ["--preset", "tiny", "--steps", 2, "--val-tokens", 256, "--hellaswag-every", 0, "--run", place / "rün"]
+    trained = door(*then[2:], *small, processes=None)
+    assert trained.returncode == 0, trained.stderr
+    assert (place / "rün/report.html").is_file()
+    wrote = door("generate.py", "-m", place / "rün", "日本 é", "--max-tokens", 3, PYTHONIOENCODING="ascii")
+    assert wrote.returncode == 0, wrote.stderr
+    assert wrote.stdout.startswith("\\u65e5\\u672c \\xe9")
+
+
+@pytest.mark.fault(58)
+@pytest.mark.skipif(sys.platform != "linux", reason="names of files are letters there, not bytes")
+def test_names_that_are_no_letters_at_all_work_too(door, tmp_path):
+    write_jsonl(tmp_path / os.fsdecode(b"in\xff.jsonl"), make_texts(50))
+    for _ in range(2):
+        done = door(
+            "fineweb.py", "--source", os.fsdecode(b"in\xff.jsonl"), "--out", os.fsdecode(b"o\xfe"), "--workers", 1
+        )
+        assert done.returncode == 0, done.stderr
+    assert done.stdout.startswith("already prepared: o\\udcfe, ")
 
 
 @pytest.mark.fault(46, 54)
