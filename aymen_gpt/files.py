@@ -80,16 +80,15 @@ def lock(folder: Path, option: str) -> TextIO:
     try:
         folder.mkdir(parents=True, exist_ok=True)
         f = (folder / ".lock").open("a+")
-    except OSError as error:
-        why = f"cannot write into {folder}: {error.strerror}; choose another folder with {option}"
-        raise CannotWrite(why) from error
-    try:
         if fcntl is not None:
             fcntl.flock(f, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        f.truncate(0)
+        f.write(f"pid {os.getpid()} since {datetime.now(UTC):%Y-%m-%d %H:%M:%S} UTC")
+        f.flush()
     except BlockingIOError:
         f.seek(0)
         raise CannotWrite(f"{folder} is in use by {f.read().strip()}; stop it or use another {option}") from None
-    f.truncate(0)
-    f.write(f"pid {os.getpid()} since {datetime.now(UTC):%Y-%m-%d %H:%M:%S} UTC")
-    f.flush()
+    except OSError as error:
+        why = f"cannot write into {folder}: {error.strerror}; make room or choose another folder with {option}"
+        raise CannotWrite(why) from error
     return f

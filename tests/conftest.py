@@ -41,10 +41,12 @@ def disk(tmp_path):
     folder = tmp_path / "disk"
 
     def mount(option):
-        mounted = folder.is_mount()
         option = option if option == "ro" else f"rw,size={option}"
-        folder.mkdir(exist_ok=True)
-        command = ["mount", "-t", "tmpfs", "-o", f"remount,{option}" if mounted else option, "tmpfs", folder]
+        command = ["mount", "-t", "tmpfs", "-o", option, "tmpfs", folder]
+        if folder.is_mount():
+            subprocess.run([*command[:4], f"remount,{option}", *command[5:]], check=True)
+            return folder
+        folder.mkdir()
         if not shutil.which("mount") or subprocess.run(command, capture_output=True).returncode:
             pytest.skip("mounting a small disk needs root")
         return folder

@@ -1,7 +1,8 @@
 """Death at a chosen point, as kill -9 brings it: no ``finally``, no ``atexit``, nothing flushed.
 
 A point is MOMENT:N:FUNCTION, before or after the N-th call of a function that is named where the product looks
-it up: ``before:3:os.replace``, ``after:1:aymen_gpt.training.checkpoint:save_file``.
+it up: ``before:3:os.replace``, ``after:1:aymen_gpt.training.checkpoint:save_file``. With ``stop`` for ``before``
+the process does not die there but hangs (SIGSTOP), until somebody sends SIGCONT.
 
     door("tests/crashes.py", "before:3:os.replace", "pretrain.py", "--steps", 8)      exit code 137
     door("tests/crashes.py", "after:1:os.replace", "RANK=1", "pretrain.py", ..., processes=3)
@@ -28,7 +29,7 @@ CODE = 137  # what a shell says of a process that kill -9 ended
 def arm(point):
     """From now on this process dies when it comes to the point."""
     moment, nth, target = point.split(":", 2)
-    assert moment in ("before", "after"), point
+    assert moment in ("before", "after", "stop"), point
     module, _, attribute = target.rpartition(":" if ":" in target else ".")
     *path, name = attribute.split(".")
     owner = functools.reduce(getattr, path, importlib.import_module(module))
@@ -39,8 +40,10 @@ def arm(point):
         last = next(calls) == int(nth)
         if last and moment == "before":
             os._exit(CODE)
+        if last and moment == "stop":
+            os.kill(os.getpid(), signal.SIGSTOP)
         result = real(*args, **more)
-        if last:
+        if last and moment == "after":
             os._exit(CODE)
         return result
 

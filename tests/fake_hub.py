@@ -2,8 +2,9 @@
 
 It answers what hf_hub_download, dataset_info and list_repo_tree ask (look-ups, listings, files, ranges) and fails
 on demand: ``hub.faults["GET a.parquet"] = ["500", "wrong"]`` spoils the next two GETs of that file ("GET api": of
-any listing). The faults: an HTTP status, ``short`` (half the bytes, then a dead line), ``wrong`` (other bytes of
-the same length). A list that ends in ``...`` repeats its last fault for ever.
+any listing). The faults: an HTTP status, ``short`` (half the bytes, then a dead line), ``stall`` (half the bytes,
+then silence), ``wrong`` (other bytes of the same length). A list that ends in ``...`` repeats its last fault for
+ever.
 """
 
 import hashlib
@@ -16,7 +17,7 @@ COMMIT = "c0ffee" * 6 + "beef"
 
 
 def talk_to(hub, monkeypatch, cache):
-    """Make huggingface_hub of this process talk to the fake Hub, with an empty cache and no waiting."""
+    """Make huggingface_hub of this process talk to the fake Hub, with an empty cache and without pauses."""
     from huggingface_hub import constants
 
     template = constants.HUGGINGFACE_CO_URL_TEMPLATE.replace(constants.ENDPOINT, hub.endpoint)
@@ -24,6 +25,7 @@ def talk_to(hub, monkeypatch, cache):
     monkeypatch.setattr(constants, "ENDPOINT", hub.endpoint)
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
     monkeypatch.setattr(constants, "HF_HUB_CACHE", str(cache))
+    monkeypatch.setattr(constants, "DOWNLOAD_CHUNK_SIZE", 4096)
     monkeypatch.setattr("time.sleep", lambda seconds: None)
 
 
@@ -32,6 +34,8 @@ class FakeHub:
         self.files = files  # {path in the repository: bytes}
         self.faults = {}
         self.requests = []  # "METHOD path", in order
+        self.starts = []  # the first byte of each answer to a GET
+        self.closing = threading.Event()
         hub = self
 
         class Handler(_Handler):
@@ -46,6 +50,7 @@ class FakeHub:
         return self
 
     def __exit__(self, *error):
+        self.closing.set()
         self.server.shutdown()
         self.server.server_close()
 
@@ -104,6 +109,8 @@ class _Handler(BaseHTTPRequestHandler):
             return self.reply(404, b"", {"X-Error-Code": "EntryNotFound"})
         if fault and fault.isdigit():
             return self.reply(int(fault), b"")
+        if fault == "stall" and self.command == "HEAD":
+            return self.hang_up(silent=True)
         content = self.hub.files[name]
         sha256 = hashlib.sha256(content).hexdigest()
         headers = {"ETag": f'"{sha256}"', "X-Linked-Etag": f'"{sha256}"', "X-Linked-Size": str(len(content))}
@@ -115,17 +122,25 @@ class _Handler(BaseHTTPRequestHandler):
             start = int(asked.removeprefix("bytes=").split("-")[0])
             status = 206
             headers["Content-Range"] = f"bytes {start}-{len(content) - 1}/{len(content)}"
-        self.reply(status, content[start:], headers, cut=fault == "short")
+        if self.command == "GET":
+            self.hub.starts.append(start)
+        self.reply(status, content[start:], headers, fault)
 
-    def reply(self, status, body, headers=None, cut=False):
+    def reply(self, status, body, headers=None, fault=None):
         self.send_response(status)
         for name, value in (headers or {}).items():
             self.send_header(name, value)
         self.send_header("Content-Length", str(len(body)))
         self.end_headers()
+        cut = fault in ("short", "stall")
         if self.command == "GET":
             self.wfile.write(body[: len(body) // 2] if cut else body)
         if cut:
-            self.wfile.flush()
-            self.close_connection = True
-            self.connection.close()
+            self.hang_up(silent=fault == "stall")
+
+    def hang_up(self, silent):
+        self.wfile.flush()
+        if silent:
+            self.hub.closing.wait()
+        self.close_connection = True
+        self.connection.close()

@@ -10,7 +10,7 @@ import pytest
 from conftest import make_shards
 from crashes import killed, points
 from fake_hub import COMMIT, FakeHub, talk_to
-from test_prepare import quiet, tokens_of, write_jsonl
+from test_prepare import grow_until_done, quiet, tokens_of, write_jsonl
 from test_shards import llmc_bytes
 
 from aymen_gpt.data import adopt, prepare, shards
@@ -251,6 +251,17 @@ def test_killed_at_any_rename_the_same_command_finishes(llmc, tmp_path):
         assert digest(again.out) == expected
         assert not list(again.out.glob(".*.tmp"))
     assert kills == 2 * 2 * len(shards.read_manifest(options.out)["shards"]) + 2
+
+
+@pytest.mark.fault(22)
+def test_a_full_disk_keeps_what_was_copied_and_the_same_command_goes_on(llmc, disk):
+    (llmc / "fineweb_train_000002.bin").unlink()
+    np.save(llmc / "fineweb_train_000002.npy", LISTS["train_000002"])
+    options = options_for(llmc, shard_tokens=150)
+    adopt.adopt(options, quiet)
+    small = replace(options, out=disk("4k") / "out")  # another file system: no hard links
+    assert grow_until_done(disk, small.out, lambda: adopt.adopt(small, quiet)) > 3
+    assert digest(small.out) == digest(options.out)
 
 
 def test_a_resumed_call_mends_what_was_damaged_meanwhile(llmc, tmp_path, monkeypatch):

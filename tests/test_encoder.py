@@ -82,6 +82,7 @@ ADVERSARIAL = [
     *(f"{a}{mark}{a} {mark}{mark} {mark}{a}" for a in CLASSES for mark in MARKS),
     *(letter * n for letter in CLASSES + MARKS + BLANKS for n in (63, 64, 65, 4097)),
     *("supercalifragilistic" * n for n in (1, 10, 1000)),
+    *(f"word{blank * 10**6}word" for blank in (" ", "\n", "\t ")),
     "👩‍👩‍👧‍👦🏳️‍🌈👍🏽 e\u0301e\u0301 ﬁ \U0001d518 \U0010ffff \ue000",
     "one\r\ntwo\r\n\r\n three\n\r four\r",
     "<|endoftext|>",

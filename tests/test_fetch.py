@@ -45,20 +45,60 @@ def test_hub_list_gives_the_commit_and_sorted_names_sizes_hashes(hub):
     assert [file.name for file in listed] == ["sample/a.parquet", "sample/b.parquet"]
 
 
+@pytest.fixture
+def impatient(monkeypatch):
+    """impatient(True): huggingface_hub waits 0.2 s for the next bytes, not 10."""
+
+    def choose(really):
+        for name in ("HF_HUB_DOWNLOAD_TIMEOUT", "HF_HUB_ETAG_TIMEOUT"):
+            monkeypatch.setattr(constants, name, 0.2 if really else 10)
+
+    return choose
+
+
+ONE_FAULT = {"500": 44, "503": 44, "429": 44, "short": 47, "stall": 47, "wrong": 43}
+
+
 @pytest.mark.parametrize("method", ["HEAD", "GET"])
-@pytest.mark.parametrize("fault", ["500", "503", "429", "short", "wrong"])
-def test_one_bad_answer_is_survived(hub, tmp_path, method, fault):
+@pytest.mark.parametrize(
+    "fault", [pytest.param(fault, marks=pytest.mark.fault(row)) for fault, row in ONE_FAULT.items()]
+)
+def test_one_bad_answer_is_survived(hub, tmp_path, method, fault, impatient):
+    impatient(fault == "stall")
     hub.faults[f"{method} a.parquet"] = [fault]
     assert get(tmp_path / "x", sha256=SHA256).read_bytes() == CONTENT
+    if method == "GET" and fault in ("short", "stall"):
+        assert len(hub.starts) == 2
+        assert 0 < hub.starts[1] <= len(CONTENT) / 2  # it went on where the line broke
 
 
 @pytest.mark.fault(45)
 def test_a_server_error_for_ever_ends_in_a_network_error_that_names_everything(hub, tmp_path):
     hub.faults["GET a.parquet"] = ["500", ...]
-    with pytest.raises(NetworkError, match=r"sample/a.parquet of a/b: HTTP 500 .*tries.*command again"):
+    message = (
+        rf"sample/a.parquet of a/b from {hub.endpoint}: HTTP 500 .tries: 4.; check the network or HF_ENDPOINT"
+    )
+    with pytest.raises(NetworkError, match=message):
         get(tmp_path / "x", sha256=SHA256)
     assert not (tmp_path / "x/sample/a.parquet").exists()
     assert hub.count("GET", "a.parquet") < 60
+
+
+@pytest.mark.fault(47)
+@pytest.mark.parametrize("fault", ["short", "stall"])
+def test_a_line_that_breaks_for_ever_is_given_up_and_leaves_nothing(hub, tmp_path, fault, impatient, monkeypatch):
+    impatient(fault == "stall")
+    monkeypatch.setattr(fetch, "PATIENCE", 0)  # seconds: the client's own retries took longer
+    hub.faults["GET a.parquet"] = [fault, ...]
+    with pytest.raises(
+        NetworkError, match=r"cannot get sample/a.parquet of a/b from .*\(tries: 1\); check the netw"
+    ):
+        get(tmp_path / "x", sha256=SHA256)
+    assert hub.count("GET", "a.parquet") < 20
+    assert all(path.stat().st_size < 1000 for path in (tmp_path / "x").rglob("*") if path.is_file())
+    impatient(False)
+    hub.faults.clear()
+    assert get(tmp_path / "x", sha256=SHA256).read_bytes() == CONTENT
 
 
 @pytest.mark.fault(46)
@@ -93,11 +133,37 @@ def test_wrong_bytes_for_ever_are_refused_and_not_kept(hub, tmp_path, in_cache):
 @pytest.mark.fault(45)
 def test_without_a_network_it_says_so_and_offline_is_honoured(hub, tmp_path, monkeypatch):
     hub.__exit__()
-    with pytest.raises(NetworkError, match="cannot get sample/a.parquet"):
+    with pytest.raises(NetworkError, match=rf"cannot get sample/a.parquet of a/b from {hub.endpoint}: .*tries: 4"):
         get(tmp_path / "x")
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
-    with pytest.raises(NetworkError, match="HF_HUB_OFFLINE is set"):
+    with pytest.raises(NetworkError, match=f"HF_HUB_OFFLINE is set and it is not in {tmp_path / 'hf'}"):
         get(tmp_path / "x")
+
+
+XET = "Task error: File reconstruction error: "
+
+
+@pytest.mark.parametrize(
+    ("message", "error", "tries"),
+    [
+        ("CAS Client Error: Request middleware error: error sending request for url (x)", NetworkError, 4),
+        ("IO Error: No space left on device (os error 28)", CannotWrite, 1),
+    ],
+)
+def test_what_fails_in_the_hubs_own_transfer_library_is_an_error_of_ours(
+    hub, tmp_path, monkeypatch, message, error, tries
+):
+    """hf_xet says everything by a RuntimeError; these two are as hf_xet 1.8.0 words them."""
+    calls = []
+
+    def failing(*args, **more):
+        calls.append(args)
+        raise RuntimeError(XET + message)
+
+    monkeypatch.setattr("huggingface_hub.hf_hub_download", failing)
+    with pytest.raises(error, match=r"cannot (get|store) sample/a.parquet of a/b.*run the same command again"):
+        get(tmp_path / "x")
+    assert len(calls) == tries
 
 
 @pytest.mark.fault(53)

@@ -4,6 +4,7 @@ import hashlib
 import json
 import os
 import random
+import shlex
 import signal
 import subprocess
 import sys
@@ -84,7 +85,7 @@ def test_verify_and_repair(door, texts, tmp_path):
         (["--verify", "--repair"], 2, "not allowed with argument"),
         (["--verify"], 65, "has no manifest.json"),
         (["--repair"], 65, "has no manifest.json"),
-        ([], 69, "HF_HUB_OFFLINE is set"),
+        pytest.param([], 69, "HF_HUB_OFFLINE is set", marks=pytest.mark.fault(45)),
         (["--out", "file"], 73, "error: cannot write into file"),
     ],
 )
@@ -94,6 +95,31 @@ def test_a_mistake_is_one_line_and_its_exit_code(door, tmp_path, words, code, me
     assert done.returncode == code, done.stderr
     assert message in done.stderr.splitlines()[-1]
     assert "Traceback" not in done.stderr
+
+
+@pytest.mark.fault(26)
+@pytest.mark.skipif(not hasattr(os, "WUNTRACED"), reason="stops a process and waits for that")
+def test_a_second_preparation_is_refused_and_disturbs_neither_the_first_nor_readers(door, texts, tmp_path):
+    words = ["--source", texts, "--shard-tokens", 2000, "--workers", 0, "--out"]
+    assert door("fineweb.py", *words, "whole").returncode == 0
+    command = door_command("tests/crashes.py", "stop:8:os.replace", "fineweb.py", *words, "d")
+    first = subprocess.Popen(command, cwd=tmp_path, stdout=subprocess.PIPE, text=True)
+    try:
+        assert os.WIFSTOPPED(os.waitpid(first.pid, os.WUNTRACED)[1])
+        before = digest(tmp_path / "d")
+        second = door("fineweb.py", *words, "d")
+        assert second.returncode == 73
+        assert second.stderr.startswith(f"error: d is in use by pid {first.pid} since ")
+        assert second.stderr.endswith(" UTC; stop it or use another --out\n")
+        assert door("fineweb.py", "--out", "d", "--repair").returncode == 73
+        assert door("fineweb.py", "--out", "d", "--verify").returncode == 0
+        assert [len(tokens) for tokens in tokens_of(tmp_path / "d")][1:] == [2000, 2000]
+        assert digest(tmp_path / "d") == before
+        first.send_signal(signal.SIGCONT)
+        assert first.communicate(timeout=60)[0].startswith("prepared: d, ")
+    finally:
+        first.kill()
+    assert digest(tmp_path / "d") == digest(tmp_path / "whole")
 
 
 @pytest.mark.fault(22)
@@ -117,6 +143,42 @@ def test_a_full_disk_is_exit_73_and_the_same_command_continues(texts, tmp_path):
     assert digest(out) == digest(tmp_path / "whole")
 
 
+@pytest.mark.slow
+@pytest.mark.fault(58)
+def test_paths_with_blanks_and_letters_of_all_kinds_work_from_text_to_a_story(door, tmp_path):
+    place = tmp_path / "my té xt's; $HOME & 中 100%"
+    place.mkdir()
+    texts = write_jsonl(place / "á b.jsonl", make_texts(400))
+    made = door(
+        "fineweb.py", "--source", texts, "--out", place / "out put", "--workers", 2, "--shard-tokens", 3000
+    )
+    assert made.returncode == 0, made.stderr
+    then = shlex.split(made.stdout.splitlines()[-1])
+    assert then == ["next", "python", "pretrain.py", "--data", str(place / "out put")]
+    copied = door("fineweb.py", "--source", f"tokens:{place / 'out put'}", "--out", place / "cop y")
+    assert copied.returncode == 0, copied.stderr
+    small = ["--preset", "tiny", "--steps", 2, "--val-tokens", 256, "--hellaswag-every", 0, "--run", place / "rün"]
+    trained = door(*then[2:], *small, processes=None)
+    assert trained.returncode == 0, trained.stderr
+    assert (place / "rün/report.html").is_file()
+    wrote = door("generate.py", "-m", place / "rün", "日本 é", "--max-tokens", 3, PYTHONIOENCODING="ascii")
+    assert wrote.returncode == 0, wrote.stderr
+    assert wrote.stdout.startswith("\\u65e5\\u672c \\xe9")
+
+
+@pytest.mark.fault(58)
+@pytest.mark.skipif(sys.platform != "linux", reason="names of files are letters there, not bytes")
+def test_names_that_are_no_letters_at_all_work_too(door, tmp_path):
+    write_jsonl(tmp_path / os.fsdecode(b"in\xff.jsonl"), make_texts(50))
+    for _ in range(2):
+        done = door(
+            "fineweb.py", "--source", os.fsdecode(b"in\xff.jsonl"), "--out", os.fsdecode(b"o\xfe"), "--workers", 1
+        )
+        assert done.returncode == 0, done.stderr
+    assert done.stdout.startswith("already prepared: o\\udcfe, ")
+
+
+@pytest.mark.fault(46, 54)
 def test_the_published_command_speaks_to_the_hub_through_its_environment(door, tmp_path):
     files = {f"sample/10BT/00{i}_00000.parquet": f"{i}.parquet" for i in range(2)}
     for number, name in enumerate(files.values()):

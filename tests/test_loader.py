@@ -1,7 +1,7 @@
 """loader.py: every token once an epoch, in an order that only (seed, epoch) decides; resuming is a seek."""
 
 from collections import Counter
-from itertools import chain, pairwise
+from itertools import chain, count, pairwise
 
 import numpy as np
 import pytest
@@ -204,11 +204,15 @@ def test_document_starts_are_found_across_scan_borders(tmp_path, monkeypatch):
 @pytest.mark.parametrize(
     ("lists", "split", "message"),
     [
-        ([range(12)], "val", "validation needs at least 1025 tokens, has 12"),
+        (
+            [range(12)],
+            "val",
+            "validation needs at least 1025 tokens, .*d has 12: prepare more text, or lower --block-size",
+        ),
         (
             [range(12), range(900)],
             "train",
-            "training needs at least 1025 tokens, has 900 in the largest of its 2 shards",
+            "training needs at least 1025 tokens, .*d has 900 in the largest of its 2 shards: prepare more",
         ),
     ],
 )
@@ -216,6 +220,34 @@ def test_too_few_tokens_for_one_row_are_named_with_numbers(tmp_path, lists, spli
     folder = write(tmp_path / "d", lists, split)
     with pytest.raises(DataError, match=message):
         TokenRows(folder, split, block_size=1024, seed=0)
+
+
+@pytest.mark.fault(38)
+@settings(deadline=None, max_examples=100)
+@given(st.integers(1, 9), st.data())
+def test_shards_about_as_long_as_a_row_lose_their_tail_and_nothing_else(tmp_path_factory, block_size, data):
+    """Every token but the separators is another number, so that each can be counted."""
+    lengths = st.one_of(st.sampled_from([1, block_size, block_size + 1]), st.integers(1, 5 * block_size))
+    drawn = data.draw(st.lists(st.tuples(lengths, st.sets(st.integers(0, 45))), min_size=1, max_size=6))
+    numbers = count()
+    lists = [[EOT if i in separators else next(numbers) for i in range(n)] for n, separators in drawn]
+    folder = write(tmp_path_factory.mktemp("short") / "d", lists)
+    expected = sum((len(tokens) - 1) // block_size for tokens in lists)
+    if expected == 0:
+        with pytest.raises(DataError, match="training needs at least"):
+            TokenRows(folder, "train", block_size=block_size, seed=1)
+        return
+    rows = TokenRows(folder, "train", block_size=block_size, seed=1)
+    assert rows.rows_per_epoch == expected
+    for epoch in range(2):
+        found = rows.rows(epoch * expected, expected)
+        targets, inputs = Counter(found[:, 1:].ravel().tolist()), Counter(found[:, :-1].ravel().tolist())
+        separators = sum(tokens.count(EOT) for tokens in lists)
+        assert max(targets.pop(EOT, 0), inputs.pop(EOT, 0)) <= separators
+        assert {*targets.values(), *inputs.values()} <= {1}  # none twice
+        for tokens in lists:
+            lost = set(tokens) - {EOT} - targets.keys() - inputs.keys()
+            assert len(lost) <= (len(tokens) - 1) % block_size + (len(tokens) <= block_size)
 
 
 @pytest.mark.fault(38)

@@ -149,6 +149,27 @@ def test_half_lines_are_said(tmp_path):
     assert "step 2 of 300" in page.words
 
 
+@pytest.mark.fault(61)
+def test_a_log_torn_at_any_byte_has_a_page_with_every_whole_row(tmp_path):
+    run = make_run(tmp_path, [row(1, val_loss=9.5), row(2), row(3)])
+    log = run / "metrics.jsonl"
+    whole = log.read_bytes()
+    ends = [position + 1 for position, byte in enumerate(whole) if byte == ord("\n")]
+    for kept in range(len(whole)):
+        log.write_bytes(whole[:kept])
+        found = read_run(run)
+        n_rows = sum(end <= kept + 1 for end in ends)  # without its line break a row is whole too
+        assert [r["step"] for r in found.rows] == [1, 2, 3][:n_rows]
+        torn = kept not in (0, *ends) and kept + 1 not in ends
+        assert found.n_bad_lines == torn
+        if kept % 25 == 0:
+            words = page_of(run).words
+            assert ("No loss yet" in words) == (n_rows == 0)
+            assert ("1 line of metrics.jsonl could not be read" in words) == torn
+    log.unlink()
+    assert "No loss yet" in page_of(run).words
+
+
 def test_losses_that_are_not_finite_are_shown_as_such(tmp_path):
     rows = [row(1), row(2, loss=None, grad_norm=None), row(3, loss=float("nan")), row(4)]
     page = page_of(make_run(tmp_path, rows))

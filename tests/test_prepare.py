@@ -3,6 +3,7 @@
 import hashlib
 import json
 import os
+import re
 from collections import Counter
 from dataclasses import replace
 from importlib.metadata import version
@@ -18,7 +19,6 @@ from fake_hub import COMMIT, FakeHub, talk_to
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from aymen_gpt import files
 from aymen_gpt.data import encoder, fetch, prepare, shards, sources, tokenizer
 from aymen_gpt.data.loader import TokenRows
 from aymen_gpt.data.prepare import PrepareOptions
@@ -163,7 +163,7 @@ def test_every_document_a_row_reads_can_be_traced_to_its_id(options):
 
 
 @pytest.mark.fault(50)
-@pytest.mark.parametrize("workers", [1, 2, 3])
+@pytest.mark.parametrize("workers", [1, 2, 4])
 def test_any_number_of_workers_writes_the_same_bytes(options, tmp_path, workers):
     prepare.prepare(options, quiet)
     prepare.prepare(replace(options, out=tmp_path / "other", workers=workers), quiet)
@@ -326,15 +326,6 @@ def test_a_source_that_changed_half_way_is_refused(options):
         prepare.prepare(options, quiet)
 
 
-def test_two_processes_cannot_prepare_one_folder(options):
-    with (
-        files.lock(options.out, "--out"),
-        pytest.raises(CannotWrite, match=rf"out is in use by pid {os.getpid()}"),
-    ):
-        prepare.prepare(options, quiet)
-    assert shards.list_shards(options.out, "val") == []
-
-
 def test_a_full_disk_keeps_finished_shards_and_leaves_no_partial_one(options, tmp_path, monkeypatch):
     prepare.prepare(options, quiet)
     out = tmp_path / "full"
@@ -356,28 +347,96 @@ def test_a_full_disk_keeps_finished_shards_and_leaves_no_partial_one(options, tm
     assert digest(out) == digest(options.out)
 
 
-def with_bad_rows(tmp_path, n, bad):
-    texts = [None if i in bad else text for i, text in enumerate(make_texts(n, longest=6))]
-    path = write_parquet(tmp_path / "bad.parquet", texts, rows=1000)
-    return PrepareOptions((str(path),), tmp_path / "out", 1000, workers=0), [text for text in texts if text]
+def grow_until_done(disk, folder, work, used=0):
+    """Do the work, again each time a disk that grows by 4 kB is full; how often it was. ``used`` is what it holds.
+
+    What is finished must stay, never be written twice, and nothing half-written may lie beside it.
+    """
+    finished = {}
+    for failures in range(200):
+        disk(used + 4096 * (failures + 1))
+        try:
+            work()
+        except CannotWrite as error:
+            says = str(error)
+        else:
+            return failures
+        assert re.search(r"[Nn]o space left.*(make room|free some)", says)
+        found = {path: path.stat().st_mtime_ns for path in folder.glob("*.bin")}
+        assert finished.items() <= found.items()
+        if (manifest := shards.read_manifest(folder)) is not None:
+            assert shards.verify(folder) == {}
+            finished = {folder / record["file"]: found[folder / record["file"]] for record in manifest["shards"]}
+        assert not list(folder.glob(".*.tmp"))
+    raise AssertionError("800 kB are not enough")
+
+
+@pytest.mark.fault(22)
+def test_on_a_disk_that_is_full_again_and_again_finished_shards_stay_and_the_rest_follows(options, disk):
+    prepare.prepare(options, quiet)
+    small = replace(options, out=disk("4k") / "out")
+    assert grow_until_done(disk, small.out, lambda: prepare.prepare(small, quiet)) > 20
+    assert digest(small.out) == digest(options.out)
+
+
+BAD_ROWS = {"null": None, "not UTF-8": b"caf\xe9"}
+
+
+def with_bad_rows(tmp_path, n, bad, reason):
+    texts = [text.encode() for text in make_texts(n, longest=6)]
+    column = [BAD_ROWS[reason] if i in bad else text for i, text in enumerate(texts)]
+    path = write_parquet(tmp_path / "bad.parquet", column, rows=1000)
+    good = [text.decode() for i, text in enumerate(texts) if i not in bad]
+    return PrepareOptions((str(path),), tmp_path / "out", 1000, workers=0), good
 
 
 @pytest.mark.fault(41)
-def test_few_bad_rows_are_counted_and_skipped(tmp_path):
-    options, good = with_bad_rows(tmp_path, 2000, {5, 1999})
+@pytest.mark.parametrize("reason", BAD_ROWS)
+def test_few_bad_rows_are_counted_and_skipped(tmp_path, reason):
+    options, good = with_bad_rows(tmp_path, 2000, {5, 1999}, reason)
     summary = prepare.prepare(options, quiet)
-    assert summary.totals.skipped == {"null": 2}
+    assert summary.totals.skipped == {reason: 2}
     assert joined(tokens_of(options.out)) == reference(good)
 
 
 @pytest.mark.fault(41)
-def test_many_bad_rows_are_an_error_that_names_the_first(tmp_path):
-    options, _ = with_bad_rows(tmp_path, 2000, {1005, 1006, 1007})
-    message = r"3 of 2,000 rows have no usable text .more than 0.1%.; the first: bad.parquet, part 1, row 5: null"
+@pytest.mark.parametrize("reason", BAD_ROWS)
+def test_many_bad_rows_are_an_error_that_names_the_first(tmp_path, reason):
+    options, _ = with_bad_rows(tmp_path, 2000, {1005, 1006, 1007}, reason)
+    message = (
+        r"3 of 2,000 rows have no usable text .more than 0.1%.; the first: bad.parquet, part 1, row 5: " + reason
+    )
     with pytest.raises(DataError, match=message):
         prepare.prepare(options, quiet)
     with pytest.raises(DataError, match=message):  # and again, from where it stood
         prepare.prepare(options, quiet)
+
+
+ODD_TEXTS = {  # what a document holds -> the text that its tokens are, None when it is skipped
+    "nothing": ("", None),
+    "blanks": (" \n\t\u3000\xa0\x1c", None),
+    "NUL": ("a\0b\0\0", "a\0b\0\0"),
+    "lone surrogates": ("x\ud800y\udfffz", "x\ufffdy\ufffdz"),
+    "separator": ("<|endoftext|>a<|endoftext|>", "<|endoftext|>a<|endoftext|>"),
+    "one letter for ever": ("a" * 10**6, "a" * 10**6),
+    "one sign for ever": ("!" * 10**6, "!" * 10**6),
+    "blanks for ever": ("a" + " " * 10**6, "a" + " " * 10**6),
+}
+
+
+@pytest.mark.fault(40)
+@pytest.mark.timeout(60)  # a tokenizer that is quadratic in the length of a word needs hours
+@pytest.mark.parametrize("name", ["gigatoken", "tiktoken"])
+def test_odd_texts_become_their_own_tokens_or_are_counted(tmp_path, name):
+    path = write_jsonl(tmp_path / "a.jsonl", [text for text, _ in ODD_TEXTS.values()])
+    options = PrepareOptions((str(path),), tmp_path / "out", 100_000, workers=0, encoder=name)
+    summary = prepare.prepare(options, quiet)
+    texts = [text for _, text in ODD_TEXTS.values() if text is not None]
+    found = joined(tokens_of(options.out))
+    assert found == reference(texts)
+    assert tokenizer.gpt2().decode(found) == "".join("<|endoftext|>" + text for text in texts)
+    assert found.count(50256) == summary.totals.documents == len(texts)
+    assert summary.totals.skipped == {"empty": 2}
 
 
 @pytest.mark.fault(42)
@@ -392,6 +451,23 @@ def test_a_damaged_file_is_named_and_the_shards_before_it_stay(options, workers)
     done = [record["file"] for record in shards.read_manifest(options.out)["shards"]]
     assert len(done) >= 2
     assert {path.name for path in options.out.glob("*.bin")} == set(done)
+
+
+@pytest.mark.fault(42)
+@pytest.mark.parametrize("kept", [0, 3, 0.5, -1])
+def test_a_half_written_file_is_named_before_anything_is_written(options, kept):
+    path = Path(options.source[0]) / "b.parquet"
+    content = path.read_bytes()
+    path.write_bytes(content[: int(kept * len(content)) if kept == 0.5 else kept])
+    with pytest.raises(
+        DataError, match=r"b.parquet is damaged or cut off .*: delete it and get it again"
+    ) as caught:
+        prepare.prepare(options, quiet)
+    assert caught.value.exit_code == 65
+    assert digest(options.out) == {}
+    path.write_bytes(content)
+    prepare.prepare(options, quiet)
+    assert joined(tokens_of(options.out)) == reference(ALL_TEXTS)
 
 
 @pytest.mark.fault(49)
@@ -487,6 +563,16 @@ def test_fineweb_edu_comes_from_the_hub_file_by_file_and_is_not_kept(hub, tmp_pa
     )
 
 
+@pytest.mark.fault(22)
+@pytest.mark.filterwarnings("ignore:Not enough free disk space")
+def test_a_download_that_fills_the_disk_is_made_again_when_there_is_room(hub, tmp_path, disk):
+    options = PrepareOptions(out=tmp_path / "out", shard_tokens=1000, workers=0)
+    prepare.prepare(options, quiet)
+    small = replace(options, out=disk("4k") / "out")
+    assert grow_until_done(disk, small.out, lambda: prepare.prepare(small, quiet)) > 5
+    assert digest(small.out) == digest(options.out)
+
+
 def test_keep_source_keeps_the_downloads(hub, tmp_path):
     options = PrepareOptions(out=tmp_path / "out", shard_tokens=1000, workers=0, keep_source=True)
     prepare.prepare(options, quiet)
@@ -506,6 +592,44 @@ def test_a_hub_that_fails_half_way_is_continued_without_listing_or_the_first_fil
     prepare.prepare(options, quiet)
     assert joined(tokens_of(options.out)) == reference(HUB_TEXTS)
     assert not any("/api/" in request or "000_00000" in request for request in hub.requests)
+
+
+@pytest.mark.fault(43)
+def test_wrong_bytes_from_the_hub_are_fetched_again_and_never_tokenized(hub, tmp_path):
+    options = PrepareOptions(out=tmp_path / "out", shard_tokens=1000, workers=0)
+    hub.faults["GET 000_00000.parquet"] = ["wrong"]
+    hub.faults["GET 001_00000.parquet"] = ["wrong", ...]
+    with pytest.raises(NetworkError, match="001_00000.parquet of .*: downloaded twice, its sha256 is ") as caught:
+        prepare.prepare(options, quiet)
+    assert caught.value.exit_code == 69
+    assert len(shards.read_manifest(options.out)["shards"]) > 1
+    assert (hub.count("GET", "000_00000.parquet"), hub.count("GET", "001_00000.parquet")) == (2, 2)
+    assert not list(options.out.rglob("001_00000.parquet"))
+    hub.faults.clear()
+    prepare.prepare(options, quiet)
+    assert joined(tokens_of(options.out)) == reference(HUB_TEXTS)
+
+
+@pytest.mark.fault(45)
+def test_without_the_hub_a_file_put_in_its_place_by_hand_is_checked_and_taken(hub, tmp_path):
+    options = PrepareOptions(out=tmp_path / "out", shard_tokens=1000, workers=0)
+    prepare.prepare(replace(options, out=tmp_path / "whole"), quiet)
+    hub.faults["GET 002_00000.parquet"] = ["500", ...]
+    place = options.out / ".source/sample/10BT/002_00000.parquet"
+    with pytest.raises(
+        NetworkError, match=rf"HTTP 500 \(tries: 4\).*run the same command again; or put it at {place}"
+    ):
+        prepare.prepare(options, quiet)
+    finished = digest(options.out)
+    assert len(finished) > 5
+    hub.__exit__()
+    place.write_bytes(b"another file")
+    with pytest.raises(NetworkError, match="cannot get sample/10BT/002_00000.parquet"):
+        prepare.prepare(options, quiet)
+    assert digest(options.out) == finished
+    place.write_bytes(hub.files["sample/10BT/002_00000.parquet"])
+    prepare.prepare(options, quiet)
+    assert digest(options.out) == digest(tmp_path / "whole")
 
 
 def test_repair_downloads_what_it_needs_and_cleans_up(hub, tmp_path):
@@ -534,6 +658,33 @@ def test_a_manifest_cannot_make_us_touch_files_outside(hub, tmp_path):
     with pytest.raises(DataError, match="unsafe path"):
         prepare.prepare(options, quiet)
     assert victim.exists()
+
+
+@pytest.mark.fault(53)
+def test_links_in_the_folder_never_make_us_write_or_delete_outside(hub, tmp_path):
+    options = PrepareOptions(out=tmp_path / "out", shard_tokens=1000, workers=0)
+    outside = tmp_path / "outside"
+    (outside / "10BT").mkdir(parents=True)
+    victim = outside / "10BT/000_00000.parquet"
+    victim.write_bytes(b"mine")
+    (options.out / ".source").mkdir(parents=True)
+    (options.out / ".source/sample").symlink_to(outside)
+    with pytest.raises(
+        DataError, match=r"unsafe path 'sample/10BT/000_00000.parquet': a link leads out of .*source"
+    ):
+        prepare.prepare(options, quiet)
+    with pytest.raises(DataError, match="unsafe path"):
+        prepare.drop_downloads(options, prepare.find_text(options, quiet), 1)
+    (options.out / ".source/sample").unlink()
+    prepare.prepare(options, quiet)
+    shard = sorted(options.out.glob("*.bin"))[1]
+    expected = digest(options.out)
+    shard.unlink()
+    shard.symlink_to(victim)
+    assert prepare.repair(options.out, quiet, workers=0) == [shard.name]
+    assert not shard.is_symlink()
+    assert digest(options.out) == expected
+    assert [(path.name, path.read_bytes()) for path in outside.rglob("*.*")] == [(victim.name, b"mine")]
 
 
 def test_the_vocabulary_is_missing_before_any_worker_starts(options, monkeypatch):

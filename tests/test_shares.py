@@ -15,7 +15,7 @@ import pytest
 from conftest import door_command
 from crashes import killed, points
 from fake_hub import FakeHub, talk_to
-from test_prepare import digest, make_texts, quiet, tokens_of, write_jsonl, write_parquet
+from test_prepare import digest, grow_until_done, make_texts, quiet, tokens_of, write_jsonl, write_parquet
 
 from aymen_gpt import files
 from aymen_gpt.data import encoder, prepare, shards, shares, sources, tokenizer
@@ -111,6 +111,17 @@ def test_killed_at_any_rename_a_share_and_the_merge_go_on_to_the_same_bytes(opti
     assert digest(merged.out) == digest(options.out)
     bundles = [shards.read_manifest(Share(i, 2).folder(merged.out))["shards"] for i in (1, 2)]
     assert min(map(len, bundles)) >= 3
+
+
+@pytest.mark.fault(22)
+def test_a_disk_that_is_full_loses_nothing_of_a_share_or_a_merge(options, disk):
+    prepare.prepare(options, quiet)
+    small = replace(options, out=disk("4k") / "out")
+    share = Share(1, 1)
+    assert grow_until_done(disk, share.folder(small.out), lambda: shares.prepare_share(small, share, quiet)) > 9
+    used = shutil.disk_usage(small.out).used
+    assert grow_until_done(disk, small.out, lambda: shares.merge(small, quiet), used) > 20
+    assert digest(small.out) == digest(options.out)
 
 
 def test_a_finished_share_and_a_finished_merge_need_nothing(options):

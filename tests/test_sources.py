@@ -82,6 +82,7 @@ def test_the_text_column_is_found(tmp_path, columns, chosen):
     assert texts([parquet(tmp_path / "a.parquet", columns)], text_column=chosen) == ["yes"]
 
 
+@pytest.mark.fault(41)
 @pytest.mark.parametrize("wanted", [None, "n", "nothing"])
 def test_a_file_without_a_usable_text_column_lists_its_columns(tmp_path, wanted):
     path = parquet(tmp_path / "a.parquet", {"n": [1], "a": ["x"], "b": ["y"]})

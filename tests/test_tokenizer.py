@@ -67,10 +67,11 @@ def test_any_text_gets_tiktokens_ids(text):
     assert tokenizer.encode(text).tolist() == tokenizer.gpt2().encode_ordinary(text)
 
 
-@given(st.text(alphabet="ab1'.s \n\t\r\x1c\x85\u2028é", max_size=80), st.integers(1, 12))
-def test_cutting_a_long_document_into_pieces_changes_no_id(text, size):
+@given(st.text(alphabet="ab1'.s \n\t\r\x1c\x85\u2028é", max_size=80), st.integers(1, 12), st.integers(1, 5))
+def test_cutting_a_long_document_into_pieces_changes_no_id(text, size, blanks):
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(tokenizer, "PIECE", size)
+        patch.setattr(tokenizer, "MANY_BLANKS", blanks)
         assert "".join(tokenizer.pieces(text)) == text
         assert tokenizer.encode(text).tolist() == tokenizer.gpt2().encode_ordinary(text)
 
@@ -81,6 +82,28 @@ def test_long_documents_are_really_cut(monkeypatch):
         "one two three",
         "\n\nfour \nfive six",
         "\nseven",
+    ]
+
+
+def test_blanks_are_what_tiktokens_regex_takes_for_blank():
+    ranks = {bytes([byte]): byte for byte in range(256)}
+    only_blanks = tiktoken.Encoding("blanks", pat_str=r"\s", mergeable_ranks=ranks, special_tokens={})
+    letters = [chr(i) for i in range(2**16) if not 0xD800 <= i < 0xE000]
+    found = [letter for letter in letters if only_blanks.encode_ordinary(letter)]
+    assert found == [letter for letter in letters if tokenizer.BLANKS.fullmatch(letter)]
+    assert len(found) == 25
+
+
+@pytest.mark.fault(40)
+@pytest.mark.parametrize("blank", [" ", "\n", "\t\n ", "\u3000"])
+def test_a_million_blanks_before_a_word_are_encoded_too(blank):
+    """tiktoken alone gives up; its ids for the blanks, and for the last of them with the word, are the answer."""
+    text = "word" + blank * 10**6 + "word"
+    with pytest.raises(ValueError, match="Max stack size"):
+        tokenizer.gpt2().encode(text, disallowed_special=())
+    parts = ("word", text[4:-5], text[-5:])
+    assert tokenizer.encode(text).tolist() == [
+        id for part in parts for id in tokenizer.gpt2().encode_ordinary(part)
     ]
 
 

@@ -1,6 +1,7 @@
 """What every command does at its edges: errors become one line and an exit code, flags speak of tokens."""
 
 import argparse
+import io
 import math
 import os
 import sys
@@ -21,6 +22,8 @@ def run(main: Callable[[], int]) -> NoReturn:
     # work, it spins on the core the other one needs: training ran 6 times slower (docs/experiments.md).
     os.environ.setdefault("GOMP_SPINCOUNT", "1000")
     warnings.formatwarning = lambda message, *_: f"warning: {message}\n"
+    if isinstance(sys.stdout, io.TextIOWrapper):  # a terminal or file that cannot show a letter gets its number
+        sys.stdout.reconfigure(errors="backslashreplace")
     try:
         code = main()
     except AymenError as error:

@@ -22,7 +22,7 @@ import numpy as np
 from aymen_gpt import files
 from aymen_gpt.data import fetch, prepare, shards
 from aymen_gpt.data.prepare import Position, PrepareOptions, Progress, Report, Summary, Totals
-from aymen_gpt.data.sources import Source, SourceFile
+from aymen_gpt.data.sources import Source, SourceFile, or_by_hand
 from aymen_gpt.data.tokenizer import EOT
 from aymen_gpt.errors import DataError, UsageError
 
@@ -101,7 +101,8 @@ def _find(options: PrepareOptions) -> Source:
 def _on_hub(repo: str, revision: str | None) -> Source:
     if not re.fullmatch(r"[\w.-]+/[\w.-]+", repo):
         raise UsageError(f"--source hub-tokens:{repo}: a dataset is OWNER/NAME, as kjj0/finewebedu10B-gpt2")
-    commit, listed = fetch.hub_list(repo, "", revision=revision or "main", suffix=".bin")
+    with or_by_hand("give a folder that has them, --source tokens:FOLDER"):
+        commit, listed = fetch.hub_list(repo, "", revision=revision or "main", suffix=".bin")
     return Source(tuple(SourceFile(file.name, file.bytes, file.sha256) for file in listed), None, repo, commit)
 
 

@@ -16,7 +16,7 @@ import time
 import zipfile
 from collections.abc import Callable
 from dataclasses import dataclass
-from pathlib import Path, PurePosixPath
+from pathlib import Path, PurePosixPath, PureWindowsPath
 from typing import NoReturn, TypeVar
 
 from aymen_gpt import files
@@ -117,7 +117,7 @@ def hub_file(
     """
     from huggingface_hub import hf_hub_download, try_to_load_from_cache
 
-    check_name(filename)
+    check_name(filename, folder)
     what = f"{filename} of {repo}"
     cached = folder is None and isinstance(
         try_to_load_from_cache(repo, filename, revision=revision, repo_type=repo_type), str
@@ -150,10 +150,12 @@ def _announced_sha256(path: Path) -> str:
     return blob if re.fullmatch(r"[0-9a-f]{64}", blob) else ""
 
 
-def check_name(name: str) -> None:
-    """DataError for a path that would leave the folder it is meant for."""
-    if name.startswith("/") or "\\" in name or ".." in PurePosixPath(name).parts:
+def check_name(name: str, folder: Path | None = None) -> None:
+    """DataError for a path that would leave the folder it is meant for, by its letters or by a link."""
+    if name.startswith("/") or "\\" in name or ".." in PurePosixPath(name).parts or PureWindowsPath(name).drive:
         raise DataError(f"unsafe path {name!r} in a list of files: nothing was written")
+    if folder and not (folder / name).parent.resolve().is_relative_to(folder.resolve()):
+        raise DataError(f"unsafe path {name!r}: a link leads out of {folder}; remove it")
 
 
 def _asked(request: Callable[[], T], what: str) -> T:
@@ -189,19 +191,30 @@ def _worth_a_retry(error: BaseException) -> bool:
     status = _status(error)
     if status is not None:
         return status >= 500 or status in (408, 429)
-    if isinstance(error, OfflineModeIsEnabled) or getattr(error, "errno", None) == errno.ENOSPC:
+    if isinstance(error, OfflineModeIsEnabled) or _disk_is_full(error):
         return False
-    return isinstance(error, OSError) or "httpx" in type(error).__module__ or "requests" in type(error).__module__
+    # RuntimeError: all that goes wrong in hf_xet, which brings the Hub's large files
+    return (
+        isinstance(error, (OSError, RuntimeError))
+        or "httpx" in type(error).__module__
+        or "requests" in type(error).__module__
+    )
+
+
+def _disk_is_full(error: BaseException) -> bool:
+    return getattr(error, "errno", None) == errno.ENOSPC or f"(os error {errno.ENOSPC})" in str(error)
 
 
 def _refuse(error: BaseException, what: str, tries: int) -> NoReturn:
+    from huggingface_hub import constants
     from huggingface_hub.errors import OfflineModeIsEnabled
 
     status = _status(error)
-    if getattr(error, "errno", None) == errno.ENOSPC:
+    if _disk_is_full(error):
         raise CannotWrite(f"cannot store {what}: no space left; free some and run the same command again")
     if isinstance(error, OfflineModeIsEnabled):
-        raise NetworkError(f"cannot get {what}: HF_HUB_OFFLINE is set and it is not in the cache") from None
+        place = f"it is not in {constants.HF_HUB_CACHE}"
+        raise NetworkError(f"cannot get {what}: HF_HUB_OFFLINE is set and {place}") from None
     if status in (401, 403, 404):
         raise NetworkError(
             f"cannot get {what}: not found or private (HTTP {status}); check its name, or set HF_TOKEN"
@@ -210,8 +223,8 @@ def _refuse(error: BaseException, what: str, tries: int) -> NoReturn:
         raise error
     reason = f"HTTP {status}" if status else f"{type(error).__name__}: {one_line(str(error))}"
     raise NetworkError(
-        f"cannot get {what}: {reason} (tries: {tries}); check the network or HF_ENDPOINT, then run the same "
-        f"command again"
+        f"cannot get {what} from {one_line(constants.ENDPOINT)}: {reason} (tries: {tries}); check the network or "
+        f"HF_ENDPOINT, then run the same command again"
     ) from None
 
 

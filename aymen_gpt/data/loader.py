@@ -69,7 +69,10 @@ class TokenRows:
         if self.rows_per_epoch == 0:
             name = {"val": "validation", "train": "training"}[split]
             where = f" in the largest of its {len(lengths)} shards" if len(lengths) > 1 else ""
-            raise DataError(f"{name} needs at least {block_size + 1} tokens, has {lengths.max()}{where}")
+            raise DataError(
+                f"{name} needs at least {block_size + 1} tokens, {folder} has {lengths.max()}{where}: "
+                "prepare more text, or lower --block-size"
+            )
         self._tokens = lru_cache(KEPT)(self._map)
         self._begins = lru_cache(KEPT)(self._find_documents)
         self._order = lru_cache(KEPT)(self._order_documents)

@@ -499,6 +499,7 @@ def drop_downloads(options: PrepareOptions, source: Source, count: int) -> None:
         return
     folder = options.out / SOURCE_FOLDER
     for file in source.files[:count]:
+        check_name(file.name, folder)
         (folder / file.name).unlink(missing_ok=True)
     if count == len(source.files):
         shutil.rmtree(folder, ignore_errors=True)

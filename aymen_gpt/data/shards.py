@@ -5,6 +5,7 @@ as little-endian uint16. llm.c and modded-nanogpt read and write the same files.
 train.bin and val.bin and .npy shards are read too. docs/data-format.md describes the folder for people.
 """
 
+import functools
 import hashlib
 import json
 import re
@@ -117,10 +118,15 @@ def _open_npy(path: Path) -> np.ndarray:
     low, high = int(tokens.min()), int(tokens.max())
     if low < 0 or high >= 2**16:
         raise DataError(f"shard {path} holds {tokens.dtype} ids from {low} to {high}; they do not fit into uint16")
-    warnings.warn(f"shard {path} holds {tokens.dtype}: read into memory as uint16", stacklevel=3)
+    _tell_once(f"shard {path} holds {tokens.dtype}: read into memory as uint16")
     converted = tokens.astype("<u2")
     converted.flags.writeable = False
     return converted
+
+
+@functools.cache
+def _tell_once(notice: str) -> None:
+    warnings.warn(notice, stacklevel=1)
 
 
 def list_shards(folder: Path, split: str) -> list[Path]:

@@ -23,7 +23,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from aymen_gpt.data import builtin, fetch, shards
 from aymen_gpt.data.tokenizer import END_OF_TEXT
-from aymen_gpt.errors import AymenError, DataError, UsageError
+from aymen_gpt.errors import AymenError, DataError, NetworkError, UsageError
 
 if TYPE_CHECKING:
     import pyarrow as pa
@@ -88,7 +88,10 @@ class Document:
 def open_source(words: Sequence[str], *, revision: str | None = None, text_column: str | None = None) -> Source:
     """The files that the words mean, in order. UsageError when there are none."""
     if list(words) == ["hub"]:
-        commit, listed = fetch.hub_list(DATASET, DATASET_FOLDER, revision=revision or REVISION, suffix=".parquet")
+        with or_by_hand("give a folder that has them, --source FOLDER"):
+            commit, listed = fetch.hub_list(
+                DATASET, DATASET_FOLDER, revision=revision or REVISION, suffix=".parquet"
+            )
         if not listed:
             raise DataError(f"{DATASET} has no parquet files in {DATASET_FOLDER} at revision {commit}")
         files = tuple(SourceFile(file.name, file.bytes, file.sha256) for file in listed)
@@ -132,14 +135,24 @@ def bring(source: Source, number: int, folder: Path) -> Path:
     if file.path is not None:
         return file.path
     assert source.repo is not None
-    return fetch.hub_file(
-        source.repo,
-        file.name,
-        revision=source.revision,
-        repo_type="dataset",
-        folder=folder,
-        sha256=file.sha256,
-    )
+    with or_by_hand(f"put it at {folder / file.name}"):
+        return fetch.hub_file(
+            source.repo,
+            file.name,
+            revision=source.revision,
+            repo_type="dataset",
+            folder=folder,
+            sha256=file.sha256,
+        )
+
+
+@contextmanager
+def or_by_hand(way: str) -> Iterator[None]:
+    """Adds to a NetworkError how to go on without the Hub."""
+    try:
+        yield
+    except NetworkError as error:
+        raise NetworkError(f"{error}; or {way}") from None
 
 
 def estimated_bytes(source: Source) -> int:

