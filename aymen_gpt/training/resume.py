@@ -30,16 +30,15 @@ class Resume:
 
 
 def find_checkpoint(run: Path, mode: str) -> tuple[Path | None, list[str]]:
-    """The checkpoint to continue from (None: start at step 0) and what is wrong with newer ones.
+    """The checkpoint to continue from (None: start at step 0), and what the user should know of others.
 
     Raises DataError when there are checkpoints and none can be used, UsageError when there must be one.
     """
-    checkpoint.remove_partial(run)
+    left = checkpoint.remove_partial(run)
+    notices = [f"removed {left} checkpoint{'s'[: left > 1]} of a save that was cut short"] if left else []
     if mode == "none":
         set_aside(run)
     newest, problems = latest_valid(run)
-    if newest is not None:
-        problems += [f"{newest} also holds {name}, which is no part of it" for name in strangers(newest)]
     if newest is None and problems:
         raise DataError(
             f"no checkpoint can be used: {'; '.join(problems)}. To start at step 0 with these files set aside: "
@@ -47,7 +46,10 @@ def find_checkpoint(run: Path, mode: str) -> tuple[Path | None, list[str]]:
         )
     if newest is None and mode == "must":
         raise UsageError(f"--resume must: {run} has no checkpoint to continue from")
-    return newest, problems
+    if newest is not None:
+        notices += [f"{line}; using {newest.name}" for line in problems]
+        notices += [f"{newest} also holds {name}, which is no part of it: ignored" for name in strangers(newest)]
+    return newest, notices
 
 
 def set_aside(run: Path) -> None:

@@ -249,13 +249,15 @@ class Trainer:
 
     def resume(self, folder: Path, log: RunLog | None, how: Resume) -> tuple[Row | None, dict[str, Any]]:
         """Go to the newest checkpoint that verifies: its row of metrics (None: a new start), and what changed."""
-        newest, problems = self.ranks.first(lambda: find_checkpoint(folder, how.mode))
+        newest, notices = self.ranks.first(lambda: find_checkpoint(folder, how.mode))
         if log:
-            for line in problems:
-                log.say(f"warning: {line}; {f'using {newest.name}' if newest else 'not used'}")
+            for notice in notices:
+                log.say(f"warning: {notice}")
         if newest is None:
             if self.initial is not None:
                 self._start_from(self.initial())
+                if log:
+                    log.say(f"weights of {self.config.init_from}; no optimizer state: the schedule begins anew")
             return None, {}
         saved = checkpoint.read_snapshot(newest)
         now = identity(self.config, self.data_sha256)

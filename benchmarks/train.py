@@ -1,0 +1,267 @@
+"""The training step against what others would run: tokens/s, MFU, peak memory, in one alternating run.
+
+    python benchmarks/train.py [--shape gpt2-256 gpt2-1024 small] [--rounds 7] [--json FILE]
+
+Every variant is a live process of its own; the rounds step them in turn, A B C A B C, so that a machine that slows
+down slows all. A step is zero_grad, forward, backward, clip to 1.0, AdamW, on the same random tokens. Variants:
+
+    ours               what pretrain.py runs on this device by default
+    transformers       GPT2LMHeadModel with sdpa attention, its own loss, torch's AdamW as it comes, autocast
+    ... compiled       the same through torch.compile
+    textbook           our GPT, full float32 logits, F.cross_entropy, AdamW as it comes, no compile, autocast
+
+MFU = tokens/s x GPTConfig.flops_per_token (6N + 12LTC: PaLM, arXiv:2204.02311, appendix B) / the device's peak;
+it is left out where the peak is unknown. Memory is the most the process held (CUDA: that its tensors held).
+"""
+
+import argparse
+import json
+import math
+import multiprocessing
+import os
+import platform
+import resource
+import statistics
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+
+from aymen_gpt.commands.console import whole_number
+from aymen_gpt.model.gpt import GPT, PRESETS, GPTConfig
+from aymen_gpt.training import device as devices
+from aymen_gpt.training import optim
+from aymen_gpt.training.config import resolve
+from aymen_gpt.training.distributed import Ranks
+from aymen_gpt.training.trainer import Trainer
+
+
+@dataclass(frozen=True)
+class Shape:
+    """One model and one micro-batch, which is the whole step here."""
+
+    config: GPTConfig
+    rows: int
+
+    @property
+    def tokens(self) -> int:
+        return self.rows * self.config.block_size
+
+
+SHAPES = {
+    "gpt2-256": Shape(replace(PRESETS["gpt2"], block_size=256), 4),
+    "gpt2-1024": Shape(PRESETS["gpt2"], 1),
+    "small": Shape(GPTConfig(block_size=256, n_layer=4, n_head=4, n_embd=256), 16),
+}
+Step = Callable[[torch.Tensor], float]  # tokens (rows, T + 1) -> the mean loss before the update
+
+
+def ours(shape: Shape, device: devices.Device) -> Step:
+    """The trainer itself, without data and run folder."""
+    c = resolve(
+        {
+            "preset": "gpt2",
+            "block_size": shape.config.block_size,
+            "tokens_per_step": shape.tokens,
+            "micro_batch": shape.rows,
+            "device": device.place.type,
+        }
+    )
+    trainer = _trainer(c, device, shape)
+    steps = iter(range(10**9))
+
+    def step(tokens: torch.Tensor) -> float:
+        row, *_ = trainer.train_step(next(steps), [tokens])
+        return row["loss"]
+
+    return step
+
+
+def _trainer(config: Any, device: devices.Device, shape: Shape) -> Trainer:
+    """A Trainer of any shape: presets are looked up by name, so the name gets this shape in this process."""
+    PRESETS["gpt2"] = shape.config
+    return Trainer(config, device, Ranks(), None, None, "")  # type: ignore[arg-type]
+
+
+def textbook(shape: Shape, device: devices.Device) -> Step:
+    model = GPT(shape.config, torch.Generator().manual_seed(1337)).to(device.place)
+
+    def loss(tokens: torch.Tensor) -> torch.Tensor:
+        logits = model(tokens[:, :-1])  # (B, T, V)
+        return F.cross_entropy(logits.float().flatten(0, 1), tokens[:, 1:].flatten())
+
+    return _plain_step(model, loss, device)
+
+
+def transformers(shape: Shape, device: devices.Device, compiled: bool = False) -> Step:
+    from transformers import GPT2Config, GPT2LMHeadModel
+
+    c = shape.config
+    model = GPT2LMHeadModel(
+        GPT2Config(
+            vocab_size=c.padded_vocab_size,  # a multiple of 128: the kinder case
+            n_positions=c.block_size,
+            n_embd=c.n_embd,
+            n_layer=c.n_layer,
+            n_head=c.n_head,
+            resid_pdrop=0.0,
+            embd_pdrop=0.0,
+            attn_pdrop=0.0,
+            use_cache=False,
+            attn_implementation="sdpa",
+        )
+    ).to(device.place)
+    forward = torch.compile(model, dynamic=False) if compiled else model
+
+    def loss(tokens: torch.Tensor) -> torch.Tensor:
+        x, y = tokens[:, :-1].contiguous(), tokens[:, 1:].contiguous()
+        return forward(input_ids=x, labels=y, shift_labels=y).loss
+
+    return _plain_step(model, loss, device)
+
+
+def transformers_compiled(shape: Shape, device: devices.Device) -> Step:
+    return transformers(shape, device, compiled=True)
+
+
+def _plain_step(
+    model: torch.nn.Module, loss: Callable[[torch.Tensor], torch.Tensor], device: devices.Device
+) -> Step:
+    decayed, spared = optim.decay_groups(model)
+    named = dict(model.named_parameters())
+    groups = [
+        {"params": [named[n] for n in names], "weight_decay": wd} for names, wd in ((decayed, 0.1), (spared, 0.0))
+    ]
+    optimizer = torch.optim.AdamW(groups, lr=6e-4, betas=(0.9, 0.95), eps=1e-8)
+
+    def step(tokens: torch.Tensor) -> float:
+        tokens = tokens.to(device.place)
+        optimizer.zero_grad(set_to_none=True)
+        with device.autocast():
+            value = loss(tokens)
+        value.backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step()
+        return value.item()
+
+    return step
+
+
+VARIANTS = {
+    "ours": ours,
+    "transformers": transformers,
+    "transformers compiled": transformers_compiled,
+    "textbook": textbook,
+}
+
+
+def serve(variant: str, shape: Shape, dtype: str, threads: int, pipe: Any) -> None:
+    """A variant's process: builds, warms up with two steps, then makes one step a message."""
+    torch.set_num_threads(threads)
+    device = devices.choose_device("auto", dtype)
+    if variant == "ours" and device.place.type == "cpu":
+        devices.keep_freed_memory()  # as pretrain.py does
+    step = VARIANTS[variant](shape, device)
+    draw = torch.Generator().manual_seed(0)
+
+    def once() -> tuple[float, float]:
+        tokens = torch.randint(shape.config.vocab_size, (shape.rows, shape.config.block_size + 1), generator=draw)
+        began = time.perf_counter()
+        loss = step(tokens)  # every variant returns a number, so the device has finished
+        return time.perf_counter() - began, loss
+
+    for _ in range(2):
+        once()
+    pipe.send(peak_memory(device))
+    while pipe.recv():
+        pipe.send((*once(), peak_memory(device)))
+
+
+def peak_memory(device: devices.Device) -> float:
+    """GB."""
+    if device.place.type == "cuda":
+        return torch.cuda.max_memory_allocated() / 1e9
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / (1e9 if platform.system() == "Darwin" else 1e6)
+
+
+def measure(name: str, rounds: int, dtype: str, variants: list[str]) -> list[dict[str, Any]]:
+    """Step the variants in turn; one result a variant."""
+    shape, context = SHAPES[name], multiprocessing.get_context("spawn")
+    threads = torch.get_num_threads()
+    pipes, processes = {}, []
+    for variant in variants:
+        pipes[variant], theirs = context.Pipe()
+        processes.append(context.Process(target=serve, args=(variant, shape, dtype, threads, theirs), daemon=True))
+        processes[-1].start()
+        pipes[variant].recv()  # built and warm; one after the other, or compiling would slow the rest
+    seconds: dict[str, list[float]] = {variant: [] for variant in variants}
+    last: dict[str, tuple[float, float, float]] = {}
+    for _ in range(rounds):
+        for variant, pipe in pipes.items():
+            pipe.send(True)
+            last[variant] = pipe.recv()
+            seconds[variant].append(last[variant][0])
+    for pipe in pipes.values():
+        pipe.send(False)
+    for process in processes:
+        process.join(60)
+    device = devices.choose_device("auto", dtype)
+    return [result(name, variant, shape, seconds, last[variant], device) for variant in variants]
+
+
+def result(
+    name: str, variant: str, shape: Shape, seconds: Any, last: Any, device: devices.Device
+) -> dict[str, Any]:
+    speed = shape.tokens / statistics.median(seconds[variant])
+    flops = speed * shape.config.flops_per_token
+    pairs = zip(seconds[variant], seconds["ours"], strict=True)
+    return {
+        "shape": name,
+        "variant": variant,
+        "tokens_per_second": speed,
+        "best": shape.tokens / min(seconds[variant]),
+        "ours_is_times": statistics.median(theirs / mine for theirs, mine in pairs),
+        "gflops": flops / 1e9,
+        "mfu": flops / device.peak_flops if device.peak_flops else None,
+        "peak_gb": last[2],
+        "last_loss": last[1],
+        "seconds": seconds[variant],
+    }
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description="the training step against others', alternating")
+    parser.add_argument("--shape", nargs="+", choices=SHAPES, default=list(SHAPES))
+    parser.add_argument("--variant", nargs="+", choices=VARIANTS, default=list(VARIANTS))
+    parser.add_argument("--rounds", type=whole_number, default=7)
+    parser.add_argument("--dtype", default="auto")
+    parser.add_argument("--json", type=Path, metavar="FILE")
+    args = parser.parse_args()
+    os.environ.setdefault("GOMP_SPINCOUNT", "1000")  # for all alike: the commands set it for ours
+    device = devices.choose_device("auto", args.dtype)
+    machine = f"{device.name}, {torch.get_num_threads()} threads, {device.dtype}, torch {torch.__version__}"
+    print(f"{machine}, {args.rounds} rounds\n")
+    print(
+        "| shape | variant | tokens/s (best) | ours is | GFLOP/s | MFU | peak GB |\n|---|---|---|---|---|---|---|"
+    )
+    results = []
+    for name in args.shape:
+        for r in measure(name, args.rounds, args.dtype, args.variant):
+            results.append(r)
+            mfu = "" if r["mfu"] is None else f"{100 * r['mfu']:.1f} %"
+            print(
+                f"| {name} | {r['variant']} | {r['tokens_per_second']:,.0f} ({r['best']:,.0f}) "
+                f"| {r['ours_is_times']:.2f}x | {r['gflops']:,.0f} | {mfu} | {r['peak_gb']:.2f} |",
+                flush=True,
+            )
+            assert math.isfinite(r["last_loss"])
+    if args.json:
+        args.json.write_text(json.dumps({"machine": machine, "results": results}, indent=2) + "\n")
+
+
+if __name__ == "__main__":
+    main()

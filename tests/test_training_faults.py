@@ -1,0 +1,389 @@
+"""The faults that training survives, as real processes meet them: kills, signals, dead ranks, full disks."""
+
+import contextlib
+import json
+import os
+import random
+import re
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import ROOT, door_command, make_shards
+from safetensors.torch import load_file
+from training_runs import TINY, rows, start, wait_for_step
+
+from aymen_gpt.model.folders import checkpoints, latest_valid, problem
+from aymen_gpt.training.resume import find_checkpoint
+from aymen_gpt.training.runlog import RunLog
+
+SMALL = [*TINY, "--val-every", 20, "--micro-batch", 2]
+SAVE = "aymen_gpt.training.checkpoint"
+
+
+def same_run(one, other):
+    """Same rows of metrics, and the same bits in the last weights and moments."""
+    assert rows(one) == rows(other)
+    last, others = checkpoints(one)[0], checkpoints(other)[0]
+    assert last.name == others.name
+    for name in ("model.safetensors", "optimizer.safetensors"):
+        assert (last / name).read_bytes() == (others / name).read_bytes(), name
+
+
+def status(run):
+    return json.loads((run / "status.json").read_text())
+
+
+def ended(done, code):
+    assert done.returncode == code, done.stderr
+    return done
+
+
+@pytest.mark.slow
+@pytest.mark.fault(1, 2, 7, 11)
+@pytest.mark.timeout(600)
+@pytest.mark.parametrize("processes", [None, 2, 3])
+def test_five_kills_change_no_bit(door, shards, tmp_path, processes):
+    """40 steps at once, and 40 steps of which five attempts are killed, some inside a save, on one rank of all."""
+    words = ["pretrain.py", *SMALL, "--data", shards, "--steps", 40, "--run-dir"]
+    ended(door(*words, "whole", processes=processes), 0)
+    draw = random.Random(processes or 1)
+    inside_save = [f"after:3:{SAVE}:save_file", f"before:2:{SAVE}:_write_manifest", f"before:2:{SAVE}:_drop_old"]
+    points = [
+        f"before:{draw.randint(3, 9)}:aymen_gpt.training.optim:{name}" for name in ("updates", "clip_gradients")
+    ]
+    points[0] = f"after:{draw.randint(3, 9)}:aymen_gpt.training.optim:set_learning_rate"
+    points += inside_save
+    draw.shuffle(points)
+    for point in points:
+        rank = 0 if SAVE in point else draw.randrange(processes or 1)
+        where = [f"RANK={rank}"] if processes else []
+        killed = door("tests/crashes.py", point, *where, *words, "parts", processes=processes)
+        assert killed.returncode == (1 if processes else 137), (point, killed.stderr)
+        assert not any(problem(folder) for folder in checkpoints(tmp_path / "parts"))
+    again = ended(door(*words, "parts", processes=processes), 0)
+    assert "resuming from step" in again.stderr
+    same_run(tmp_path / "parts", tmp_path / "whole")
+
+
+@pytest.mark.fault(2)
+@pytest.mark.parametrize(
+    ("point", "step"),
+    [
+        (f"after:3:{SAVE}:save_file", 5),  # the weights of step 10 are written, nothing else
+        (f"before:2:{SAVE}:_write_manifest", 5),
+        (f"after:2:{SAVE}:_write_manifest", 5),  # complete, but without its name
+        (f"before:2:{SAVE}:_drop_old", 10),
+    ],
+)
+def test_a_kill_inside_a_save_costs_at_most_that_save(door, shards, tmp_path, point, step):
+    words = ["pretrain.py", *SMALL, "--data", shards, "--steps", 12, "--run", "run"]
+    ended(door("tests/crashes.py", point, *words), 137)
+    left = list((tmp_path / "run/checkpoints").glob(".tmp-*"))
+    assert bool(left) == (step == 5)
+    again = ended(door(*words), 0)
+    assert f"resuming from step {step}\n" in again.stderr
+    assert ("warning: removed 1 checkpoint of a save that was cut short" in again.stderr) == bool(left)
+    assert not list((tmp_path / "run/checkpoints").glob(".tmp-*"))
+
+
+@pytest.mark.slow
+@pytest.mark.fault(10, 11)
+def test_the_number_of_ranks_may_change_at_every_resume(door, shards, tmp_path):
+    words = ["pretrain.py", *SMALL, "--data", shards, "--run-dir"]
+    ended(door(*words, "whole", "--steps", 15), 0)
+    for steps, processes in ((5, 2), (10, None), (15, 3)):
+        done = ended(door(*words, "parts", "--steps", steps, "--warmup-steps", 0, processes=processes), 0)
+    ended(door(*words, "flat", "--steps", 15, "--warmup-steps", 0), 0)
+    assert "changed since then: world_size 1 -> 3, same data order" in done.stderr
+    history = json.loads((tmp_path / "parts/config.json").read_text())["history"]
+    assert [entry["changed"].get("world_size") for entry in history] == [None, [2, 1], [1, 3]]
+
+
+@pytest.mark.fault(4, 5, 11)
+@pytest.mark.slow
+@pytest.mark.parametrize("only_one", [False, True])
+def test_a_signal_to_any_rank_stops_all_at_the_same_step(door, shards, tmp_path, only_one):
+    """To torchrun, which passes it on to all; and to one rank alone."""
+    words = [*SMALL, "--data", shards, "--steps", 2000, "--run-dir", "run"]
+    process = start(tmp_path, *words, processes=2)
+    wait_for_step(tmp_path / "run", 3, process)
+    began = time.monotonic()
+    os.kill(rank_pids(process)[1] if only_one else process.pid, signal.SIGTERM)
+    process.communicate(timeout=60)
+    assert time.monotonic() - began < 30
+    found = status(tmp_path / "run")
+    assert (found["state"], process.returncode) == ("stopped", 1)  # torchrun's own code
+    name = "another rank's signal" if only_one else "SIGTERM"
+    assert found["message"].startswith(f"stopped by {name} at step {found['step']} of 2000 and saved")
+    assert checkpoints(tmp_path / "run")[0].name == f"step-{found['step']:09d}"
+    assert rows(tmp_path / "run")[-1]["step"] == found["step"]
+
+
+def rank_pids(torchrun):
+    """The processes of torchrun's ranks, in order of rank."""
+    found = {}
+    for pid in subprocess.run(["pgrep", "-P", str(torchrun.pid)], capture_output=True, text=True).stdout.split():
+        variables = Path(f"/proc/{pid}/environ").read_bytes().split(b"\0")
+        ranks = [int(v.removeprefix(b"RANK=")) for v in variables if v.startswith(b"RANK=")]
+        found |= {rank: int(pid) for rank in ranks}
+    return [found[rank] for rank in sorted(found)]
+
+
+@pytest.mark.fault(6)
+def test_one_interrupt_saves_and_two_end_at_once(door, shards, tmp_path):
+    words = [*SMALL, "--data", shards, "--steps", 2000, "--run", "run"]
+    process = start(tmp_path, *words)
+    wait_for_step(tmp_path / "run", 7, process)
+    process.send_signal(signal.SIGINT)
+    _, told = process.communicate(timeout=60)
+    assert process.returncode == 75, told
+    saved = checkpoints(tmp_path / "run")[0]
+    assert f"stopped by SIGINT at step {int(saved.name[5:])} of 2000 and saved" in told
+
+    blocked = "import time, aymen_gpt.training.optim as o; o.clip_gradients = lambda *a: time.sleep(600)"
+    slow = [sys.executable, "-c", f"{blocked}; import runpy, sys; sys.argv[0] = 'pretrain.py'; "
+            f"runpy.run_path({str(ROOT / 'pretrain.py')!r}, run_name='__main__')"]  # fmt: skip
+    process = subprocess.Popen([*slow, *map(str, words)], cwd=tmp_path, stderr=subprocess.PIPE, text=True)
+    while "resuming" not in process.stderr.readline():
+        pass
+    time.sleep(1)
+    process.send_signal(signal.SIGINT)
+    time.sleep(0.2)
+    assert process.poll() is None  # it waits for its step to end
+    process.send_signal(signal.SIGINT)
+    _, told = process.communicate(timeout=5)
+    assert process.returncode == 130
+    assert "stopped at once; the newest checkpoint is as it was" in told
+    assert latest_valid(tmp_path / "run") == (tmp_path / "run/checkpoints" / saved.name, [])
+
+
+@pytest.mark.slow
+@pytest.mark.fault(7)
+def test_the_death_of_a_rank_ends_the_others_who_name_it(door, shards, tmp_path):
+    words = ["pretrain.py", *SMALL, "--data", shards, "--steps", 12, "--run-dir", "run"]
+    point = "before:8:aymen_gpt.training.distributed:_flatten_dense_tensors"
+    began = time.monotonic()
+    done = ended(door("tests/crashes.py", point, "RANK=1", *words, processes=3), 1)
+    assert time.monotonic() - began < 60
+    assert re.search(r"error: rank 1 did not arrive: dead or hanging; run the same command again", done.stderr)
+    assert latest_valid(tmp_path / "run")[0].name == "step-000000005"
+    assert status(tmp_path / "run")["state"] == "failed"
+    assert "resuming from step 5" in ended(door(*words, processes=3), 0).stderr
+
+
+@pytest.mark.slow
+@pytest.mark.fault(8)
+def test_a_rank_that_hangs_is_named_after_the_timeout(door, shards, tmp_path):
+    words = [*SMALL, "--data", shards, "--steps", 2000, "--timeout", 5, "--run-dir", "run"]
+    process = start(tmp_path, *words, processes=2)
+    wait_for_step(tmp_path / "run", 6, process)
+    hanging = rank_pids(process)[1]
+    os.kill(hanging, signal.SIGSTOP)
+    try:
+        _, told = process.communicate(timeout=90)
+    finally:
+        with contextlib.suppress(ProcessLookupError):  # torchrun did it
+            os.kill(hanging, signal.SIGKILL)
+    assert process.returncode == 1
+    assert "error: rank 1 did not arrive: dead or hanging" in told
+    assert latest_valid(tmp_path / "run")[0].name == "step-000000005"
+
+
+@pytest.mark.slow
+@pytest.mark.fault(9)
+def test_torchruns_own_restart_continues_the_run(door, shards, tmp_path):
+    words = [ROOT / "pretrain.py", *SMALL, "--data", shards, "--steps", 12, "--run-dir", "run"]
+    point = "before:8:aymen_gpt.training.optim:set_learning_rate"
+    torchrun = door_command("tests/crashes.py", point, "TORCHELASTIC_RESTART_COUNT=0", *words, processes=2)
+    torchrun.insert(torchrun.index("--standalone"), "--max-restarts=1")
+    done = subprocess.run(torchrun, cwd=tmp_path, capture_output=True, text=True, timeout=240)
+    assert done.returncode == 0, done.stderr
+    assert "resuming from step 5" in done.stderr
+    assert [row["step"] for row in rows(tmp_path / "run")] == list(range(13))
+
+
+@pytest.mark.slow
+@pytest.mark.fault(27)
+def test_a_loss_that_is_nan_on_one_rank_is_skipped_by_all(door, shards, tmp_path):
+    """The weights of both ranks are compared after the run."""
+    script = tmp_path / "poisoned.py"
+    script.write_text(
+        "import os, runpy, torch\n"
+        "from aymen_gpt.training.trainer import Trainer\n"
+        "honest, count = Trainer.gradients, [0]\n"
+        "def gradients(self, step, batches):\n"
+        "    batches = list(batches)\n"
+        "    if step == 2 and self.ranks.rank == 1:\n"
+        "        honest_loss, self.batch_loss = self.batch_loss, lambda t: honest_loss(t) * float('nan')\n"
+        "        found = honest(self, step, batches)\n"
+        "        del self.batch_loss\n"
+        "        return found\n"
+        "    return honest(self, step, batches)\n"
+        "Trainer.gradients = gradients\n"
+        "fit = Trainer.fit\n"
+        "def fit_and_keep(self, *args):\n"
+        "    fit(self, *args)\n"
+        "    torch.save([p.detach() for p in self.parameters], f'weights-{self.ranks.rank}.pt')\n"
+        "Trainer.fit = fit_and_keep\n"
+        f"runpy.run_path({str(ROOT / 'pretrain.py')!r}, run_name='__main__')\n"
+    )
+    done = ended(door(script, *SMALL, "--data", shards, "--steps", 5, "--run-dir", "run", processes=2), 0)
+    row = rows(tmp_path / "run")[3]
+    assert (row["skipped"], row["loss"]) == ("non-finite loss", None)
+    assert 0 < len(row["documents"]) < 8  # of rank 1's four rows
+    assert "warning: non-finite loss at step 3" in done.stderr
+    one, two = (torch.load(tmp_path / f"weights-{rank}.pt", weights_only=True) for rank in (0, 1))
+    assert all(torch.equal(p, q) for p, q in zip(one, two, strict=True))
+    assert all(torch.isfinite(p).all() for p in one)
+
+
+@pytest.mark.fault(14, 15, 16)
+@pytest.mark.parametrize("name", ["model.safetensors", "optimizer.safetensors", "state.json", "manifest.json"])
+@pytest.mark.parametrize("damage", ["truncated", "flipped", "removed"])
+def test_a_damaged_checkpoint_costs_its_steps_and_no_more(tmp_path, name, damage, fitted):
+    run = fitted(tmp_path)
+    path = checkpoints(run)[0] / name
+    content = bytearray(path.read_bytes())
+    if damage == "flipped":
+        content[len(content) // 2] ^= 1
+    path.write_bytes(content[: len(content) // 2] if damage == "truncated" else content)
+    if damage == "removed":
+        path.unlink()
+    newest, notices = find_checkpoint(run, "auto")
+    assert newest == checkpoints(run)[1]
+    expected = {"truncated": "bytes, its manifest says", "flipped": "has another sha256", "removed": "is missing"}
+    blame = f"{name} .*{expected[damage]}"
+    if name == "manifest.json":  # a bit of it may spoil its JSON, or what it says of another file
+        blame = "has another sha256" if damage == "flipped" else "manifest.json is missing or unreadable"
+    assert re.search(f"step-000000010: .*{blame}.*; using step-000000005$", notices[0])
+
+
+@pytest.fixture(scope="module")
+def fitted(tmp_path_factory):
+    """fitted(folder): a copy of a finished run with checkpoints of steps 5 and 10."""
+    folder = tmp_path_factory.mktemp("fitted")
+    shards = make_shards(folder / "shards")
+    words = door_command("pretrain.py", *SMALL, "--data", shards, "--steps", 10, "--run", "run")
+    subprocess.run(words, cwd=folder, check=True, capture_output=True)
+    return lambda target: shutil.copytree(folder / "run", target / "run")
+
+
+@pytest.mark.fault(17)
+def test_a_run_whose_checkpoints_are_all_damaged_lists_why(door, shards, tmp_path, fitted):
+    run = fitted(tmp_path)
+    for folder in checkpoints(run):
+        (folder / "model.safetensors").write_bytes(b"")
+    before = {p: p.read_bytes() for p in run.rglob("*") if p.is_file() and p.name != ".lock"}
+    words = ["pretrain.py", *SMALL, "--data", shards, "--steps", 10, "--run", "run"]
+    done = ended(door(*words), 65)
+    for step in (10, 5):
+        assert re.search(f"step-{step:09d}: model.safetensors is 0 bytes, its manifest says", done.stderr)
+    assert "--resume none" in done.stderr
+    assert {p: p.read_bytes() for p in run.rglob("*") if p.is_file() and p.name != ".lock"} == before
+    ended(door(*words, "--resume", "none"), 0)
+    assert (run / "earlier-1/checkpoints/step-000000010/optimizer.safetensors").exists()
+
+
+@pytest.mark.fault(21)
+def test_a_disk_full_while_saving_does_not_stop_training_until_the_third_time(door, shards, disk):
+    """A checkpoint of the tiny preset takes 23 MB: two fit on the disk, the third does not."""
+    folder = disk("50m")
+    words = ["pretrain.py", *SMALL, "--data", shards, "--keep-last", 9, "--run", folder / "run"]
+    done = ended(door(*words, "--steps", 40), 73)
+    warned = re.findall(r"warning: cannot save step (\d+) in .*: no space left on the disk "
+                        r"\(needs 0.0\d+ GB, 0.0\d+ GB free\); training goes on", done.stderr)  # fmt: skip
+    assert warned == ["15", "20", "25"]
+    assert re.search(r"error: cannot save step 25 in .*; make room, then run the same command again", done.stderr)
+    assert [int(p.name[5:]) for p in checkpoints(folder / "run")] == [10, 5]
+    assert not any(problem(p) for p in checkpoints(folder / "run"))
+    disk("400m")
+    assert "resuming from step 10" in ended(door(*words, "--steps", 20), 0).stderr
+
+
+@pytest.mark.fault(23)
+def test_a_disk_full_for_the_log_keeps_its_lines_in_memory(disk, tmp_path, capsys):
+    folder = disk("64k")
+    with RunLog(folder / "run", 500) as log:
+        log.start({"started": "now"}, None)
+        for step in range(1, 401):
+            if step == 300:
+                assert len(logged_steps(folder)) < 299  # the disk was full long before
+                disk("2m")
+            log.write({"step": step, "loss": 5.0, "lr": 1e-3, "grad_norm": 1.0, "step_seconds": 0.5,
+                       "tokens_per_second": 1.0, "note": "x" * 300})  # fmt: skip
+    assert logged_steps(folder) == list(range(1, 401))
+    assert len((folder / "run/log.txt").read_text().splitlines()) == 400
+    assert capsys.readouterr().err.count("warning: cannot write") == 1
+
+
+def logged_steps(folder):
+    return [json.loads(line)["step"] for line in (folder / "run/metrics.jsonl").read_text().splitlines()]
+
+
+@pytest.mark.fault(24)
+def test_a_run_folder_that_cannot_be_written_is_refused_before_all_else(door, disk):
+    folder = disk("ro")
+    done = ended(door("pretrain.py", *SMALL, "--data", "nowhere", "--run", folder / "run"), 73)
+    assert re.fullmatch(
+        r"error: cannot write into .*run: Read-only file system; choose another .*--run\n", done.stderr
+    )
+
+
+@pytest.mark.fault(25)
+def test_the_lock_of_a_dead_process_is_taken_over(door, shards, tmp_path):
+    words = ["pretrain.py", *SMALL, "--data", shards, "--steps", 6, "--run", "run"]
+    ended(door("tests/crashes.py", "before:3:aymen_gpt.training.optim:set_learning_rate", *words), 137)
+    assert (tmp_path / "run/.lock").read_text().startswith("pid ")
+    ended(door(*words), 0)
+
+
+@pytest.mark.fault(54)
+def test_secrets_are_in_nothing_that_is_written(door, shards, tmp_path):
+    secrets = {"HF_TOKEN": "hf_canary_12345", "WANDB_API_KEY": "wandb_canary_12345"}
+    canary = "https://user:canary_password@example.org/x"
+    fake = tmp_path / "wandb.py"
+    fake.write_text(
+        "import json, types\n"
+        "def init(**config):\n"
+        "    open('wandb-config.json', 'w').write(json.dumps(config, default=str))\n"
+        "    return types.SimpleNamespace(log=lambda *a, **k: None)\n"
+    )
+    words = [*SMALL, "--data", shards, "--steps", 6, "--run", "run", "--track", "wandb", "--init-from", canary]
+    failed = door("pretrain.py", *words, **secrets)
+    assert failed.returncode == 65
+    done = door("pretrain.py", *words[:-2], **secrets, PYTHONPATH=f"{tmp_path}:{os.environ.get('PYTHONPATH', '')}")
+    assert done.returncode == 0, done.stderr
+    assert (tmp_path / "wandb-config.json").exists()
+    fake.unlink()
+    texts = [failed.stdout, failed.stderr, done.stdout, done.stderr]
+    texts += [p.read_bytes().decode(errors="replace") for p in tmp_path.rglob("*") if p.is_file()]
+    for text in texts:
+        assert "canary" not in text
+
+
+@pytest.mark.fault(55)
+@pytest.mark.parametrize(
+    ("code", "why"),
+    [("raise ConnectionError('the server is down')", "ConnectionError: the server is down"),
+     ("raise ImportError('no')", "pip install wandb")],
+)  # fmt: skip
+def test_a_tracker_that_fails_is_told_once_and_harms_nothing(door, shards, tmp_path, code, why):
+    (tmp_path / "wandb.py").write_text(f"def init(**config):\n    {code}\n")
+    words = [*SMALL, "--data", shards, "--steps", 6, "--run", "run", "--track", "wandb"]
+    done = ended(door("pretrain.py", *words, PYTHONPATH=f"{tmp_path}:{os.environ.get('PYTHONPATH', '')}"), 0)
+    assert done.stderr.count(f"warning: --track wandb does not work ({why})") == 1
+    assert rows(tmp_path / "run")[-1]["step"] == 6
+
+
+@pytest.mark.fault(58)
+def test_a_folder_with_spaces_and_unicode(door, shards, tmp_path):
+    run = tmp_path / "a b é 深"
+    ended(door("pretrain.py", *SMALL, "--data", shards, "--steps", 3, "--run", run), 0)
+    assert load_file(checkpoints(run)[0] / "model.safetensors")
+    ended(door("generate.py", "-m", run, "Hello", "--max-tokens", 3), 0)
