@@ -381,6 +381,7 @@ def test_a_clock_set_back_makes_no_speed_negative(shards, tmp_path, monkeypatch)
     assert all(row["tokens_per_second"] > 0 and row["step_seconds"] > 0 for row in found if "loss" in row)
 
 
+@pytest.mark.slow
 def test_float16_trains_with_a_loss_scale_and_resumes_bit_for_bit(shards, tmp_path):
     half = choose_device("cpu", "float16")
     for name, stop in (("whole", None), ("parts", Stop(3)), ("parts", None)):
