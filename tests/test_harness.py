@@ -21,7 +21,7 @@ TEXTS = [
     "Two boys walk to the river with a rod and a box of worms. They hope to catch a trout.",
     "Bread needs flour, water, salt and yeast. Knead it well, let it rest for an hour and bake it.",
     "Whoever reads the map holds it upside down, and so we drive to the north for half a day.",
-    "Naïve café owners – all of them – paid 3 € for it. “Why?” ☕",
+    "Naïve café owners, all of them, paid 3 € for it. 「Why?」 ☕",
 ]
 
 
@@ -77,7 +77,7 @@ def theirs(lm_eval, model, tmp_path):
 
 
 def choices(samples):
-    """What the harness chose of each of its samples: by log-likelihood, and by that over the ending's characters."""
+    """What the harness chose of its samples: by log-likelihood, and by that over the characters of the ending."""
     likely = np.array([[response[0] for response in sample["filtered_resps"]] for sample in samples])
     lengths = np.array([[len(argument[1]) - 1 for argument in sample["arguments"]] for sample in samples])
     by_sum, by_length = likely.argmax(1), (likely / lengths).argmax(1)
