@@ -17,19 +17,16 @@ it is left out where the peak is unknown. Memory is the most the process held (C
 import argparse
 import json
 import math
-import multiprocessing
 import os
-import platform
-import resource
-import statistics
-import time
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 import torch.nn.functional as F
+from alternating import Timing, Work, alternate
 
 from aymen_gpt.commands.console import whole_number
 from aymen_gpt.model.gpt import GPT, PRESETS, GPTConfig
@@ -160,77 +157,48 @@ VARIANTS = {
 }
 
 
-def serve(variant: str, shape: Shape, dtype: str, threads: int, pipe: Any) -> None:
-    """A variant's process: builds, warms up with two steps, then makes one step a message."""
-    torch.set_num_threads(threads)
+def build(variant: str, shape: Shape, dtype: str) -> Work:
+    """A variant in its own process; every step is on new random tokens, the same for all."""
     device = devices.choose_device("auto", dtype)
     if variant == "ours" and device.place.type == "cpu":
         devices.keep_freed_memory()  # as pretrain.py does
     step = VARIANTS[variant](shape, device)
-    draw = torch.Generator().manual_seed(0)
 
-    def once() -> tuple[float, float]:
-        tokens = torch.randint(shape.config.vocab_size, (shape.rows, shape.config.block_size + 1), generator=draw)
-        began = time.perf_counter()
-        loss = step(tokens)  # every variant returns a number, so the device has finished
-        return time.perf_counter() - began, loss
+    def once(number: int) -> float:
+        draw = torch.Generator().manual_seed(number)
+        return step(
+            torch.randint(shape.config.vocab_size, (shape.rows, shape.config.block_size + 1), generator=draw)
+        )
 
-    for _ in range(2):
-        once()
-    pipe.send(peak_memory(device))
-    while pipe.recv():
-        pipe.send((*once(), peak_memory(device)))
-
-
-def peak_memory(device: devices.Device) -> float:
-    """GB."""
-    if device.place.type == "cuda":
-        return torch.cuda.max_memory_allocated() / 1e9
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / (1e9 if platform.system() == "Darwin" else 1e6)
+    return once
 
 
 def measure(name: str, rounds: int, dtype: str, variants: list[str]) -> list[dict[str, Any]]:
     """Step the variants in turn; one result a variant."""
-    shape, context = SHAPES[name], multiprocessing.get_context("spawn")
-    threads = torch.get_num_threads()
-    pipes, processes = {}, []
-    for variant in variants:
-        pipes[variant], theirs = context.Pipe()
-        processes.append(context.Process(target=serve, args=(variant, shape, dtype, threads, theirs), daemon=True))
-        processes[-1].start()
-        pipes[variant].recv()  # built and warm; one after the other, or compiling would slow the rest
-    seconds: dict[str, list[float]] = {variant: [] for variant in variants}
-    last: dict[str, tuple[float, float, float]] = {}
-    for _ in range(rounds):
-        for variant, pipe in pipes.items():
-            pipe.send(True)
-            last[variant] = pipe.recv()
-            seconds[variant].append(last[variant][0])
-    for pipe in pipes.values():
-        pipe.send(False)
-    for process in processes:
-        process.join(60)
+    shape = SHAPES[name]
+    builds = {variant: partial(build, variant, shape, dtype) for variant in variants}
+    timings = alternate(builds, range(2, 2 + rounds), warm_up=range(2))
     device = devices.choose_device("auto", dtype)
-    return [result(name, variant, shape, seconds, last[variant], device) for variant in variants]
+    return [result(name, variant, shape, timings, device) for variant in variants]
 
 
 def result(
-    name: str, variant: str, shape: Shape, seconds: Any, last: Any, device: devices.Device
+    name: str, variant: str, shape: Shape, timings: dict[str, Timing], device: devices.Device
 ) -> dict[str, Any]:
-    speed = shape.tokens / statistics.median(seconds[variant])
+    timing = timings[variant]
+    speed = shape.tokens / timing.median
     flops = speed * shape.config.flops_per_token
-    pairs = zip(seconds[variant], seconds["ours"], strict=True)
     return {
         "shape": name,
         "variant": variant,
         "tokens_per_second": speed,
-        "best": shape.tokens / min(seconds[variant]),
-        "ours_is_times": statistics.median(theirs / mine for theirs, mine in pairs),
+        "best": shape.tokens / min(timing.seconds),
+        "ours_is_times": timing.times_slower(timings["ours"]),
         "gflops": flops / 1e9,
         "mfu": flops / device.peak_flops if device.peak_flops else None,
-        "peak_gb": last[2],
-        "last_loss": last[1],
-        "seconds": seconds[variant],
+        "peak_gb": timing.peak_gb,
+        "last_loss": timing.value,
+        "seconds": timing.seconds,
     }
 
 

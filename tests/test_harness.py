@@ -1,6 +1,7 @@
 """lm-evaluation-harness against us: the same HellaSwag, example by example, and our models in its own tasks."""
 
 import json
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -16,6 +17,7 @@ from aymen_gpt.evaluation.harness import AymenLM, offline_hellaswag
 from aymen_gpt.model.gpt import GPT, GPTConfig
 from aymen_gpt.model.huggingface import config_to_huggingface, to_huggingface
 
+EXAMPLES = int(os.environ.get("PARITY_EXAMPLES", "40"))  # make test-parity takes 1,000
 CONFIG = GPTConfig(block_size=128, n_layer=2, n_head=2, n_embd=32)
 TEXTS = [
     "Two boys walk to the river with a rod and a box of worms. They hope to catch a trout.",
@@ -89,7 +91,7 @@ def choices(samples):
 
 def test_hellaswag_is_the_harnesses(lm_eval, model, theirs, real, tmp_path):
     """Its own task and model on real examples: every choice, every likelihood, and the totals."""
-    examples = hellaswag.evenly_spaced(real, 100)
+    examples = hellaswag.evenly_spaced(real, EXAMPLES)
     tasks = offline_hellaswag(tmp_path / "tasks", examples)
     found = lm_eval.simple_evaluate(
         model=theirs, tasks=["offline_hellaswag"], task_manager=tasks, log_samples=True, bootstrap_iters=0

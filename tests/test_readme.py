@@ -36,6 +36,10 @@ SMALL = {  # a command of README -> what is added to it here
     "python fineweb.py --source hub-tokens:kjj0/finewebedu10B-gpt2 --out data/edu10B": "",
     "python pretrain.py --preset demo --data data/mine --run runs/mine": TINY,
     "python hellaswag.py -m runs/mine --limit 1000": "--limit 4",
+    "python hellaswag.py -m runs/gpt2 --json a.json": "--limit 4",
+    "python hellaswag.py -m runs/mine --json b.json": "--limit 4",
+    "python hellaswag.py -m runs/mine --json b.json --resume": "--limit 4",
+    "python hellaswag.py --compare a.json b.json": "",
 }
 ELSEWHERE = {"make demo", "make test"}
 

@@ -93,11 +93,13 @@ def score(options: argparse.Namespace) -> None:
     import torch
 
     from aymen_gpt.evaluation import hellaswag
-    from aymen_gpt.training.device import choose_device
+    from aymen_gpt.training.device import choose_device, keep_freed_memory
     from aymen_gpt.training.distributed import process_group, ranks_from_environment
 
     ranks = ranks_from_environment()
     device = choose_device(options.device, options.dtype, ranks.local_rank)
+    if device.place.type == "cpu":
+        keep_freed_memory()
     if device.dtype == torch.float32:
         torch.set_float32_matmul_precision("highest")  # no TF32 for who asks for float32
     with process_group(ranks, device.place):
