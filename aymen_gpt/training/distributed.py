@@ -1,13 +1,7 @@
-"""One process or many: the same code with a ``Ranks`` value passed in.
-
-Gradients are summed by one flat all-reduce after the last micro-batch instead of DistributedDataParallel. The
-order of summation is then always the same, so a resumed run repeats the uninterrupted one bit for bit at any
-number of ranks (DDP regroups its buckets after the first backward, which a resumed run passes at another step),
-and ranks may take different numbers of micro-batches.
-"""
+"""One process or many: the same code with a ``Ranks`` value passed in."""
 
 import os
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
@@ -16,7 +10,6 @@ from typing import Any, TypeVar
 import torch
 import torch.distributed as dist
 from torch import Tensor
-from torch._utils import _flatten_dense_tensors, _unflatten_dense_tensors
 from torch.distributed.rendezvous import rendezvous
 
 from aymen_gpt.errors import AymenError
@@ -45,23 +38,14 @@ class Ranks:
     def sum(self, values: Tensor) -> Tensor:
         """Sum of ``values`` over all ranks, in place."""
         if self.world_size > 1:
-            with self._meeting():
+            with self.meeting():
                 dist.all_reduce(values)
         return values
-
-    def sum_gradients(self, parameters: Sequence[Tensor]) -> None:
-        """Replace every parameter's gradient by its sum over all ranks."""
-        if self.world_size == 1:
-            return
-        grads = [p.grad for p in parameters if p.grad is not None]
-        flat = self.sum(_flatten_dense_tensors(grads))
-        for grad, summed in zip(grads, _unflatten_dense_tensors(flat, grads), strict=True):
-            grad.copy_(summed)
 
     def wait(self) -> None:
         """Return when every rank has come here."""
         if self.world_size > 1:
-            with self._meeting():
+            with self.meeting():
                 dist.barrier()
 
     def broadcast(self, value: T) -> T:
@@ -69,7 +53,7 @@ class Ranks:
         if self.world_size == 1:
             return value
         box: list[Any] = [value]
-        with self._meeting():
+        with self.meeting():
             dist.broadcast_object_list(box, src=0)
         return box[0]
 
@@ -95,12 +79,13 @@ class Ranks:
         if self.world_size == 1:
             return [value]
         values: list[Any] = [None] * self.world_size
-        with self._meeting():
+        with self.meeting():
             dist.all_gather_object(values, value)
         return values
 
     @contextmanager
-    def _meeting(self) -> Iterator[None]:
+    def meeting(self) -> Iterator[None]:
+        """Around what every rank must come to: says which rank did not, if it fails."""
         self.arrivals += 1
         if self.store is not None:
             self.store.set(str(self.rank), str(self.arrivals))

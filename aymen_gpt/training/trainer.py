@@ -7,7 +7,7 @@ So the mean is over tokens, and world size and micro-batch change nothing but th
 
 import math
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Protocol
@@ -27,6 +27,7 @@ from aymen_gpt.training.batches import Prefetch
 from aymen_gpt.training.config import TrainConfig
 from aymen_gpt.training.device import Device, is_out_of_memory, memory_in_words
 from aymen_gpt.training.distributed import Ranks
+from aymen_gpt.training.gradients import GradientSum
 from aymen_gpt.training.guard import Guard
 from aymen_gpt.training.resume import Resume, changes, check_identity, find_checkpoint, identity, options
 from aymen_gpt.training.runlog import RunLog
@@ -71,6 +72,7 @@ class Trainer:
         self.micro_batch = min(c.micro_batch or (64 if self.device.place.type == "cuda" else 16), most)
         self.model = GPT(c.model, torch.Generator().manual_seed(c.seed)).to(self.device.place)
         self.parameters = list(self.model.parameters())
+        self.sum = GradientSum(self.ranks, self.parameters)
         betas = (c.beta1, c.beta2)
         self.optimizer = optim.adamw(self.model, lr=c.learning_rate, betas=betas, weight_decay=c.weight_decay)
         optim.start_moments(self.model, self.optimizer)
@@ -129,14 +131,16 @@ class Trainer:
                 raise
             return False
         finally:
-            self.optimizer.zero_grad(set_to_none=True)
+            self.sum.clear()
         return True
 
-    def gradients(self, step: int, batches: Iterable[Tensor]) -> list[Tensor]:
+    def gradients(self, step: int, batches: Sequence[Tensor]) -> list[Tensor]:
         """Accumulate this rank's share of the mean loss; the share of each micro-batch."""
         losses = []
         try:
-            for tokens in batches:
+            for number, tokens in enumerate(batches, 1):
+                if number == len(batches):
+                    self.sum.coming()
                 loss = self.batch_loss(tokens) / self.config.tokens_per_step
                 self.scaler.scale(loss).backward()
                 losses.append(loss.detach())
@@ -151,12 +155,12 @@ class Trainer:
         return losses
 
     def train_step(
-        self, step: int, batches: Iterable[Tensor], *, stop: bool = False, failed: bool = False
+        self, step: int, batches: Sequence[Tensor], *, stop: bool = False, failed: bool = False
     ) -> tuple[Row, bool, bool]:
         """Update ``step`` (0 is the first): its row of metrics, and whether any rank said stop or failed."""
         c, began = self.config, time.monotonic()
         losses = self.gradients(step, batches)
-        self.ranks.sum_gradients(self.parameters)
+        self.sum.complete()
         if self.scaler.is_enabled():
             self.scaler.unscale_(self.optimizer)
         norm = optim.clip_gradients(self.parameters, c.grad_clip).item()
@@ -179,7 +183,7 @@ class Trainer:
         if self.scaler.is_enabled():
             self.scaler.update()
         if self.guard.skipped <= c.max_skips:  # else they are looked at once more, by autopsy
-            self.optimizer.zero_grad(set_to_none=True)
+            self.sum.clear()
         return row | self._speed(time.monotonic() - began), stops > 0, failures > 0
 
     def _judge(self, loss: float, norm: float) -> tuple[str | None, bool]:
