@@ -2,14 +2,16 @@
 # make test          install, then every test
 # make test-faults   only the tests that kill, cut, flip and fill things, and a table of what is survived
 # make lint          formatting, lint and types
+# make report        the paper of a run, build/report/research-report.pdf: RUN=runs/NAME, else the committed demo's
 # make clean         remove what the demo made (the environment stays)
 
 PYTHON ?= python3
 BIN := .venv/bin
+RUN ?= docs/results/demo
 # pip shows its bars to a person and only errors to a log
 PIP := $(BIN)/pip --disable-pip-version-check $(shell test -t 2 || echo -qq)
 
-.PHONY: setup demo test test-faults lint clean
+.PHONY: setup demo report test test-faults lint clean
 
 setup: .venv/installed
 
@@ -29,6 +31,9 @@ setup: .venv/installed
 demo: setup
 	$(BIN)/python -m aymen_gpt.commands.demo
 
+report: setup
+	$(BIN)/python -m aymen_gpt.commands.report $(RUN)
+
 test: .venv/installed-dev
 	$(BIN)/python -m pytest -n 2
 
@@ -41,4 +46,4 @@ lint: .venv/installed-dev
 	$(BIN)/mypy
 
 clean:
-	rm -rf data/builtin runs/demo
+	rm -rf data/builtin runs/demo build/report
