@@ -159,7 +159,7 @@ def digest(run: Run, folder: Path) -> str:
     score = {k: v for k, v in read_object(run.folder / "hellaswag.json").items() if k != "examples"}
     replace_text(folder / "hellaswag.json", json.dumps(score, indent=2) + "\n")
     left_out = ["hellaswag.json: examples", f"metrics.jsonl: {lines - len(kept)} of {lines} rows"]
-    note = {"made_from": str(run.folder), "sha256": made_from, "left_out": left_out}
+    note = {"made_from": run.get("run", "run"), "sha256": made_from, "left_out": left_out}
     replace_text(folder / "digest.json", json.dumps(note, indent=2) + "\n")
     return f"digest     {folder} ({len(made_from)} files of {run.folder}, commit {run.get('git_commit')})"
 

@@ -12,22 +12,26 @@ from typing import Any
 LICENCES = {"HuggingFaceFW/fineweb-edu": "ODC-By 1.0, and Common Crawl's terms of use"}
 
 
-def card(step: int, shape: dict[str, Any], metrics: dict[str, Any], run: dict[str, Any]) -> str:
+Values = dict[str, Any]
+
+
+def card(step: int, shape: Values, metrics: Values, run: Values, scored: Values) -> str:
     """The card of a checkpoint from its step, GPTConfig as a dict, that step's metrics and the run's config.json.
 
-    ``run`` may be empty, and each of its keys absent: what is not known is left out. The text holds no time and no
-    host, so the same run gives the same bytes.
+    ``scored`` is the newest row of metrics.jsonl with a HellaSwag score. It is of an earlier step: a checkpoint is
+    saved before it is scored. ``run`` and ``scored`` may be empty, and any key absent: what is not known is
+    left out. The text holds no time and no host, so the same run gives the same bytes.
     """
     name = str(_get(run, "run", "run") or "run").rstrip("/").split("/")[-1]
     parts = [
-        f"---\n{_metadata(name, run, metrics)}---",
+        f"---\n{_metadata(name, run, scored)}---",
         f"# {name}, step {step:,}",
         "A GPT-2-shaped language model trained by Aymen-GPT. It opens in transformers as it stands:",
         "```python\nfrom transformers import AutoModelForCausalLM, AutoTokenizer\n\n"
         'model = AutoModelForCausalLM.from_pretrained(".")\ntokenizer = AutoTokenizer.from_pretrained(".")\n```',
         _table({**_shape(shape, run), **_progress(step, metrics, run)}),
         "## HellaSwag",
-        _score(metrics),
+        _score(scored),
         "## Data",
         _data(run),
         "## To make it again",
@@ -46,19 +50,19 @@ def _get(found: Any, *keys: str) -> Any:
     return found
 
 
-def _protocols(metrics: dict[str, Any]) -> dict[str, dict[str, Any]]:
+def _protocols(scored: Values) -> dict[str, Values]:
     """Accuracies by protocol, of a row like {"hellaswag": {"n": 250, "completion": {"acc": ...}}}."""
-    found = metrics.get("hellaswag") or {}
+    found = scored.get("hellaswag") or {}
     return {protocol: found[protocol] for protocol in ("completion", "harness") if protocol in found}
 
 
-def _metadata(name: str, run: dict[str, Any], metrics: dict[str, Any]) -> str:
+def _metadata(name: str, run: Values, scored: Values) -> str:
     """The YAML; what comes from the run is written as JSON, which is YAML too and cannot break out of it."""
     lines = ["library_name: transformers", "pipeline_tag: text-generation", "tags: [gpt2, aymen-gpt]"]
     repo = _get(run, "data", "source", "repo")
     if repo:
         lines.append(f"datasets: [{json.dumps(repo)}]")
-    scores = _protocols(metrics)
+    scores, note = _protocols(scored), f"step {scored.get('step')}, n = {_get(scored, 'hellaswag', 'n')}"
     if scores:
         lines += ["model-index:", f"- name: {json.dumps(name)}", "  results:"]
     for protocol, part in scores.items():
@@ -69,16 +73,16 @@ def _metadata(name: str, run: dict[str, Any], metrics: dict[str, Any]) -> str:
         ]
         for metric in ("acc", "acc_norm"):
             value = json.dumps(part.get(metric))
-            lines.append(f"    - {{type: {metric}, name: '{metric}, {protocol} protocol', value: {value}}}")
+            lines.append(f"    - {{type: {metric}, name: '{metric} at {note}', value: {value}}}")
     return "\n".join(lines) + "\n"
 
 
-def _table(values: dict[str, Any]) -> str:
+def _table(values: Values) -> str:
     rows = [f"| {key} | {str(value).replace('|', chr(92) + '|')} |" for key, value in values.items() if value]
     return "\n".join(["| | |", "|---|---|", *rows])
 
 
-def _shape(shape: dict[str, Any], run: dict[str, Any]) -> dict[str, Any]:
+def _shape(shape: Values, run: Values) -> Values:
     n = run.get("n_params")
     return {
         "parameters": f"{n:,}" if n else None,
@@ -88,7 +92,7 @@ def _shape(shape: dict[str, Any], run: dict[str, Any]) -> dict[str, Any]:
     }
 
 
-def _progress(step: int, metrics: dict[str, Any], run: dict[str, Any]) -> dict[str, Any]:
+def _progress(step: int, metrics: Values, run: Values) -> Values:
     steps, loss, val = _get(run, "run", "steps"), metrics.get("loss"), metrics.get("val_loss")
     return {
         "steps": f"{step:,}" + (f" of {steps:,}" if steps else ""),
@@ -98,16 +102,24 @@ def _progress(step: int, metrics: dict[str, Any], run: dict[str, Any]) -> dict[s
     }
 
 
-def _score(metrics: dict[str, Any]) -> str:
-    scores, n = _protocols(metrics), _get(metrics, "hellaswag", "n")
+def _score(scored: Values) -> str:
+    scores, n = _protocols(scored), _get(scored, "hellaswag", "n")
     if not scores:
-        return "Not scored at this step. `python hellaswag.py -m .` scores it by both protocols."
-    lines = [f"Over {n:,} of 10,042 validation examples, ± one standard error:" if n else "", ""]
+        return "Not scored yet. `python hellaswag.py -m .` scores this checkpoint by both protocols."
+    some = f"{n:,} of 10,042 validation examples" if n else "validation examples"
+    lines = [f"At step {scored.get('step')}, over {some}, ± one standard error:", ""]
     lines += ["| protocol | acc | acc_norm |", "|---|---|---|"]
     for protocol, part in scores.items():
         cells = (_share(part.get(m), part.get(f"{m}_stderr")) for m in ("acc", "acc_norm"))
         lines.append(f"| {protocol} | {' | '.join(cells)} |")
-    return "\n".join([*lines, "", "Scores of different protocols do not compare. Chance is 25 %."])
+    return "\n".join(
+        [
+            *lines,
+            "",
+            "Scores of different protocols do not compare. Chance is 25 %. `python hellaswag.py "
+            "-m .` scores this checkpoint by both.",
+        ]
+    )
 
 
 def _share(value: float | None, error: float | None) -> str:
@@ -116,7 +128,7 @@ def _share(value: float | None, error: float | None) -> str:
     return f"{100 * value:.2f} %" + (f" ± {100 * error:.2f}" if error is not None else "")
 
 
-def _data(run: dict[str, Any]) -> str:
+def _data(run: Values) -> str:
     repo, revision = _get(run, "data", "source", "repo"), _get(run, "data", "source", "revision")
     train, manifest = _get(run, "data", "train_tokens"), _get(run, "data", "manifest_sha256")
     licence = LICENCES.get(repo or "", "not known to the program that wrote this card")
@@ -126,7 +138,7 @@ def _data(run: dict[str, Any]) -> str:
     return f"{source}: {size}{hashed}. Licence of the text: {licence}."
 
 
-def _reproduce(run: dict[str, Any]) -> str:
+def _reproduce(run: Values) -> str:
     command, commit = run.get("command"), run.get("git_commit")
     typed = shlex.join(str(word) for word in command) if isinstance(command, list) else "python pretrain.py"
     versions = ", ".join(f"{k} {v}" for k, v in (run.get("versions") or {}).items())

@@ -144,16 +144,24 @@ def _write_files(folder: Path, captured: Capture, snapshot: Snapshot) -> None:
     save_file(captured.weights, folder / "model.safetensors", metadata={"format": "pt"})
     save_file(captured.moments, folder / "optimizer.safetensors", metadata={"format": "pt"})
     write_json(folder / "state.json", {"format": FORMAT, **vars(snapshot)})
-    text = card(snapshot.step, asdict(captured.config), snapshot.metrics, run_config(folder.parent.parent))
-    (folder / "README.md").write_text(text)
+    known = known_of(folder.parent.parent)
+    (folder / "README.md").write_text(card(snapshot.step, asdict(captured.config), snapshot.metrics, *known))
 
 
-def run_config(run: Path) -> dict[str, Any]:
-    """config.json of the run, {} when it cannot be read: a model card is no reason to lose a checkpoint."""
+def known_of(run: Path) -> tuple[dict[str, Any], dict[str, Any]]:
+    """A run's config.json and its newest row with a score; {} for what cannot be read.
+
+    A model card is no reason to lose a checkpoint.
+    """
     try:
-        return json.loads((run / "config.json").read_text())
+        config = json.loads((run / "config.json").read_text())
     except (OSError, ValueError):
-        return {}
+        config = {}
+    try:
+        rows = [line for line in (run / "metrics.jsonl").read_text().splitlines() if '"hellaswag"' in line]
+        return config, json.loads(rows[-1])
+    except (OSError, ValueError, IndexError):
+        return config, {}
 
 
 def _write_manifest(folder: Path, step: int) -> None:
