@@ -52,7 +52,8 @@ def problems(root: Path) -> list[str]:
 
 def unlabelled(paper: str) -> list[str]:
     """The lines of a paper's body in which a digit is left when all that says what it is has been taken out."""
-    body = paper[paper.index(r"\begin{document}") : paper.index(r"\begin{thebibliography}")]
+    start = paper.index(r"\begin{document}") + len(r"\begin{document}")
+    body = paper[start : paper.index(r"\begin{thebibliography}")]
     body = re.sub(r"\\begin\{(tikzpicture|longtable)\}.*?\\end\{\1\}", "", body, flags=re.S)
     body = LAYOUT.sub("", NAMES.sub("", LABELLED.sub("", body)))
     body = FORMULA.sub(lambda found: found[1] if found[1] and is_number(found[1]) else "", body)
@@ -61,7 +62,8 @@ def unlabelled(paper: str) -> list[str]:
 
 def is_number(formula: str) -> bool:
     """A formula has a letter in it; what has none, or has a decimal or a per cent sign, may state a result."""
-    return not re.search(r"[A-Za-z]", re.sub(r"\\\w+", "", formula)) or bool(re.search(r"\d\.\d|\\%", formula))
+    letters = re.search(r"[A-Za-z]", re.sub(r"\\(?:pm|approx|sim|times|cdot)\b", "", formula))
+    return not letters or bool(re.search(r"\d\.\d|\\%", formula))
 
 
 def unmarked(page: str) -> list[str]:

@@ -106,7 +106,8 @@ def plan_facts(root: Path, run: Run) -> list[Fact]:
     for f in fields(TrainConfig):
         value = getattr(plan, f.name)
         if f.metadata["group"] in ("run", "recipe", "watching") and not isinstance(value, str | bool | None):
-            number = f"{value:,}" if isinstance(value, int) else facts_of.rate(value)
+            counted = isinstance(value, int) and f.name != "seed"
+            number = f"{value:,}" if counted else facts_of.rate(value)
             found.append(Fact(f"plan.{facts_of.slug(f.name)}", number, recipe, f.name))
     assert set(RECIPES["gpt2"]) == set(), "the defaults are no longer the published run"
     return list({fact.name: fact for fact in found}.values())
