@@ -3,6 +3,7 @@
 # make test-faults   only the tests that kill, cut, flip and fill things, and a table of what is survived
 # make lint          formatting, lint and types
 # make report        the paper of a run, build/report/research-report.pdf: RUN=runs/NAME, else the committed demo's
+# make record        of a finished runs/demo: docs/results/demo, the numbers of README, the notebook's outputs, a picture
 # make clean         remove what the demo made (the environment stays)
 
 PYTHON ?= python3
@@ -11,7 +12,7 @@ RUN ?= docs/results/demo
 # pip shows its bars to a person and only errors to a log
 PIP := $(BIN)/pip --disable-pip-version-check $(shell test -t 2 || echo -qq)
 
-.PHONY: setup demo report test test-faults lint clean
+.PHONY: setup demo report record test test-faults lint clean
 
 setup: .venv/installed
 
@@ -33,6 +34,12 @@ demo: setup
 
 report: setup
 	$(BIN)/python -m aymen_gpt.commands.report $(RUN)
+
+record: .venv/installed-dev
+	$(BIN)/python -m aymen_gpt.commands.report runs/demo --digest docs/results/demo
+	$(BIN)/jupyter-execute --inplace GPT-nb.ipynb
+	$(BIN)/python -m aymen_gpt.commands.report docs/results/demo
+	pdftoppm -r 75 -f 4 -l 4 -png -singlefile build/report/research-report.pdf docs/images/paper
 
 test: .venv/installed-dev
 	$(BIN)/python -m pytest -n 2

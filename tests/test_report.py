@@ -140,6 +140,15 @@ def test_a_digest_is_made_of_finished_runs_only(run, tmp_path):
         report.digest(read_run(run), tmp_path / "digest")
 
 
+def test_pages_follow_a_new_digest(tmp_path):
+    page, other = tmp_path / "a.md", tmp_path / "b.md"
+    page.write_text("fell to 5.335<!--run.val-loss-->, not 5.335, in 5.335<!--run.other-->")
+    other.write_text("5.335")
+    old, new = {"run.val-loss": "5.335", "run.other": "5.335"}, {"run.val-loss": "4.100", "run.other": "5.335"}
+    assert report.restate([page, other], old, new) == [page]
+    assert page.read_text() == "fell to 4.100<!--run.val-loss-->, not 5.335, in 5.335<!--run.other-->"
+
+
 def test_a_long_log_is_thinned_but_keeps_its_measurements():
     lines = [json.dumps({"step": i} | ({"val_loss": 1.0} if i % 1000 == 7 else {})) for i in range(10_000)]
     n, kept = report.thinned(lines)

@@ -50,7 +50,12 @@ def main(argv: list[str] | None = None) -> int:
     options = parser().parse_args(argv)
     run = read_run(options.run)
     if options.digest:
+        old = restatable(options.digest)
         print(digest(run, options.digest))
+        for page in restate(
+            [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))], old, restatable(options.digest)
+        ):
+            print(f"restated   {page}")
         return 0
     if not (ROOT / PAPER).is_file():
         raise UsageError(f"no {PAPER} in {ROOT}: the paper is written in a checkout of the repository")
@@ -163,6 +168,28 @@ def digest(run: Run, folder: Path) -> str:
     note = {"made_from": run.get("run", "run"), "sha256": made_from, "left_out": left_out}
     replace_text(folder / "digest.json", json.dumps(note, indent=2) + "\n")
     return f"digest     {folder} ({len(made_from)} files of {run.folder}, commit {run.get('git_commit')})"
+
+
+def restatable(folder: Path) -> dict[str, str]:
+    """{name: shown} of the facts of a digest, {} where there is none yet."""
+    try:
+        return {fact.name: fact.shown for fact in facts_of.run_facts(read_run(folder))}
+    except DataError:
+        return {}
+
+
+def restate(pages: list[Path], old: dict[str, str], new: dict[str, str]) -> list[Path]:
+    """Put new values where pages state old ones, "5.335<!--run.val-loss-->"; the pages that changed."""
+    changed = []
+    for page in pages:
+        before = text = page.read_text()
+        for name, value in old.items():
+            mark = f"<!--{name}-->"
+            text = text.replace(value + mark, new.get(name, value) + mark)
+        if text != before:
+            replace_text(page, text)
+            changed.append(page)
+    return changed
 
 
 def thinned(lines: list[str]) -> tuple[int, list[str]]:
