@@ -54,6 +54,11 @@ class Setting:
     quick: bool
     data: Path | None
 
+    @property
+    def compiled(self) -> tuple[bool, ...]:
+        """Eager and compiled; compiling takes a CPU minutes."""
+        return (False,) if self.quick else (False, True)
+
     def sync(self) -> None:
         if self.device.place.type == "cuda":
             torch.cuda.synchronize()
@@ -95,7 +100,7 @@ def correct(s: Setting) -> Table:
     expected, expected_grads = loss_and_gradients(reference, tokens, torch.float32)
     rows = []
     for dtype in (torch.float32, torch.bfloat16):
-        for compiled in (False, True):
+        for compiled in s.compiled:
             model = GPT(config, torch.Generator().manual_seed(1)).to(s.device.place)
             loss, grads = loss_and_gradients(model, tokens.to(s.device.place), dtype, compiled)
             rows.append(
@@ -146,7 +151,7 @@ def resume(s: Setting) -> Table:
     rows = []
     with tempfile.TemporaryDirectory() as temporary:
         data = random_shards(Path(temporary) / "shards")
-        for compiled in (False, True):
+        for compiled in s.compiled:
             runs = [Path(temporary) / f"{name}-{compiled}" for name in ("whole", "parts")]
             short_run(s, data, runs[0], compiled, 99)
             with contextlib.suppress(Stopped):

@@ -56,6 +56,7 @@ SHAPES = {
     "gpt2-256": Shape(replace(PRESETS["gpt2"], block_size=256), 4),
     "gpt2-1024": Shape(PRESETS["gpt2"], 1),
     "small": Shape(GPTConfig(block_size=256, n_layer=4, n_head=4, n_embd=256), 16),
+    "tiny": Shape(GPTConfig(block_size=32, n_layer=2, n_head=2, n_embd=32), 4),
 }
 Step = Callable[[torch.Tensor], float]  # tokens (rows, T + 1) -> the mean loss before the update
 
@@ -235,7 +236,7 @@ def result(
 
 def main() -> None:
     parser = argparse.ArgumentParser(description="the training step against others', alternating")
-    parser.add_argument("--shape", nargs="+", choices=SHAPES, default=list(SHAPES))
+    parser.add_argument("--shape", nargs="+", choices=SHAPES, default=["gpt2-256", "gpt2-1024", "small"])
     parser.add_argument("--variant", nargs="+", choices=VARIANTS, default=list(VARIANTS))
     parser.add_argument("--rounds", type=whole_number, default=7)
     parser.add_argument("--dtype", default="auto")

@@ -328,6 +328,7 @@ def test_repair_fetches_only_what_is_damaged(hub, tmp_path):
         adopt.repair(options.out, quiet)
 
 
+@pytest.mark.slow
 def test_the_commands_adopt_verify_repair_and_train(door, tmp_path):
     for split, n in (("val", 2000), ("train", 9000)):
         make_tokens(n, 1).astype("<u2").tofile(tmp_path / f"{split}.bin")

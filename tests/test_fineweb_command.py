@@ -207,6 +207,7 @@ def workers_of(pid):
     return [int(child) for child in found if b"spawn_main" in Path(f"/proc/{child}/cmdline").read_bytes()]
 
 
+@pytest.mark.slow
 @pytest.mark.fault(49)
 @pytest.mark.skipif(not Path("/proc/self/task").exists(), reason="finds worker processes through /proc")
 def test_kill_minus_nine_at_any_moment_then_the_same_command_gives_the_same_bytes(tmp_path):

@@ -4,10 +4,13 @@ import hashlib
 import json
 import os
 import re
+import threading
+import time
 from collections import Counter
 from dataclasses import replace
 from importlib.metadata import version
 from itertools import chain
+from multiprocessing.connection import Connection
 from pathlib import Path
 
 import numpy as np
@@ -470,17 +473,34 @@ def test_a_half_written_file_is_named_before_anything_is_written(options, kept):
     assert joined(tokens_of(options.out)) == reference(ALL_TEXTS)
 
 
+def die_in_the_middle_of_the_answer():
+    """In a worker: what it answers goes through a pipe; half of the first piece is all that comes."""
+
+    def half(connection, content, *more):
+        os.write(connection.fileno(), bytes(content)[: len(content) // 2])
+        os._exit(9)
+
+    Connection._send = half
+    return bytes(100_000)
+
+
 @pytest.mark.fault(49)
-def test_a_worker_that_dies_is_an_error_not_a_hang(options, monkeypatch):
+@pytest.mark.parametrize("death", [(os._exit, 9), (die_in_the_middle_of_the_answer,)])
+def test_a_worker_that_dies_is_an_error_not_a_hang(options, monkeypatch, death):
     class Dying(prepare.ProcessPoolExecutor):
         def submit(self, function, part, *more):
             if (part.file, part.index) == (1, 2):
-                return super().submit(os._exit, 9)
+                return super().submit(*death)
             return super().submit(function, part, *more)
 
+    threads = threading.active_count()
     monkeypatch.setattr(prepare, "ProcessPoolExecutor", Dying)
     with pytest.raises(AymenError, match=r"a worker process died; finished shards are safe: run the same command"):
         prepare.prepare(replace(options, workers=2), quiet)
+    deadline = time.monotonic() + 30
+    while threading.active_count() > threads and time.monotonic() < deadline:
+        time.sleep(0.01)
+    assert threading.active_count() <= threads  # or Python would wait for them when it ends
     monkeypatch.undo()
     prepare.prepare(replace(options, workers=2), quiet)
     assert joined(tokens_of(options.out)) == reference(ALL_TEXTS)

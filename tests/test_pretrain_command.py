@@ -9,6 +9,7 @@ from conftest import make_shards
 from training_runs import TINY, rows, start, wait_for_step
 
 
+@pytest.mark.slow
 def test_two_processes_give_the_losses_of_one(door, shards, tmp_path):
     words = [*TINY, "--data", shards, "--steps", 8, "--micro-batch", 3]
     one = door("pretrain.py", *words, "--run", "one")
@@ -23,6 +24,7 @@ def test_two_processes_give_the_losses_of_one(door, shards, tmp_path):
     assert json.loads((tmp_path / "two/config.json").read_text())["world_size"] == 2
 
 
+@pytest.mark.slow
 @pytest.mark.fault(3)
 def test_sigterm_saves_and_the_same_command_continues(door, shards, tmp_path):
     words = [*TINY, "--data", shards, "--steps", 30, "--run", "run"]
@@ -43,6 +45,7 @@ def test_sigterm_saves_and_the_same_command_continues(door, shards, tmp_path):
     assert rows(tmp_path / "run") == rows(tmp_path / "whole")
 
 
+@pytest.mark.slow
 @pytest.mark.fault(1)
 def test_after_kill_nine_the_losses_are_those_of_the_uninterrupted_run(door, shards, tmp_path):
     words = [*TINY, "--data", shards, "--steps", 16, "--run", "run"]
@@ -57,6 +60,7 @@ def test_after_kill_nine_the_losses_are_those_of_the_uninterrupted_run(door, sha
     assert rows(tmp_path / "run") == rows(tmp_path / "whole")
 
 
+@pytest.mark.slow
 @pytest.mark.fault(4, 11)
 def test_three_ranks_with_uneven_rows_stop_together_and_continue_bit_for_bit(door, shards, tmp_path):
     """8 rows on 3 ranks are 3, 3 and 2, so with two rows a micro-batch the last rank takes one batch less."""
@@ -119,6 +123,7 @@ def test_mistakes_are_answered_in_one_line(door, tmp_path, words, code, message)
     assert len(done.stderr.strip().splitlines()) == 1
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(os.name == "nt", reason="compiling needs a C++ compiler")
 def test_compiled_training_gives_the_losses_of_eager(door, shards, tmp_path):
     words = [*TINY, "--data", shards, "--steps", 3, "--micro-batch", 4]

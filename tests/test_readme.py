@@ -49,6 +49,7 @@ def test_every_command_of_readme_is_known_here():
     assert set(commands()) == SMALL.keys() | ELSEWHERE
 
 
+@pytest.mark.slow
 def test_the_journey_of_readme_works_as_written(door, tmp_path):
     texts = make_texts(300)
     (tmp_path / "my/texts").mkdir(parents=True)

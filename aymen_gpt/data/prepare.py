@@ -21,7 +21,7 @@ import threading
 import zlib
 from collections import deque
 from collections.abc import Callable, Generator, Iterable, Iterator
-from concurrent.futures import Future, ProcessPoolExecutor
+from concurrent.futures import Future, ProcessPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
 from contextlib import closing, contextmanager
 from dataclasses import asdict, dataclass, field, replace
@@ -177,9 +177,9 @@ def tokenize_all(parts: Iterable[Part], workers: int, encoder_name: EncoderName)
         for part in parts:
             waiting.append(pool.submit(tokenize, part, encoder_name))
             if len(waiting) > AHEAD * workers:
-                yield waiting.popleft().result()
+                yield _result(waiting.popleft(), pool)
         while waiting:
-            yield waiting.popleft().result()
+            yield _result(waiting.popleft(), pool)
     except BrokenProcessPool:
         raise AymenError(
             "a worker process died; finished shards are safe: run the same command again "
@@ -188,10 +188,19 @@ def tokenize_all(parts: Iterable[Part], workers: int, encoder_name: EncoderName)
     finally:
         # Workers have nothing to tidy up. Asked to end instead, one would wait for ever on a lock of the queue
         # that another, killed from outside while they end, still held; and this process would wait for it.
-        processes = list((pool._processes or {}).values())
+        processes, answers = list((pool._processes or {}).values()), pool._result_queue._writer  # type: ignore
         pool.shutdown(wait=False, cancel_futures=True)
         for process in processes:
             process.kill()
+        answers.close()  # or the pool's thread waits for ever for the other half of an answer
+
+
+def _result(future: "Future[Batch]", pool: ProcessPoolExecutor) -> Batch:
+    """What the worker made. A pool does not notice that a worker died in the middle of its answer; this does."""
+    while not wait([future], timeout=1).done:
+        if not all(process.is_alive() for process in (pool._processes or {}).values()):
+            raise BrokenProcessPool
+    return future.result()
 
 
 def _begin_worker() -> None:
