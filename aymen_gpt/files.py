@@ -89,6 +89,7 @@ def lock(folder: Path, option: str) -> TextIO:
         f.seek(0)
         raise CannotWrite(f"{folder} is in use by {f.read().strip()}; stop it or use another {option}") from None
     except OSError as error:
-        why = f"cannot write into {folder}: {error.strerror}; make room or choose another folder with {option}"
+        room = "make room or " if error.errno in (errno.ENOSPC, errno.EDQUOT) else ""
+        why = f"cannot write into {folder}: {error.strerror}; {room}choose another folder with {option}"
         raise CannotWrite(why) from error
     return f

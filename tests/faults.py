@@ -72,6 +72,7 @@ ROWS = {
     61: "report of an empty or torn run",
 }
 NOT_APPLICABLE = dict.fromkeys((59, 60), "there is no server")
+NOT_YET = {51: "scoring cannot be resumed"}
 
 reports = defaultdict(list)  # row: the reports of its tests, three a test (setup, call, teardown)
 
@@ -95,7 +96,7 @@ def outcome(row):
     if row in NOT_APPLICABLE:
         return f"not applicable: {NOT_APPLICABLE[row]}"
     if not reports[row]:
-        return "no test"
+        return f"not yet: {NOT_YET[row]}" if row in NOT_YET else "no test"
     if any(report.failed for report in reports[row]):
         return "failed"
     skipped = [report.longrepr[2].removeprefix("Skipped: ") for report in reports[row] if report.skipped]

@@ -57,7 +57,9 @@ def test_a_folder_has_one_holder_and_a_dead_one_holds_nothing(tmp_path):
 
 @pytest.mark.fault(22, 26)
 def test_a_full_or_read_only_folder_cannot_be_held_and_the_error_says_what_to_do(disk):
-    with pytest.raises(CannotWrite, match=r"cannot write into .*a: Read-only file system; make room or .* --out"):
+    with pytest.raises(
+        CannotWrite, match=r"cannot write into .*a: Read-only file system; choose another folder with --out"
+    ):
         files.lock(disk("ro") / "a", "--out")
     folder = disk("4k")
     (folder / "full").write_bytes(bytes(4096))

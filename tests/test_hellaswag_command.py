@@ -91,7 +91,7 @@ def test_the_real_set_stands_beside_anchors_of_its_own_protocol(door, model):
         (["--batch-tokens", "-4"], 2, "error: --batch-tokens -4: expected at least 1"),
         (["--protocol", "mean"], 2, "invalid choice: 'mean'"),
         (["--device", "tpu"], 2, "error: --device tpu: expected auto, cpu, mps, cuda"),
-        (["--dtype", "int8"], 2, "error: --dtype int8: expected auto, float32 or bfloat16"),
+        (["--dtype", "int8"], 2, "error: --dtype int8: expected auto, float32, bfloat16, float16"),
         (["--json", "."], 2, "error: --json .: this is a folder"),
         (["--data", "nowhere.jsonl"], 65, "error: nowhere.jsonl: no such file"),
         (["-m", "runs/none", "--data", "own.jsonl"], 65, "error: no model at runs/none"),

@@ -30,6 +30,9 @@ SMALL = {  # a command of README -> what is added to it here
     "python pretrain.py --preset demo --init-from runs/demo --run runs/tuned --learning-rate 3e-4": (
         f"{TINY} {EDU} --init-from runs/gpt2"
     ),
+    "python pretrain.py --plan --gpus 8": "",
+    "python pretrain.py --preset demo --plan --probe": "--preset tiny",
+    "python pretrain.py --preset demo --plan --probe --dollars-per-gpu-hour 2.5": "--preset tiny",
     "python fineweb.py --source my/texts notes.jsonl.gz --out data/mine": "--workers 1",
     "python fineweb.py --source hub-tokens:kjj0/finewebedu10B-gpt2 --out data/edu10B": "",
     "python pretrain.py --preset demo --data data/mine --run runs/mine": TINY,

@@ -28,6 +28,7 @@ EXAMPLES = """\
   torchrun --standalone --nproc_per_node=8 pretrain.py   the same run on 8 GPUs, the same result
   python pretrain.py --preset demo                       a small GPT, minutes on a laptop
   python pretrain.py --preset gpt3-medium --run runs/m   another size, another folder
+  python pretrain.py --plan --gpus 8                     what the published run takes, on 8 of these devices
   python pretrain.py --init-from gpt2 --data my-shards   go on from a model, on other text
 """
 
@@ -59,6 +60,12 @@ def parser() -> argparse.ArgumentParser:
         metavar="KEY",
         help="continue although these differ from the run's: seed, data, tokens_per_step",
     )
+    plan = p.add_argument_group("planning", "do not train: print what the run would take")
+    plan.add_argument("--plan", action="store_true", help="parameters, FLOPs, memory by part, steps, disk")
+    plan.add_argument("--probe", action="store_true", help="with --plan: measure 20 updates, for hours and cost")
+    plan.add_argument("--gpus", type=console.whole_number, metavar="N", help="plan for N devices of this kind")
+    plan.add_argument("--mfu", type=float, metavar="X", help="assume this share of the peak instead of measuring")
+    plan.add_argument("--dollars-per-gpu-hour", type=float, metavar="X", help="price of one device, for the cost")
     p.add_argument(
         "--show-batch",
         type=console.whole_number,
@@ -96,10 +103,16 @@ rows_or_auto.__name__ = "number of rows"  # argparse names the type in its messa
 def main(argv: list[str] | None = None) -> int:
     given = vars(parser().parse_args(argv))
     step = given.pop("show_batch")
+    planned = {key: given.pop(key) for key in ("plan", "probe", "gpus", "mfu", "dollars_per_gpu_hour")}
     mode, override = given.pop("resume"), given.pop("override_resume")
     config = resolve(given)
     if step is not None:
         return show_batch(config, step)
+    if planned["plan"] or planned["probe"]:
+        from aymen_gpt.commands.plan import show_plan
+
+        price, gpus = planned["dollars_per_gpu_hour"], planned["gpus"]
+        return show_plan(config, gpus=gpus, probe=planned["probe"], dollars=price, mfu=planned["mfu"])
 
     from aymen_gpt.training import device as devices
     from aymen_gpt.training.distributed import process_group, ranks_from_environment
