@@ -32,6 +32,24 @@ def make_shards(folder: Path, seed: int = 0) -> Path:
     return folder
 
 
+@pytest.fixture(scope="session")
+def real():
+    """HellaSwag's validation set."""
+    from aymen_gpt.evaluation.examples import load_examples
+
+    return load_examples()
+
+
+@pytest.fixture
+def own_cache(tmp_path, monkeypatch):
+    """An empty cache that still has the vocabulary."""
+    from aymen_gpt.data import tokenizer
+
+    tokenizer.gpt2()  # kept in memory
+    monkeypatch.setenv("AYMEN_GPT_CACHE", str(tmp_path / "cache"))
+    return tmp_path / "cache"
+
+
 @pytest.fixture
 def disk(tmp_path):
     """A real small disk: disk("100k") is its folder; asked again it has another size, or with "ro" is read-only.

@@ -2,11 +2,17 @@
 
 import json
 import re
+import shutil
+import subprocess
+import sys
 
+import numpy as np
 import pytest
 import torch
-from safetensors.torch import save_file
+from conftest import ROOT
+from safetensors.torch import load_file, save_file
 
+from aymen_gpt.data import tokenizer
 from aymen_gpt.model.gpt import GPT, GPTConfig
 from aymen_gpt.model.huggingface import config_to_huggingface, to_huggingface
 
@@ -93,6 +99,8 @@ def test_the_real_set_stands_beside_anchors_of_its_own_protocol(door, model):
         (["--device", "tpu"], 2, "error: --device tpu: expected auto, cpu, mps, cuda"),
         (["--dtype", "int8"], 2, "error: --dtype int8: expected auto, float32, bfloat16, float16"),
         (["--json", "."], 2, "error: --json .: this is a folder"),
+        (["--compare", "a.json", "b.json", "--resume"], 2, "error: --compare reads what --json wrote"),
+        (["--compare", "a.json", "b.json"], 65, "error: a.json: no such file"),
         (["--data", "nowhere.jsonl"], 65, "error: nowhere.jsonl: no such file"),
         (["-m", "runs/none", "--data", "own.jsonl"], 65, "error: no model at runs/none"),
         (["-m", "gpt2", "--data", "own.jsonl"], 69, "error: cannot get config.json of openai-community/gpt2"),
@@ -112,3 +120,92 @@ def test_a_bad_row_is_named(door, model, data):
     assert done.returncode == 65
     assert done.stderr.startswith(f"error: {data}: row {N + 1} lacks activity_label")
     assert done.stderr.count("\n") == 1
+
+
+def answers(path):
+    """What two scorings must have in common, near ties apart: everything but the last bits of the likelihoods."""
+    found = json.loads(path.read_text())
+    likely = [row[p].pop("log_likelihoods") for row in found["examples"] for p in ("completion", "harness")]
+    return found, np.array(likely)
+
+
+@pytest.mark.fault(51)
+@pytest.mark.slow
+@pytest.mark.parametrize("processes", [None, 2])
+def test_a_scoring_that_was_killed_goes_on_and_ends_the_same(door, model, data, tmp_path, processes):
+    """By kill -9, after some batches of the first protocol and a torn line of the next batch."""
+    few = ["-m", model, "--data", data, "--batch-tokens", 60]
+    cache = own_cache(tmp_path)
+    assert door("hellaswag.py", *few, "--json", tmp_path / "whole.json", AYMEN_GPT_CACHE=cache).returncode == 0
+    point = "after:2:aymen_gpt.evaluation.partial:PartialScores.add"
+    killed = door(
+        "tests/crashes.py", point, "hellaswag.py", *few, processes=processes, AYMEN_GPT_CACHE=cache, timeout=100
+    )
+    assert killed.returncode == (1 if processes else 137)
+    kept = list((tmp_path / "cache/hellaswag-partial").glob("*/rank-*.jsonl"))
+    assert 1 <= len(kept) <= 2
+    with kept[0].open("a") as file:
+        file.write('["completion", 7, [-1')
+    if not processes:
+        other = door("hellaswag.py", *few, "--resume", "--dtype", "float16", AYMEN_GPT_CACHE=cache)
+        assert "no scores are there yet" in other.stderr  # those are of another precision
+    again = [*few, "--resume", "--json", tmp_path / "resumed.json"]
+    done = door("hellaswag.py", *again, processes=processes, AYMEN_GPT_CACHE=cache)
+    assert done.returncode == 0, done.stderr
+    n = int(re.search(r"^(\d+) scores are there already$", done.stderr, re.MULTILINE)[1])
+    assert 1 < n < 2 * N
+    assert answers(tmp_path / "resumed.json")[0] == answers(tmp_path / "whole.json")[0]
+    if not processes:
+        assert (tmp_path / "resumed.json").read_bytes() == (tmp_path / "whole.json").read_bytes()
+    assert list((tmp_path / "cache/hellaswag-partial").iterdir()) == []
+
+
+def own_cache(tmp_path):
+    """A cache of this test's own, which has the vocabulary."""
+    (tmp_path / "cache").mkdir()
+    shutil.copy(tokenizer.vocabulary(), tmp_path / "cache")
+    return str(tmp_path / "cache")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("processes", [2, 3])
+def test_any_number_of_processes_gives_the_same_score(door, model, data, tmp_path, processes):
+    alone = door("hellaswag.py", "-m", model, "--data", data, "--json", tmp_path / "1.json")
+    together = door(
+        "hellaswag.py", "-m", model, "--data", data, "--json", tmp_path / "2.json", processes=processes
+    )
+    assert together.returncode == 0, together.stderr
+    assert together.stdout.replace("2.json", "1.json") == alone.stdout  # once, and the same
+    (a, likely_a), (b, likely_b) = answers(tmp_path / "1.json"), answers(tmp_path / "2.json")
+    assert a == b
+    np.testing.assert_allclose(likely_a, likely_b, atol=1e-4)
+    assert f"on {processes} x " in together.stderr
+
+
+@pytest.mark.slow
+def test_two_scorings_are_compared(door, model, data, tmp_path):
+    other = tmp_path / "other"
+    shutil.copytree(model, other)
+    state = load_file(other / "model.safetensors")
+    save_file({name: t * (-1 if "wte" in name else 1) for name, t in state.items()}, other / "model.safetensors")
+    for name, path in (("a.json", model), ("b.json", other)):
+        assert door("hellaswag.py", "-m", path, "--data", data, "--json", tmp_path / name).returncode == 0
+    done = door("hellaswag.py", "--compare", tmp_path / "a.json", tmp_path / "b.json")
+    assert done.returncode == 0, done.stderr
+    assert f"the same {N} examples" in done.stdout
+    lines = re.findall(r"^(completion|harness) +(acc\w*) +([\d.]+)% +([\d.]+)% +([-+][\d.]+) ", done.stdout, re.M)
+    assert len(lines) == 4
+    for protocol, measure, *values in lines:
+        a, b = (100 * json.loads((tmp_path / f).read_text())[protocol][measure] for f in ("a.json", "b.json"))
+        assert [float(value) for value in values] == pytest.approx([a, b, b - a], abs=0.006)
+
+
+def test_comparing_needs_no_torch(tmp_path):
+    code = """
+import sys
+from aymen_gpt.commands import hellaswag
+try: hellaswag.main(["--compare", "a.json", "b.json"])
+except ValueError: pass
+print("torch" in sys.modules)"""
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
+    assert done.stdout == "False\n", done.stderr

@@ -9,8 +9,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from transformers import GPT2Config, GPT2LMHeadModel
 
-from aymen_gpt.evaluation import scoring
-from aymen_gpt.evaluation.scoring import TokenizedExample, score
+from aymen_gpt.evaluation import forward
+from aymen_gpt.evaluation.packing import TokenizedExample
+from aymen_gpt.evaluation.scoring import score, score_batches
+from aymen_gpt.model.generation import generate
 from aymen_gpt.model.gpt import GPT, GPTConfig
 from aymen_gpt.model.huggingface import config_to_huggingface, to_huggingface
 
@@ -166,39 +168,57 @@ def test_bfloat16_bears_logits_far_from_zero_as_trained_models_have_them():
     assert ours < rounded / 3
 
 
-def test_only_tokens_that_predict_reach_the_output_layer(monkeypatch):
-    seen = []
-    linear = torch.nn.functional.linear
-    monkeypatch.setattr(scoring.F, "linear", lambda x, *rest: seen.append(len(x)) or linear(x, *rest))
-    example = TokenizedExample([1] * 20, [[2] * 5, [3] * 1, [4] * 7, [5] * 3])
-    score(make_model(), [example])
-    assert seen[-1] == 1 + (5 - 1) + 0 + (7 - 1) + (3 - 1)  # the last context token serves all four
+def test_without_onednns_linear_layers_the_scores_are_the_same(monkeypatch):
+    """As on a GPU or another CPU; where oneDNN is not used anyway both are plain."""
+    model, examples = make_model(), make_examples(20)
+    for dtype, near in ((torch.float32, 1e-4), (torch.bfloat16, 1.0)):
+        monkeypatch.undo()
+        ours = likelihoods(score(model, examples, dtype=dtype))
+        monkeypatch.setattr(forward, "has_onednn", lambda weight: False)
+        np.testing.assert_allclose(ours, likelihoods(score(model, examples, dtype=dtype)), atol=near)
 
 
-def test_shapes_are_few_and_hold_little_padding():
-    rows = scoring.pack(make_examples(300, context=(10, 40)), CONFIG.block_size)
-    made = list(scoring.batches(rows, 512))
-    assert sorted(len(row) for chosen, _ in made for row in chosen) == sorted(map(len, rows))
-    lengths = {length for _, length in made}
-    assert all(length % scoring.LENGTH_STEP == 0 for length in lengths)
-    assert len({(len(chosen), length) for chosen, length in made}) <= 2 * len(lengths)  # full ones, and a rest
-    assert all(len(chosen) * length <= 512 for chosen, length in made)
-    assert sum(len(chosen) * length for chosen, length in made) < 1.2 * sum(map(len, rows))
+def test_greedy_says_whether_an_ending_is_the_likeliest_text():
+    model = make_model()
+    start = [5, 6, 7]
+    likeliest = list(generate(model, start, 6, temperature=0))
+    other = [*likeliest[:5], (likeliest[5] + 1) % V]
+    found = score(model, [TokenizedExample(start, [likeliest, other, likeliest[:1]])], greedy=True)
+    assert found[0].greedy == [True, False, True]
+    assert score(model, [TokenizedExample(start, [likeliest])])[0].greedy is None
 
 
-def test_progress_ends_with_all_endings():
-    heard = []
-    score(make_model(), make_examples(9), batch_tokens=100, progress=lambda *at: heard.append(at))
-    assert heard[-1] == (36, 36)
-    assert heard == sorted(heard)
-    assert len(heard) > 1
+def test_logits_in_pieces_are_the_whole(monkeypatch):
+    model, examples = make_model(), make_examples(10)
+    whole = score(model, examples, greedy=True)
+    monkeypatch.setitem(forward.LOGITS, "cpu", (7, 64))
+    pieces = score(model, examples, greedy=True)
+    np.testing.assert_allclose(likelihoods(pieces), likelihoods(whole), atol=1e-4)
+    assert [s.greedy for s in pieces] == [s.greedy for s in whole]
+
+
+def test_what_is_known_is_left_out_and_changes_nothing():
+    model, examples = make_model(), make_examples(40)
+    whole = list(score_batches(model, examples, batch_tokens=200))
+    assert len(whole) > 5
+    known = {i for batch in whole[1:3] for i in batch} | set(list(whole[4])[1:])
+    rest = list(score_batches(model, examples, batch_tokens=200, known=known))
+    assert rest == whole[:1] + whole[3:]  # to the last bit, and a batch half known is done again
+
+
+def test_the_model_is_only_read():
+    model = make_model()
+    before = {name: (p, p._version, p.data_ptr()) for name, p in model.named_parameters()}
+    list(score_batches(model, make_examples(), dtype=torch.bfloat16))
+    assert {name: (p, p._version, p.data_ptr()) for name, p in model.named_parameters()} == before
+    assert all(p.grad is None and p.requires_grad for p in model.parameters())
+    assert torch.is_grad_enabled()
+
+
+def test_grad_mode_is_the_callers_between_batches():
+    for _ in score_batches(make_model(), make_examples(), batch_tokens=100):
+        assert torch.is_grad_enabled()
 
 
 def test_no_examples_no_scores():
     assert score(make_model(), []) == []
-
-
-@pytest.mark.parametrize(("context", "endings"), [([], [[1]]), ([1], [[2], []])])
-def test_texts_without_tokens_are_refused(context, endings):
-    with pytest.raises(ValueError, match="no likelihood"):
-        TokenizedExample(context, endings)

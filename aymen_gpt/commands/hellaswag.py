@@ -14,12 +14,22 @@ from aymen_gpt.errors import UsageError
 from aymen_gpt.reporting.anchors import ANCHORS, CHANCE, Anchor, neighbours
 
 if TYPE_CHECKING:
+    import torch
+
+    from aymen_gpt.evaluation.compare import Comparison
+    from aymen_gpt.evaluation.examples import Example
     from aymen_gpt.evaluation.hellaswag import Result
+    from aymen_gpt.evaluation.partial import PartialScores
+    from aymen_gpt.model.gpt import GPT
+    from aymen_gpt.training.device import Device
+    from aymen_gpt.training.distributed import Ranks
 
 EXAMPLES = """\
   python hellaswag.py -m runs/gpt2                       a run of pretrain.py: its newest checkpoint
   python hellaswag.py -m gpt2 -d cuda                    OpenAI's GPT-2 124M, from the Hub
   python hellaswag.py -m runs/demo --limit 1000 --json score.json
+  torchrun --nproc_per_node=8 hellaswag.py -m runs/gpt2  the same number, on 8 GPUs
+  python hellaswag.py --compare a.json b.json            is b better than a, or lucky?
 """
 
 
@@ -33,7 +43,9 @@ def parser() -> argparse.ArgumentParser:
         help="a run or checkpoint folder, gpt2, gpt2-medium, gpt2-large, gpt2-xl or another Hub id [gpt2]",
     )
     p.add_argument("-d", "--device", default="auto", help="auto, cpu, mps, cuda or cuda:N [auto]")
-    p.add_argument("--dtype", default="auto", help="auto (bfloat16 where it is fast), float32 or bfloat16 [auto]")
+    p.add_argument(
+        "--dtype", default="auto", help="auto (bfloat16 where it is fast), float32, bfloat16, float16 [auto]"
+    )
     p.add_argument(
         "--protocol",
         choices=("completion", "harness", "both"),
@@ -50,6 +62,14 @@ def parser() -> argparse.ArgumentParser:
         "--data", type=Path, metavar="FILE", help="examples of your own, .jsonl or .parquet [validation set]"
     )
     p.add_argument("--json", type=Path, metavar="FILE", help="write scores and every answer there")
+    p.add_argument("--resume", action="store_true", help="go on where the same scoring was interrupted")
+    p.add_argument(
+        "--compare",
+        nargs=2,
+        type=Path,
+        metavar=("A", "B"),
+        help="score nothing; say whether two files of --json differ by more than luck",
+    )
     p.add_argument(
         "--batch-tokens", type=console.whole_number, metavar="N", help="tokens of a batch, fewer take less memory"
     )
@@ -59,37 +79,89 @@ def parser() -> argparse.ArgumentParser:
 def main(argv: list[str] | None = None) -> int:
     options = parser().parse_args(argv)
     check(options)
+    if options.compare:
+        from aymen_gpt.evaluation.compare import compare_files
 
+        print(comparison_table(options.compare, compare_files(*options.compare)))
+    else:
+        score(options)
+    return 0
+
+
+def score(options: argparse.Namespace) -> None:
+    """Score the model, alone or with the other processes of torchrun; the first one reports."""
     import torch
 
     from aymen_gpt.evaluation import hellaswag
-    from aymen_gpt.evaluation.loading import load_model
-    from aymen_gpt.files import write_whole
     from aymen_gpt.training.device import choose_device
+    from aymen_gpt.training.distributed import process_group, ranks_from_environment
 
-    device = choose_device(options.device, options.dtype)
+    ranks = ranks_from_environment()
+    device = choose_device(options.device, options.dtype, ranks.local_rank)
     if device.dtype == torch.float32:
         torch.set_float32_matmul_precision("highest")  # no TF32 for who asks for float32
-    found = hellaswag.load_examples(options.data)
-    examples = hellaswag.evenly_spaced(found, options.limit)
-    model, description = load_model(options.model, device.place)
-    print(f"{description}, {str(device.dtype).removeprefix('torch.')} on {device.name}", file=sys.stderr)
-    with progress_line() as progress:
-        result = hellaswag.evaluate(
-            model,
-            examples,
-            protocols=hellaswag.PROTOCOLS if options.protocol == "both" else (options.protocol,),
-            dtype=device.dtype,
-            batch_tokens=options.batch_tokens,
-            progress=progress,
-        )
+    with process_group(ranks, device.place):
+        found = ranks.first(lambda: hellaswag.load_examples(options.data))  # one download, not one a rank
+        examples = hellaswag.evenly_spaced(found, options.limit)
+        model, description = load(options.model, device.place, ranks)
+        if ranks.is_first:
+            print(introduction(description, device, ranks), file=sys.stderr)
+        partial = partial_scores(model, device.dtype, examples, ranks, resume=options.resume)
+        with progress_line(ranks) as progress:
+            mine = hellaswag.evaluate(
+                model,
+                examples[ranks.rank :: ranks.world_size],
+                protocols=hellaswag.PROTOCOLS if options.protocol == "both" else (options.protocol,),
+                dtype=device.dtype,
+                batch_tokens=options.batch_tokens,
+                progress=progress,
+                partial=partial,
+            )
+        result = hellaswag.merge(ranks.gather(mine))
+        ranks.first(lambda: report(result, description, len(found), options))
+        partial.discard()
+
+
+def load(name: str, place: "torch.device", ranks: "Ranks") -> "tuple[GPT, str]":
+    """The model and what it is, on every rank; the first one downloads it."""
+    from aymen_gpt.evaluation.loading import load_model
+
+    if ranks.world_size > 1:
+        ranks.first(lambda: load_model(name, place)[1])
+    return load_model(name, place)
+
+
+def introduction(description: str, device: "Device", ranks: "Ranks") -> str:
+    processes = f"{ranks.world_size} x " if ranks.world_size > 1 else ""
+    return f"{description}, {str(device.dtype).removeprefix('torch.')} on {processes}{device.name}"
+
+
+def partial_scores(
+    model: "GPT", dtype: "torch.dtype", examples: "list[Example]", ranks: "Ranks", *, resume: bool
+) -> "PartialScores":
+    """Where this scoring keeps its scores as they come, and what is there already if it is to go on."""
+    from aymen_gpt.data import fetch
+    from aymen_gpt.evaluation import partial
+    from aymen_gpt.evaluation.examples import content_sha256
+
+    folder = fetch.cache_dir() / "hellaswag-partial" / partial.key(model, dtype, content_sha256(examples))
+    scores = partial.PartialScores(folder, rank=ranks.rank, world_size=ranks.world_size, resume=resume)
+    known = sum(ranks.gather(scores.n_known))
+    if resume and ranks.is_first:
+        print(f"{known:,} scores are there already" if known else "no scores are there yet", file=sys.stderr)
+    return scores
+
+
+def report(result: "Result", description: str, available: int, options: argparse.Namespace) -> None:
+    from aymen_gpt.files import write_whole
+
     print(f"HellaSwag of {description}")
-    print(coverage(len(examples), len(found), options.data))
+    print(coverage(len(result.examples), available, options.data))
     print(table(result, published=options.data is None))
     if options.json:
-        write_whole(options.json, (json.dumps(result.as_dict(options.model), allow_nan=False) + "\n").encode())
+        record = json.dumps(result.as_dict(options.model), allow_nan=False)
+        write_whole(options.json, f"{record}\n".encode())
         print(f"every answer: {options.json}")
-    return 0
 
 
 def check(options: argparse.Namespace) -> None:
@@ -98,36 +170,49 @@ def check(options: argparse.Namespace) -> None:
         value = getattr(options, flag)
         if value is not None and value < 1:
             raise UsageError(f"--{flag.replace('_', '-')} {value}: expected at least 1")
+    if options.compare and (options.json or options.resume or options.data):
+        raise UsageError("--compare reads what --json wrote and scores nothing: give it no other option")
     if options.json and options.json.is_dir():
         raise UsageError(f"--json {options.json}: this is a folder; name a file in it")
 
 
 @contextmanager
-def progress_line() -> Iterator[Callable[[int, int], None]]:
-    """A function of (examples done, examples in all) that shows them on stderr: a bar on a terminal, else a line
-    every ten seconds."""
+def progress_line(ranks: "Ranks") -> Iterator[Callable[[int, int], None]]:
+    """A function of (examples done, examples in all) of this rank, to be told before and after each batch. The
+    first rank's shows them for all ranks on stderr: a bar on a terminal, else a line every ten seconds."""
     from tqdm import tqdm
 
-    if sys.stderr.isatty():
+    if not ranks.is_first:
+        yield lambda done, total: None
+    elif sys.stderr.isatty():
         with tqdm(unit="example", dynamic_ncols=True, leave=False) as bar:
 
             def move(done: int, total: int) -> None:
-                bar.total = total
-                bar.update(done - bar.n)
+                if bar.total is None:
+                    bar.reset(total * ranks.world_size)
+                    bar.initial = done * ranks.world_size
+                bar.update(done * ranks.world_size - bar.n)
 
             yield move
-        return
+    else:
+        yield spoken_progress(ranks.world_size)
+
+
+def spoken_progress(world_size: int) -> Callable[[int, int], None]:
     began = said = time.monotonic()
+    known: int | None = None  # what was done before, heard in the first call
 
     def say(done: int, total: int) -> None:
-        nonlocal said
+        nonlocal said, known
+        known = done if known is None else known
         now = time.monotonic()
         if now - said >= 10 or done == total:
             said = now
-            rate = done / (now - began)
-            print(f"{done:,} of {total:,} scored, {rate:.1f} a second", file=sys.stderr, flush=True)
+            line = f"{done * world_size:,} of {total * world_size:,} scored"
+            rate = (done - known) * world_size / (now - began)
+            print(f"{line}, {rate:.1f} a second", file=sys.stderr, flush=True)
 
-    yield say
+    return say
 
 
 def coverage(n: int, available: int, data: Path | None) -> str:
@@ -172,3 +257,24 @@ def share(p: float | None, error: float | None = None) -> str:
     """0.2955, 0.0046 -> '29.55% ± 0.46'."""
     text = f"{100 * (p or 0.0):5.2f}%"
     return text if error is None else f"{text} ± {100 * error:.2f}"
+
+
+def comparison_table(files: list[Path], comparisons: "list[Comparison]") -> str:
+    """One line per protocol and measure, and how to read it."""
+    lines = [
+        f"A {files[0]}",
+        f"B {files[1]}",
+        f"both on the same {comparisons[0].n:,} examples",
+        "",
+        f"{'protocol':<12}{'measure':<10}{'A':>8}{'B':>9}{'B - A':>9}  {'95% interval':<19}"
+        f"{'only A right':>13}{'only B right':>14}{'p':>10}",
+    ]
+    for c in comparisons:
+        interval = f"{100 * c.low:+.2f} to {100 * c.high:+.2f}"
+        lines.append(
+            f"{c.protocol:<12}{c.measure:<10}{share(c.right_a / c.n):>8}{share(c.right_b / c.n):>9}"
+            f"{100 * c.difference:>+9.2f}  {interval:<19}{c.only_a:>13,}{c.only_b:>14,}{c.p:>10.2g}"
+        )
+    lines += ["", "p: how often two models that are equally good differ at least so much (McNemar's test, exact);"]
+    lines.append("interval: bootstrap over examples, in percentage points")
+    return "\n".join(lines)

@@ -111,15 +111,14 @@ class CausalSelfAttention(nn.Module):
         self.c_attn = nn.Linear(config.n_embd, 3 * config.n_embd)
         self.c_proj = nn.Linear(config.n_embd, config.n_embd)
 
-    def forward(self, x: Tensor, cache: LayerCache | None = None, mask: Tensor | None = None) -> Tensor:
+    def forward(self, x: Tensor, cache: LayerCache | None = None) -> Tensor:
         B, T, C = x.shape
         q, k, v = (
             self.c_attn(x).view(B, T, 3, self.n_head, C // self.n_head).permute(2, 0, 3, 1, 4)
         )  # (B, nh, T, hs)
         if cache is not None:
             k, v = cache.append(k, v)
-        causal = mask is None and T > 1
-        y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=causal)  # (B, nh, T, hs)
+        y = F.scaled_dot_product_attention(q, k, v, is_causal=T > 1)  # (B, nh, T, hs)
         return self.c_proj(y.transpose(1, 2).reshape(B, T, C))  # (B, T, C)
 
 
@@ -141,8 +140,8 @@ class Block(nn.Module):
         self.ln_2 = nn.LayerNorm(config.n_embd)
         self.mlp = MLP(config)
 
-    def forward(self, x: Tensor, cache: LayerCache | None = None, mask: Tensor | None = None) -> Tensor:
-        x = x + self.attn(self.ln_1(x), cache, mask)
+    def forward(self, x: Tensor, cache: LayerCache | None = None) -> Tensor:
+        x = x + self.attn(self.ln_1(x), cache)
         return x + self.mlp(self.ln_2(x))
 
 
@@ -180,28 +179,18 @@ class GPT(nn.Module):
                 p.fill_(1.0 if "ln_" in name and name.endswith("weight") else 0.0)
         self.wte.weight[self.config.vocab_size :] = 0.0
 
-    def hidden(
-        self,
-        idx: Tensor,
-        caches: list[LayerCache] | None = None,
-        *,
-        positions: Tensor | None = None,
-        mask: Tensor | None = None,
-    ) -> Tensor:
+    def hidden(self, idx: Tensor, caches: list[LayerCache] | None = None) -> Tensor:
         """The last LayerNorm's output, (B, T, C), for token ids (B, T); logits are one product away.
 
-        With ``caches`` (see new_caches) idx continues the positions already in them. A row that holds more
-        than one line of text says so by ``positions`` (B, T), each below block_size, and by ``mask``
-        (B, 1, T, T), True where a token (third index) may look at another (fourth); it replaces causality.
+        With ``caches`` (see new_caches) idx continues the positions already in them.
         """
         past = caches[0].used if caches else 0
         T = idx.size(1)
-        if positions is None and past + T > self.config.block_size:
+        if past + T > self.config.block_size:
             raise ValueError(f"{past + T} tokens do not fit into a context of {self.config.block_size}")
-        wpe = self.wpe.weight[past : past + T] if positions is None else self.wpe(positions)
-        x = self.wte(idx) + wpe  # (B, T, C)
+        x = self.wte(idx) + self.wpe.weight[past : past + T]  # (B, T, C)
         for i, block in enumerate(self.h):
-            x = block(x, caches[i] if caches else None, mask)
+            x = block(x, caches[i] if caches else None)
         return self.ln_f(x)
 
     def logits(self, hidden: Tensor) -> Tensor:

@@ -1,0 +1,45 @@
+"""A small model and three questions, which the tests of HellaSwag share."""
+
+import torch
+
+from aymen_gpt.evaluation.examples import Example
+from aymen_gpt.model.gpt import GPT, GPTConfig
+
+CONFIG = GPTConfig(block_size=64, n_layer=1, n_head=2, n_embd=16)
+
+VIDEO = Example(
+    ind=24,
+    activity_label="Roof work",
+    ctx_a="A man is sitting on a roof.",
+    ctx_b="he Slowly",
+    ctx="A man is sitting on a roof. he Slowly",
+    endings=["pulls up tiles.", "wraps  skis.", "sings to a cat [step] twice.", " leaves, naïvely."],
+    label=2,
+)
+HOW_TO = Example(
+    ind=7,
+    activity_label="Food and Entertaining",
+    ctx_a="[header] How to make tea [title] Boil water. [step] Use a kettle.",
+    ctx_b="",
+    ctx="[header] How to make tea [title] Boil water. [step] Use a kettle.",
+    endings=["[substeps] Wait.", "Pour it [title] Drink. [step] Slowly.", "[title] Stop.", "Add  [a]  milk."],
+    label=0,
+)
+ODD = Example(
+    ind=8,
+    activity_label="Odd [things] here",
+    ctx_a="One  two   three [title] [step]",
+    ctx_b="ÉCOLE ends [here]",
+    ctx="One  two   three [title] [step] ÉCOLE ends [here]",
+    endings=["[all of it]", " [title]", "a [title]", "x"],
+    label=1,
+)
+EXAMPLES = [VIDEO, HOW_TO, ODD]
+
+
+def make_model(config=CONFIG):
+    model = GPT(config, torch.Generator().manual_seed(0)).eval()
+    with torch.no_grad():
+        for p in model.parameters():
+            p.mul_(8 if p.dim() == 2 else 1)
+    return model

