@@ -1,5 +1,6 @@
 """No result without its artefact: README, docs/ and the paper are held against docs/results (tests/claims.py)."""
 
+import json
 import shutil
 
 import pytest
@@ -61,3 +62,16 @@ def test_a_mark_must_agree_with_its_fact():
     assert wrong_marks("fell to 5.335<!--run.val-loss--> in 5.2 minutes<!--run.training-time-->", known) == []
     assert "is '5.335'" in wrong_marks("fell to 5.2<!--run.val-loss-->", known)[0]
     assert "no artefact" in wrong_marks("took 3<!--run.hours-->", known)[0]
+
+
+def test_a_benchmark_is_stated_only_while_its_file_is_there(checkout):
+    speed = {"shape": "small", "variant": "ours", "tokens_per_second": 1234.4}
+    file = checkout / "docs/results/benchmarks/mine.json"
+    file.parent.mkdir(exist_ok=True)
+    file.write_text(json.dumps({"machine": "CPU", "results": [speed]}))
+    with (checkout / "README.md").open("a") as readme:
+        readme.write("1,234<!--benchmark.mine.small.ours.tokens-per-second--> tokens/s\n")
+    assert problems(checkout) == []
+    file.unlink()
+    (found,) = problems(checkout)
+    assert found == "README.md states benchmark.mine.small.ours.tokens-per-second: no artefact shows it"

@@ -120,8 +120,28 @@ def test_the_parts_of_the_paper(run):
     assert parts["loss.dat"].startswith("x y\n100 8\n200 8\n")
     assert r"config.\allowbreak{}json" in parts["artefacts.tex"]
     files = set(re.findall(r"\\input\{([^}]*)\}|\\IfFileExists\{([^}]*)\}", text))
-    assert {a or b for a, b in files} <= parts.keys()
+    assert {a or b for a, b in files} - {"gpt2.dat"} <= parts.keys()
+    assert not {name for name in parts if name.endswith(".dat") or "labels" in name} - paper.OPTIONAL
     assert paper.stated(text) <= {fact.name for fact in report.all_facts(read, ROOT)}
+
+
+def test_a_run_on_fineweb_edu_is_drawn_beside_gpt2(run):
+    config = json.loads((run / "config.json").read_text())
+    config["data"]["source"] = {"repo": "HuggingFaceFW/fineweb-edu"}
+    (run / "config.json").write_text(json.dumps(config))
+    assert paper.curves(read_run(run))["gpt2.dat"] == "x y\n0 3.2924\n4000 3.2924\n"
+
+
+def test_a_curve_of_another_run_is_not_left_for_this_one(run, tmp_path, monkeypatch):
+    """Figures are drawn from whatever file is there."""
+    monkeypatch.setattr(report, "compile_paper", lambda out: None)
+    assert report.main([str(run), "--out", str(tmp_path / "out")]) == 0
+    (tmp_path / "out/mine.tex").write_text("kept")
+    (run / "hellaswag.json").unlink()
+    assert report.main([str(run), "--out", str(tmp_path / "out")]) == 0
+    names = {path.name for path in (tmp_path / "out").iterdir()}
+    assert "mine.tex" in names
+    assert not {"hellaswag.dat", "hellaswag-labels.tex"} & names
 
 
 def test_a_digest_gives_the_same_facts_from_less(run, tmp_path):

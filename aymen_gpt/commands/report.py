@@ -15,6 +15,7 @@ from aymen_gpt.errors import AymenError, DataError, UsageError
 from aymen_gpt.files import replace_text, sha256, write_whole
 from aymen_gpt.reporting import facts as facts_of
 from aymen_gpt.reporting import paper
+from aymen_gpt.reporting.benchmarks import read_benchmarks
 from aymen_gpt.reporting.charts import human
 from aymen_gpt.reporting.facts import Artefact, Fact
 from aymen_gpt.reporting.runs import Run, read_object, read_run
@@ -61,7 +62,10 @@ def main(argv: list[str] | None = None) -> int:
         raise UsageError(f"no {PAPER} in {ROOT}: the paper is written in a checkout of the repository")
     text = (ROOT / PAPER).read_text()
     facts = all_facts(run, ROOT)
-    for name, content in paper.parts(run, facts, text, ROOT).items():
+    parts = paper.parts(run, facts, text, ROOT)
+    for name in paper.OPTIONAL - parts.keys():  # a curve that another run left here and this one does not have
+        (options.out / name).unlink(missing_ok=True)
+    for name, content in parts.items():
         replace_text(options.out / name, content)
     print(f"numbers    {options.out}/results.tex ({len(facts)}, {len(paper.stated(text))} of them in the paper)")
     compile_paper(options.out)
@@ -70,9 +74,10 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def all_facts(run: Run, root: Path) -> list[Fact]:
-    """Everything that README, docs and paper may state: of the run, of the published recipe, of others."""
+    """Everything that README, docs and paper may state: of the run, the published recipe, others, benchmarks."""
     anchors = root / "aymen_gpt/reporting/anchors.py"
-    return facts_of.run_facts(run) + plan_facts(root, run) + facts_of.published_facts(anchors)
+    found = facts_of.run_facts(run) + plan_facts(root, run) + facts_of.published_facts(anchors)
+    return found + [fact for benchmark in read_benchmarks(root) for fact in benchmark.facts]
 
 
 def plan_facts(root: Path, run: Run) -> list[Fact]:

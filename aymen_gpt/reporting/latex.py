@@ -109,6 +109,7 @@ class Table:
     command: str
     header: list[str]
     rows: list[list[str]]
+    n_labels: int = 1  # columns of words at its left
 
 
 def tables(markdown: str) -> list[Table]:
@@ -151,13 +152,13 @@ def paragraphs(markdown: str) -> str:
 
 def table(found: Table) -> str:
     """A Markdown table with its caption, never wider than the text; no float, as there may be many."""
-    columns = "l" + "r" * (len(found.header) - 1)
+    columns = "l" * found.n_labels + "r" * (len(found.header) - found.n_labels)
     lines = [" & ".join(inline(cell) for cell in row) + r" \\" for row in [found.header, *found.rows]]
     command = f": \\code{{{breakable(found.command)}}}" if found.command else ""
-    return (
-        "\\begin{center}\\small\n"
+    return (  # in a box, or a page might end between caption and rows
+        "\\begin{center}\\begin{minipage}{\\linewidth}\\centering\\small\\captionsetup{position=top}\n"
         f"\\captionof{{table}}{{{escape(found.section)}{command}}}\n"
         f"\\fitted{{\\begin{{tabular}}{{{columns}}}\\toprule\n{lines[0]}\\midrule\n"
         + "\n".join(lines[1:])
-        + "\n\\bottomrule\\end{tabular}}\n\\end{center}\n"
+        + "\n\\bottomrule\\end{tabular}}\n\\end{minipage}\\end{center}\n"
     )
