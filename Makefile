@@ -3,7 +3,7 @@
 # make test-faults   only the tests that kill, cut, flip and fill things, and a table of what is survived
 # make lint          formatting, lint and types
 # make report        the paper of a run, build/report/research-report.pdf: RUN=runs/NAME, else the committed demo's
-# make record        of a finished runs/demo: docs/results/demo, the numbers of README, the notebook's outputs, a picture
+# make record        of a finished runs/demo: docs/results/demo, the numbers of README, the notebook's outputs, the pictures
 # make clean         remove what the demo made (the environment stays)
 
 PYTHON ?= python3
@@ -39,7 +39,8 @@ record: .venv/installed-dev
 	$(BIN)/python -m aymen_gpt.commands.report runs/demo --digest docs/results/demo
 	$(BIN)/jupyter-execute --inplace GPT-nb.ipynb
 	$(BIN)/python -m aymen_gpt.commands.report docs/results/demo
-	pdftoppm -r 75 -f 4 -l 4 -png -singlefile build/report/research-report.pdf docs/images/paper
+	pdftoppm -r 75 -f 5 -l 5 -png -singlefile build/report/research-report.pdf docs/images/paper
+	chromium --headless --hide-scrollbars --window-size=1280,1500 --screenshot=docs/images/report.png runs/demo/report.html
 
 test: .venv/installed-dev
 	$(BIN)/python -m pytest -n 2
