@@ -40,7 +40,7 @@ record: .venv/installed-dev
 	$(BIN)/jupyter-execute --inplace GPT-nb.ipynb
 	$(BIN)/python -m aymen_gpt.commands.report docs/results/demo
 	pdftoppm -r 75 -f 5 -l 5 -png -singlefile build/report/research-report.pdf docs/images/paper
-	chromium --headless --hide-scrollbars --window-size=1280,1500 --screenshot=docs/images/report.png runs/demo/report.html
+	chromium --headless --no-sandbox --hide-scrollbars --window-size=1280,1500 --screenshot=docs/images/report.png runs/demo/report.html
 
 test: .venv/installed-dev
 	$(BIN)/python -m pytest -n 2
