@@ -3,14 +3,17 @@
 # make test-faults   only the tests that kill, cut, flip and fill things, and a table of what is survived
 # make test-parity   our HellaSwag against lm-evaluation-harness on 1,000 examples, three models: a quarter of an hour
 # make lint          formatting, lint and types
+# make report        the paper of a run, build/report/research-report.pdf: RUN=runs/NAME, else the committed demo's
+# make record        of a finished runs/demo: docs/results/demo, the numbers of README, the notebook's outputs, the pictures
 # make clean         remove what the demo made (the environment stays)
 
 PYTHON ?= python3
 BIN := .venv/bin
+RUN ?= docs/results/demo
 # pip shows its bars to a person and only errors to a log
 PIP := $(BIN)/pip --disable-pip-version-check $(shell test -t 2 || echo -qq)
 
-.PHONY: setup demo test test-faults test-parity lint clean
+.PHONY: setup demo report record test test-faults test-parity lint clean
 
 setup: .venv/installed
 
@@ -30,6 +33,16 @@ setup: .venv/installed
 demo: setup
 	$(BIN)/python -m aymen_gpt.commands.demo
 
+report: setup
+	$(BIN)/python -m aymen_gpt.commands.report $(RUN)
+
+record: .venv/installed-dev
+	$(BIN)/python -m aymen_gpt.commands.report runs/demo --digest docs/results/demo
+	$(BIN)/jupyter-execute --inplace GPT-nb.ipynb
+	$(BIN)/python -m aymen_gpt.commands.report docs/results/demo
+	pdftoppm -r 75 -f 5 -l 5 -png -singlefile build/report/research-report.pdf docs/images/paper
+	chromium --headless --no-sandbox --hide-scrollbars --window-size=1280,1500 --screenshot=docs/images/report.png runs/demo/report.html
+
 test: .venv/installed-dev
 	$(BIN)/python -m pytest -n 2
 
@@ -45,4 +58,4 @@ lint: .venv/installed-dev
 	$(BIN)/mypy
 
 clean:
-	rm -rf data/builtin runs/demo
+	rm -rf data/builtin runs/demo build/report

@@ -92,7 +92,7 @@ def test_data_and_reporting_need_no_torch():
     assert "torch" not in loaded
 
 
-@pytest.mark.parametrize("script", ["fineweb", "pretrain", "hellaswag", "generate"])
+@pytest.mark.parametrize("script", ["fineweb", "pretrain", "hellaswag", "generate", "report"])
 def test_help_is_answered_before_anything_heavy_is_imported(script):
     code = f"""
 import contextlib, importlib

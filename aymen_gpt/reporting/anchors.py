@@ -13,6 +13,9 @@ Protocol = Literal["completion", "harness", "gpt3-paper"]
 Metric = Literal["acc", "acc_norm"]
 
 CHANCE = 0.25  # four endings, one is right
+GPT2_FINEWEB_EDU = (
+    3.2924  # nats per token of GPT-2 124M on FineWeb-Edu's held-out shard: build-nanogpt, play.ipynb
+)
 
 _DOCSTRING = "build-nanogpt, hellaswag.py docstring (10,042 examples)"
 _NOTEBOOK = "build-nanogpt, play.ipynb"

@@ -115,7 +115,8 @@ def _read_text(path: Path) -> str | None:
         return None
 
 
-def _read_object(path: Path, problems: list[str]) -> dict[str, Any]:
+def read_object(path: Path, problems: list[str] | None = None) -> dict[str, Any]:
+    """The JSON object in ``path``; {} when there is none, which ``problems`` is told unless no file is there."""
     text = _read_text(path)
     if text is None:
         return {}
@@ -124,7 +125,8 @@ def _read_object(path: Path, problems: list[str]) -> dict[str, Any]:
     except (ValueError, RecursionError):
         value = None
     if not isinstance(value, dict):
-        problems.append(f"{path.name} is not a JSON object and is left out.")
+        if problems is not None:
+            problems.append(f"{path.name} is not a JSON object and is left out.")
         return {}
     return value
 
@@ -196,8 +198,8 @@ def read_run(folder: Path) -> Run:
     if not any((folder / name).is_file() for name in ("config.json", "metrics.jsonl", "status.json")):
         raise DataError(f"no run in {folder}: expected config.json or metrics.jsonl there (python pretrain.py)")
     problems: list[str] = []
-    config = _read_object(folder / "config.json", problems)
-    status = _read_object(folder / "status.json", problems)
+    config = read_object(folder / "config.json", problems)
+    status = read_object(folder / "status.json", problems)
     rows, n_bad = parse_metrics(_read_text(folder / "metrics.jsonl") or "")
     if n_bad:
         lines = "1 line" if n_bad == 1 else f"{n_bad:,} lines"

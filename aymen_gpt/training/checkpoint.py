@@ -4,6 +4,7 @@
         config.json  generation_config.json  model.safetensors  tokenizer.json  vocab.json  ...   Hugging Face's
         optimizer.safetensors    exp_avg.NAME and exp_avg_sq.NAME, in GPT-2's names and layout     ours
         state.json               step, rows consumed, the run's configuration, the step's metrics  ours
+        README.md                model card: what it is, its scores, how to make it again          ours
         manifest.json            size and sha256 of every file above, written last                 ours
 
 Published by writing beside, syncing, hashing and renaming, from copies in memory while training goes on. No
@@ -16,7 +17,7 @@ import json
 import os
 import shutil
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from threading import Thread
 from typing import Any
@@ -29,6 +30,7 @@ from torch import Tensor
 from aymen_gpt.data import tokenizer
 from aymen_gpt.errors import AymenError, CannotWrite, DataError
 from aymen_gpt.files import sha256, sync
+from aymen_gpt.model.card import card
 from aymen_gpt.model.folders import checkpoint_folder, checkpoints, problem, step_of
 from aymen_gpt.model.gpt import GPT, GPTConfig
 from aymen_gpt.model.huggingface import EOT, config_to_huggingface, from_huggingface, to_huggingface
@@ -142,6 +144,24 @@ def _write_files(folder: Path, captured: Capture, snapshot: Snapshot) -> None:
     save_file(captured.weights, folder / "model.safetensors", metadata={"format": "pt"})
     save_file(captured.moments, folder / "optimizer.safetensors", metadata={"format": "pt"})
     write_json(folder / "state.json", {"format": FORMAT, **vars(snapshot)})
+    known = known_of(folder.parent.parent)
+    (folder / "README.md").write_text(card(snapshot.step, asdict(captured.config), snapshot.metrics, *known))
+
+
+def known_of(run: Path) -> tuple[dict[str, Any], dict[str, Any]]:
+    """A run's config.json and its newest row with a score; {} for what cannot be read.
+
+    A model card is no reason to lose a checkpoint.
+    """
+    try:
+        config = json.loads((run / "config.json").read_text())
+    except (OSError, ValueError):
+        config = {}
+    try:
+        rows = [line for line in (run / "metrics.jsonl").read_text().splitlines() if '"hellaswag"' in line]
+        return config, json.loads(rows[-1])
+    except (OSError, ValueError, IndexError):
+        return config, {}
 
 
 def _write_manifest(folder: Path, step: int) -> None:
