@@ -1,15 +1,18 @@
 """Competitors timed in turn, A B C A B C, each a live process of its own: a machine that slows down slows all."""
 
 import multiprocessing
-import platform
-import resource
+import shlex
 import statistics
+import sys
 import time
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 import torch
+
+from aymen_gpt.training.device import peak_process_memory
 
 Work = Callable[[Any], float]  # does one round's task; returns a number, so that the device has finished
 Build = Callable[[], Work]  # a module's function or functools.partial of one: it is sent to a new process
@@ -77,4 +80,9 @@ def peak_memory() -> float:
     """GB."""
     if torch.cuda.is_available():
         return torch.cuda.max_memory_allocated() / 1e9
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / (1e9 if platform.system() == "Darwin" else 1e6)
+    return peak_process_memory() / 1e9
+
+
+def command() -> str:
+    """How this program was called, for the record."""
+    return shlex.join(["python", f"benchmarks/{Path(sys.argv[0]).name}", *sys.argv[1:]])

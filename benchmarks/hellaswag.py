@@ -25,7 +25,7 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from alternating import Work, alternate
+from alternating import Work, alternate, command
 
 from aymen_gpt.commands.console import whole_number
 from aymen_gpt.data import tokenizer
@@ -174,7 +174,7 @@ def main() -> None:
     model = args.model or "GPT-2 124M, random weights"
     machine = f"{model}; {device.name}, {torch.get_num_threads()} threads, torch {torch.__version__}"
     print(f"{machine}, {args.rounds} rounds of {args.examples} examples\n")
-    record: dict[str, Any] = {"machine": machine}
+    record: dict[str, Any] = {"command": command(), "machine": machine}
     if args.rounds:
         record["speed"] = speed(args.model, args.examples, args.rounds)
         print("| scorer | examples/s (best) | ours, float32, is | ours, bfloat16, is | peak GB |")

@@ -26,7 +26,7 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from alternating import Timing, Work, alternate
+from alternating import Timing, Work, alternate, command
 
 from aymen_gpt.commands.console import whole_number
 from aymen_gpt.model.gpt import GPT, PRESETS, GPTConfig
@@ -229,7 +229,9 @@ def main() -> None:
             )
             assert math.isfinite(r["last_loss"])
     if args.json:
-        args.json.write_text(json.dumps({"machine": machine, "results": results}, indent=2) + "\n")
+        args.json.write_text(
+            json.dumps({"command": command(), "machine": machine, "results": results}, indent=2) + "\n"
+        )
 
 
 if __name__ == "__main__":

@@ -2,6 +2,7 @@
 
 import contextlib
 import dataclasses
+import gc
 import json
 
 import pytest
@@ -80,6 +81,19 @@ def test_the_losses_are_those_of_the_day_this_was_written(shards, tmp_path):
         10.17386 10.09336 10.04012 9.97270 9.92352 9.88370 9.85667 9.84120 9.80091 9.79860"""
     assert losses(tmp_path / "run") == pytest.approx([float(x) for x in expected.split()], rel=1e-4)
     assert rows(tmp_path / "run")[-1]["val_loss"] == pytest.approx(9.80006, rel=1e-4)
+
+
+def test_python_collects_no_garbage_between_checkpoints(shards, tmp_path, monkeypatch):
+    t = trainer(shards, steps=5, checkpoint_every=2)
+    seen, collect = [], gc.collect
+    monkeypatch.setattr(gc, "collect", lambda: seen.append("collected") or collect())
+    step = t.train_step
+    monkeypatch.setattr(t, "train_step", lambda *a, **k: seen.append(gc.isenabled()) or step(*a, **k))
+    with RunLog(tmp_path / "run", 5) as log:
+        t.fit(tmp_path / "run", log, Stop())
+    assert seen == ["collected", False, False, "collected", False, False, "collected", False]
+    assert gc.isenabled()
+    assert gc.get_freeze_count() == 0
 
 
 @pytest.mark.parametrize("micro_batch", [1, 2, 3])

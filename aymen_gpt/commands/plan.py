@@ -1,6 +1,5 @@
 """pretrain.py --plan: what a run will take, before anything is allocated; with --probe, 20 updates measured."""
 
-import resource
 import statistics
 import sys
 import time
@@ -234,7 +233,8 @@ def peak_memory(device: "Device") -> int:
     """The most bytes that tensors (CUDA) or the process (elsewhere) have taken so far."""
     import torch
 
+    from aymen_gpt.training import device as devices
+
     if device.place.type == "cuda":
         return torch.cuda.max_memory_allocated(device.place)
-    unit = 1 if sys.platform == "darwin" else 1024
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
+    return devices.peak_process_memory()

@@ -104,7 +104,17 @@ class LayerCache:
         return self.k[:, :, : self.used], self.v[:, :, : self.used]
 
 
+def attention(qkv: Tensor, n_head: int) -> Tensor:
+    """Causal attention of queries, keys and values (B, T, 3C), side by side; (B, T, C)."""
+    B, T, C = qkv.size(0), qkv.size(1), qkv.size(2) // 3
+    q, k, v = qkv.view(B, T, 3, n_head, C // n_head).permute(2, 0, 3, 1, 4)  # (B, nh, T, hs)
+    y = F.scaled_dot_product_attention(q, k, v, is_causal=True)
+    return y.transpose(1, 2).reshape(B, T, C)
+
+
 class CausalSelfAttention(nn.Module):
+    attention = staticmethod(attention)  # a trainer may know a faster one for its device
+
     def __init__(self, config: GPTConfig) -> None:
         super().__init__()
         self.n_head = config.n_head
@@ -112,14 +122,17 @@ class CausalSelfAttention(nn.Module):
         self.c_proj = nn.Linear(config.n_embd, config.n_embd)
 
     def forward(self, x: Tensor, cache: LayerCache | None = None) -> Tensor:
-        B, T, C = x.shape
-        q, k, v = (
-            self.c_attn(x).view(B, T, 3, self.n_head, C // self.n_head).permute(2, 0, 3, 1, 4)
-        )  # (B, nh, T, hs)
-        if cache is not None:
-            k, v = cache.append(k, v)
+        qkv = self.c_attn(x)  # (B, T, 3C)
+        y = self.attention(qkv, self.n_head) if cache is None else self.continued(qkv, cache)
+        return self.c_proj(y)  # (B, T, C)
+
+    def continued(self, qkv: Tensor, cache: LayerCache) -> Tensor:
+        """Attention of tokens that come after those in the cache, (B, T, C)."""
+        B, T, C = qkv.size(0), qkv.size(1), qkv.size(2) // 3
+        q, k, v = qkv.view(B, T, 3, self.n_head, C // self.n_head).permute(2, 0, 3, 1, 4)  # (B, nh, T, hs)
+        k, v = cache.append(k, v)
         y = F.scaled_dot_product_attention(q, k, v, is_causal=T > 1)  # (B, nh, T, hs)
-        return self.c_proj(y.transpose(1, 2).reshape(B, T, C))  # (B, T, C)
+        return y.transpose(1, 2).reshape(B, T, C)
 
 
 class MLP(nn.Module):

@@ -13,6 +13,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+SMALL = 1e-37  # float32 keeps 24 bits of a probability down to here, 86 nats; below, fewer and fewer
+
 
 class _LinearCrossEntropy(torch.autograd.Function):
     """Computes the gradients together with the loss; backward only scales them."""
@@ -31,18 +33,19 @@ class _LinearCrossEntropy(torch.autograd.Function):
         w = weight.to(dtype)  # (Vp, C)
         loss = hidden.new_zeros((), dtype=torch.float32)
         d_hidden = torch.empty_like(hidden) if with_grad else None  # (N, C)
-        d_weight = torch.zeros_like(weight) if with_grad else None  # (Vp, C)
+        d_weight: Tensor | None = None  # (Vp, C)
         rooms = _rooms(chunk_tokens, w)
         for start in range(0, hidden.size(0), chunk_tokens):
             part = slice(start, start + chunk_tokens)
             h, t = hidden[part].to(dtype), targets[part].unsqueeze(1)  # (n, C), (n, 1)
             log_p, p, logits = _softmax(h, w, t, vocab_size, rooms)
             loss -= log_p.sum()
-            if d_hidden is not None and d_weight is not None:
+            if d_hidden is not None:
                 p.scatter_add_(1, t, torch.full_like(t, -1.0, dtype=torch.float32))  # softmax - one_hot
                 d_logits = p if p.dtype == dtype else logits.copy_(p)
                 d_hidden[part] = d_logits @ w
-                d_weight += d_logits.t() @ h
+                d_w = d_logits.t() @ h
+                d_weight = d_w.to(weight.dtype) if d_weight is None else d_weight.add_(d_w)
         ctx.save_for_backward(d_hidden, d_weight)
         return loss
 
@@ -75,18 +78,22 @@ def _cpu_rooms(rows: int, columns: int, dtype: torch.dtype) -> tuple[Tensor, Ten
 def _softmax(h: Tensor, w: Tensor, t: Tensor, vocab_size: int, rooms: Rooms) -> tuple[Tensor, Tensor, Tensor]:
     """log p of the targets (n, 1), all p (n, Vp) in float32, and the logits' memory, free to be used.
 
-    log p[t] = logit[t] - lse, where lse = max logit - log(max p): one exponential per logit serves loss and
-    gradient.
+    One exponential per logit serves loss and gradient.
     """
     logits = torch.mm(h, w.t(), out=rooms[0][: h.size(0)] if rooms else None)
     logits[:, vocab_size:] = -torch.inf  # padding is never predicted
-    log_p = logits.gather(1, t).float() - logits.amax(1, keepdim=True).float()
     if rooms:
         p = rooms[1][: h.size(0)]
         torch.softmax(p.copy_(logits), 1, out=p)
+        p_t = p.gather(1, t)
+        if not (p_t < SMALL).any():
+            return p_t.log(), p, logits
+        logits = torch.mm(h, w.t())  # perhaps softmax is where they were
     else:
         p = F.softmax(logits, dim=1, dtype=torch.float32)
-    return log_p + p.amax(1, keepdim=True).log(), p, logits
+    # log p[t] = logit[t] - lse, where lse = max logit - log(max p): nothing here is ever too small
+    largest = logits[:, :vocab_size].amax(1, keepdim=True).float()
+    return logits.gather(1, t).float() - largest + p.amax(1, keepdim=True).log(), p, logits
 
 
 def linear_cross_entropy(

@@ -61,7 +61,10 @@ class Memory:
         return self.weights + self.moments
 
 
-def saved_by_layer(m: "GPTConfig", size: int) -> int:
+LONGEST = 512  # tokens: model.cpu_attention's, which is not imported here because it needs torch
+
+
+def saved_by_layer(m: "GPTConfig", size: int, *, on_cpu: bool) -> int:
     """Bytes that one block keeps of each token for its backward pass, products being of ``size`` bytes.
 
     ============================  ===================  =======  ================
@@ -79,9 +82,12 @@ def saved_by_layer(m: "GPTConfig", size: int) -> int:
     log of the softmax's sum      attention            4 nh     4 nh
     ============================  ===================  =======  ================
 
-    The fused attention kernels keep no (T, T) matrix.
+    The fused attention kernels keep no (T, T) matrix. On a CPU with autocast and up to LONGEST tokens
+    model.cpu_attention keeps it, instead of the log of the sum.
     """
-    return (2 * FLOAT + 14 * size) * m.n_embd + 4 * FLOAT + FLOAT * m.n_head
+    whole = on_cpu and size < FLOAT and m.block_size <= LONGEST
+    attention = size * m.block_size if whole else FLOAT
+    return (2 * FLOAT + 14 * size) * m.n_embd + 4 * FLOAT + attention * m.n_head
 
 
 def step_memory(
@@ -92,7 +98,7 @@ def step_memory(
     embedding = FLOAT * m.padded_vocab_size * C
     weights = FLOAT * (m.n_params + (m.padded_vocab_size - m.vocab_size) * C)
     copies = 0 if size == FLOAT else size * m.n_layer * (12 * C + 9) * C
-    activations = tokens * (m.n_layer * saved_by_layer(m, size) + FLOAT * (C + 2))  # and ln_f's
+    activations = tokens * (m.n_layer * saved_by_layer(m, size, on_cpu=on_cpu) + FLOAT * (C + 2))  # and ln_f's
     # Chunks of logits become probabilities in float32 and then gradients, in the same places (loss._rooms).
     chunk = min(tokens, 1024 if on_cpu else 8192)
     logits = chunk * m.padded_vocab_size * (FLOAT if size == FLOAT else size + FLOAT)
@@ -101,7 +107,8 @@ def step_memory(
         embedding + size * embedding // FLOAT + (0 if size == FLOAT else embedding + size * embedding // FLOAT)
     )
     hidden = 2 * FLOAT * tokens * C  # and its gradient
-    earlier = weights if passes > 1 else 0  # gradients of the micro-batches before
+    # Gradients of the micro-batches before; ranks have a place for them all the time (training.gradients).
+    earlier = weights if passes > 1 or world_size > 1 else 0
     stays = logits if on_cpu else 0
     moments = {
         "the loss of a micro-batch": earlier + copies + activations + hidden + logits + output,
@@ -113,7 +120,7 @@ def step_memory(
         + stays
         + tokens * C * (5 * FLOAT if size == FLOAT else FLOAT + 5 * size),
         "the end of a backward pass": weights + stays + (2 * embedding if earlier else embedding),
-        "the sum over ranks": (2 if world_size > 1 else 1) * weights + stays,
+        "the update": weights + stays,
     }
     moment = max(moments, key=lambda name: moments[name])
     passing = moments[moment]

@@ -5,9 +5,11 @@ takes them ``micro_batch`` at a time, every token's loss is divided by the same 
 So the mean is over tokens, and world size and micro-batch change nothing but the order of additions.
 """
 
+import gc
 import math
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Protocol
@@ -19,6 +21,7 @@ from torch import Tensor
 from aymen_gpt.data import tokenizer
 from aymen_gpt.data.loader import TokenRows, deal
 from aymen_gpt.errors import AymenError, CannotWrite, Stopped, UsageError
+from aymen_gpt.model import cpu_attention
 from aymen_gpt.model.generation import generate
 from aymen_gpt.model.gpt import GPT
 from aymen_gpt.model.loss import linear_cross_entropy
@@ -81,6 +84,9 @@ class Trainer:
         self.origin = (0, 0)  # a step and its first row of the data order; both move on when a run is continued
         self.compiled = self.device.place.type == "cuda" if c.compile is None else c.compile
         self.loss = torch.compile(self._loss, dynamic=False) if self.compiled else self._loss
+        on_cpu = self.device.place.type == "cpu" and self.device.dtype == torch.bfloat16
+        if on_cpu and not self.compiled and c.block_size <= cpu_attention.LONGEST:
+            cpu_attention.use(self.model)
 
     def _loss(self, x: Tensor, y: Tensor) -> Tensor:
         """Summed loss of the tokens y (b, T) that follow x (b, T), in nats."""
@@ -134,9 +140,9 @@ class Trainer:
             self.sum.clear()
         return True
 
-    def gradients(self, step: int, batches: Sequence[Tensor]) -> list[Tensor]:
+    def gradients(self, step: int, batches: Iterable[Tensor]) -> list[Tensor]:
         """Accumulate this rank's share of the mean loss; the share of each micro-batch."""
-        losses = []
+        losses, batches = [], list(batches)
         try:
             for number, tokens in enumerate(batches, 1):
                 if number == len(batches):
@@ -155,7 +161,7 @@ class Trainer:
         return losses
 
     def train_step(
-        self, step: int, batches: Sequence[Tensor], *, stop: bool = False, failed: bool = False
+        self, step: int, batches: Iterable[Tensor], *, stop: bool = False, failed: bool = False
     ) -> tuple[Row, bool, bool]:
         """Update ``step`` (0 is the first): its row of metrics, and whether any rank said stop or failed."""
         c, began = self.config, time.monotonic()
@@ -163,7 +169,7 @@ class Trainer:
         self.sum.complete()
         if self.scaler.is_enabled():
             self.scaler.unscale_(self.optimizer)
-        norm = optim.clip_gradients(self.parameters, c.grad_clip).item()
+        norm = optim.clip_gradients(self.parameters, c.grad_clip)
         total = torch.zeros(3, device=self.device.place)
         total[0], total[1], total[2] = sum(losses), float(stop), float(failed)
         loss, stops, failures = self.ranks.sum(total).tolist()
@@ -222,18 +228,23 @@ class Trainer:
         return total.item() / (count * self.config.block_size)
 
     def sample(self, step: int) -> str:
-        """A section of samples.md: the model goes on from 16 tokens at three places of the validation text."""
-        encoding, places = tokenizer.gpt2(), 3
-        section = f"## step {step}\n"
-        for place in range(places):
-            row = self.val_rows.rows(place * self.val_rows.rows_per_epoch // places, 1)[0]
-            prompt = [token for token in row[:16].tolist() if token != tokenizer.EOT] or [tokenizer.EOT]
-            continuation = generate(
-                self.model, prompt, 64, temperature=0.8, top_k=50, seed=self.config.seed, stop=tokenizer.EOT
-            )
-            text = encoding.decode(list(continuation))
-            section += f"\n> {encoding.decode(prompt).strip().replace(chr(10), ' ')}\n\n````text\n{text}\n````\n"
-        return section
+        """A section of samples.md: the model goes on from 16 tokens at three places of the validation text.
+
+        The ranks take the places in turn; every rank gets the whole section.
+        """
+        places, world = 3, self.ranks.world_size
+        parts = self.ranks.gather([self._continued(i, places) for i in range(self.ranks.rank, places, world)])
+        return f"## step {step}\n" + "".join(parts[i % world][i // world] for i in range(places))
+
+    def _continued(self, place: int, places: int) -> str:
+        encoding = tokenizer.gpt2()
+        row = self.val_rows.rows(place * self.val_rows.rows_per_epoch // places, 1)[0]
+        prompt = [token for token in row[:16].tolist() if token != tokenizer.EOT] or [tokenizer.EOT]
+        continuation = generate(
+            self.model, prompt, 64, temperature=0.8, top_k=50, seed=self.config.seed, stop=tokenizer.EOT
+        )
+        text = encoding.decode(list(continuation))
+        return f"\n> {encoding.decode(prompt).strip().replace(chr(10), ' ')}\n\n````text\n{text}\n````\n"
 
     def snapshot(self, row: Row) -> checkpoint.Snapshot:
         return checkpoint.Snapshot(
@@ -307,6 +318,7 @@ class Trainer:
         with (
             checkpoint.Saver(folder, keep_last=c.keep_last, keep_every=c.keep_every, warn=warn) as saver,
             Prefetch(self.batches_from(step)) as ready,
+            no_garbage_collection(),
         ):
             for batches in ready:
                 cannot_save = saver.failures >= MAX_FAILED_SAVES
@@ -317,6 +329,8 @@ class Trainer:
                     row["val_loss"] = finite(self.validation_loss())
                 if self.ranks.is_first and (last or stopping or step % c.checkpoint_every == 0):
                     saver.start(self.model, self.optimizer, self.snapshot(row))
+                if step % c.checkpoint_every == 0:
+                    gc.collect()  # now, and on all ranks at once
                 if last or stopping or failed or self.due(step):
                     self.settle(saver, must=last or stopping or failed)
                 self.report(log, row)
@@ -368,10 +382,24 @@ class Trainer:
         step = row["step"]
         if self.score is not None and step > 0 and self.due(step):
             row["hellaswag"] = self.score(self.model)
+        section = self.sample(step) if "val_loss" in row else None
         if log:
-            if "val_loss" in row:
-                log.samples(step, self.sample(step))
+            if section:
+                log.samples(step, section)
             log.write(row)
+
+
+@contextmanager
+def no_garbage_collection() -> Iterator[None]:
+    """Python's collector of cycles stops a rank when it likes, and then all ranks wait for that one."""
+    gc.collect()
+    gc.freeze()  # what is there now is never looked at again
+    gc.disable()
+    try:
+        yield
+    finally:
+        gc.enable()
+        gc.unfreeze()
 
 
 SMALLER = "try a smaller --preset, a shorter --block-size or another device"
