@@ -125,11 +125,12 @@ def score(options: argparse.Namespace) -> None:
 
 
 def load(name: str, place: "torch.device", ranks: "Ranks") -> "tuple[GPT, str]":
-    """The model and what it is, on every rank; the first one downloads it."""
-    from aymen_gpt.evaluation.loading import load_model
+    """The model and what it is, on every rank; the first finds it, and downloads it, before the others look."""
+    from aymen_gpt.evaluation.loading import find_model, load_model
+    from aymen_gpt.model.legacy import is_pt
 
-    if ranks.world_size > 1:
-        ranks.first(lambda: load_model(name, place)[1])
+    if ranks.world_size > 1 and not is_pt(name):
+        ranks.first(lambda: find_model(name))
     return load_model(name, place)
 
 

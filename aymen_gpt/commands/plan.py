@@ -38,8 +38,8 @@ class Request:
         return self._dealt()[1]
 
     def _dealt(self) -> tuple[int, int]:
-        most = self.config.micro_batch or (64 if self.device.place.type == "cuda" else 16)
-        return plan.dealt(self.config.rows_per_step, self.gpus, most)
+        largest = self.config.largest_micro_batch(on_cuda=self.device.place.type == "cuda")
+        return plan.dealt(self.config.rows_per_step, self.gpus, largest)
 
     @property
     def tokens(self) -> int:
@@ -217,7 +217,7 @@ def probe_update(trainer: "Trainer", tokens: "torch.Tensor", passes: int) -> tup
     middle = time.perf_counter()
     optim.clip_gradients(trainer.parameters, trainer.config.grad_clip)
     trainer.optimizer.step()
-    trainer.optimizer.zero_grad(set_to_none=True)
+    trainer.sum.clear()
     synchronize(trainer.device)
     return (middle - began) / passes, time.perf_counter() - middle
 

@@ -192,15 +192,9 @@ def initial_model(config: TrainConfig, ranks: "Ranks") -> "Callable[[], GPT]":
     """What the trainer calls for the weights of step 0, with --init-from."""
     import torch
 
-    from aymen_gpt.evaluation.loading import load_model
+    from aymen_gpt.commands.hellaswag import load
 
-    def load() -> "GPT":
-        if ranks.is_first:
-            load_model(config.init_from, torch.device("cpu"))  # one download, not one a rank
-        ranks.wait()
-        return load_model(config.init_from, torch.device("cpu"))[0]
-
-    return load
+    return lambda: load(config.init_from, torch.device("cpu"), ranks)[0]
 
 
 def draw_report(folder: Path) -> None:
@@ -221,10 +215,8 @@ def scorer(config: TrainConfig, device: "Device", ranks: "Ranks") -> "Callable[[
 
     from aymen_gpt.evaluation import hellaswag
 
-    if ranks.is_first:
-        hellaswag.load_examples()  # one download, not one a rank
-    ranks.wait()
-    examples = hellaswag.evenly_spaced(hellaswag.load_examples(), config.hellaswag_limit or None)
+    found = ranks.first(hellaswag.load_examples)  # one download, not one a rank
+    examples = hellaswag.evenly_spaced(found, config.hellaswag_limit or None)
     mine = examples[ranks.rank :: ranks.world_size]
 
     def score(model: "GPT") -> dict[str, Any]:

@@ -94,6 +94,10 @@ class TrainConfig:
     def rows_per_step(self) -> int:
         return self.tokens_per_step // self.block_size
 
+    def largest_micro_batch(self, *, on_cuda: bool) -> int:
+        """Rows of one forward pass where a rank has as many and they fit in memory."""
+        return self.micro_batch or (64 if on_cuda else 16)
+
 
 def flag(name: str) -> str:
     """The command-line spelling of a field: val_every -> --val-every."""

@@ -32,6 +32,7 @@ from aymen_gpt.training.device import Device, is_out_of_memory, memory_in_words
 from aymen_gpt.training.distributed import Ranks
 from aymen_gpt.training.gradients import GradientSum
 from aymen_gpt.training.guard import Guard
+from aymen_gpt.training.plan import dealt
 from aymen_gpt.training.resume import Resume, changes, check_identity, find_checkpoint, identity, options
 from aymen_gpt.training.runlog import RunLog
 from aymen_gpt.training.schedule import learning_rate
@@ -71,8 +72,8 @@ class Trainer:
                 f"{self.ranks.world_size} processes for {c.rows_per_step} rows a step: use fewer, or raise "
                 f"--tokens-per-step to at least {self.ranks.world_size * c.block_size}"
             )
-        _, most = deal(c.rows_per_step, 0, self.ranks.world_size)
-        self.micro_batch = min(c.micro_batch or (64 if self.device.place.type == "cuda" else 16), most)
+        largest = c.largest_micro_batch(on_cuda=self.device.place.type == "cuda")
+        self.micro_batch, _ = dealt(c.rows_per_step, self.ranks.world_size, largest)
         self.model = GPT(c.model, torch.Generator().manual_seed(c.seed)).to(self.device.place)
         self.parameters = list(self.model.parameters())
         self.sum = GradientSum(self.ranks, self.parameters)
