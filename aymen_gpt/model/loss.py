@@ -34,17 +34,18 @@ class _LinearCrossEntropy(torch.autograd.Function):
         loss = hidden.new_zeros((), dtype=torch.float32)
         d_hidden = torch.empty_like(hidden) if with_grad else None  # (N, C)
         d_weight: Tensor | None = None  # (Vp, C)
-        rooms = _rooms(chunk_tokens, w)
+        logits_room, p_room = _rooms(chunk_tokens, w)
+        piece = chunk_tokens if p_room is None else p_room.size(0)
         for start in range(0, hidden.size(0), chunk_tokens):
             part = slice(start, start + chunk_tokens)
             h, t = hidden[part].to(dtype), targets[part].unsqueeze(1)  # (n, C), (n, 1)
-            log_p, p, logits = _softmax(h, w, t, vocab_size, rooms)
-            loss -= log_p.sum()
-            if d_hidden is not None:
-                p.scatter_add_(1, t, torch.full_like(t, -1.0, dtype=torch.float32))  # softmax - one_hot
-                d_logits = p if p.dtype == dtype else logits.copy_(p)
-                d_hidden[part] = d_logits @ w
-                d_w = d_logits.t() @ h
+            logits = torch.mm(h, w.t(), out=None if logits_room is None else logits_room[: h.size(0)])  # (n, Vp)
+            logits[:, vocab_size:] = -torch.inf  # padding is never predicted
+            for some, their_t in zip(logits.split(piece), t.split(piece), strict=True):
+                loss -= _log_p(some, their_t, vocab_size, p_room, with_grad).sum()
+            if d_hidden is not None:  # logits are gradients now
+                d_hidden[part] = logits @ w
+                d_w = logits.t() @ h
                 d_weight = d_w.to(weight.dtype) if d_weight is None else d_weight.add_(d_w)
         ctx.save_for_backward(d_hidden, d_weight)
         return loss
@@ -55,45 +56,42 @@ class _LinearCrossEntropy(torch.autograd.Function):
         return d_hidden.mul_(grad), d_weight.mul_(grad), None, None, None, None, None
 
 
-Rooms = tuple[Tensor, Tensor] | None
+def _log_p(logits: Tensor, t: Tensor, vocab_size: int, p_room: Tensor | None, with_grad: bool) -> Tensor:
+    """log p of the targets t (n, 1), in float32; with_grad the logits (n, Vp) become softmax minus one-hot.
+
+    One exponential per logit serves loss and gradient.
+    """
+    if p_room is None:
+        p = F.softmax(logits, dim=1, dtype=torch.float32)
+    else:
+        p = p_room[: logits.size(0)]
+        torch.softmax(p.copy_(logits), 1, out=p)
+    p_t = p.gather(1, t)
+    if p_room is not None and p_t.min() >= SMALL:
+        log_p = p_t.log()
+    else:  # log p[t] = logit[t] - lse, where lse = max logit - log(max p): nothing here is ever too small
+        largest = logits[:, :vocab_size].amax(1, keepdim=True).float()
+        log_p = logits.gather(1, t).float() - largest + p.amax(1, keepdim=True).log()
+    if with_grad:
+        p.scatter_add_(1, t, torch.full_like(t, -1.0, dtype=torch.float32))
+        logits.copy_(p)
+    return log_p
 
 
-def _rooms(rows: int, w: Tensor) -> Rooms:
-    """Memory for the logits (rows, Vp) and their float32 softmax, the same if that is their dtype.
+def _rooms(rows: int, w: Tensor) -> tuple[Tensor, Tensor] | tuple[None, None]:
+    """Memory for the logits (rows, Vp), and for the float32 softmax of a few of them, 6 MB that stay in the cache.
 
-    On a CPU one place for all calls is faster, and keeps the heap from falling into pieces: a training process
-    took 180 MB less. A compiler plans its memory itself, and so does CUDA's allocator: None there.
+    On a CPU one place for all calls is faster, and keeps the heap from falling into pieces. A compiler plans its
+    memory itself, and so does CUDA's allocator: None there.
     """
     if w.device.type != "cpu" or torch.compiler.is_compiling():
-        return None
+        return None, None
     return _cpu_rooms(rows, w.size(0), w.dtype)
 
 
 @lru_cache(maxsize=1)
 def _cpu_rooms(rows: int, columns: int, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-    logits = torch.empty(rows, columns, dtype=dtype)
-    return logits, logits if dtype == torch.float32 else torch.empty(rows, columns)
-
-
-def _softmax(h: Tensor, w: Tensor, t: Tensor, vocab_size: int, rooms: Rooms) -> tuple[Tensor, Tensor, Tensor]:
-    """log p of the targets (n, 1), all p (n, Vp) in float32, and the logits' memory, free to be used.
-
-    One exponential per logit serves loss and gradient.
-    """
-    logits = torch.mm(h, w.t(), out=rooms[0][: h.size(0)] if rooms else None)
-    logits[:, vocab_size:] = -torch.inf  # padding is never predicted
-    if rooms:
-        p = rooms[1][: h.size(0)]
-        torch.softmax(p.copy_(logits), 1, out=p)
-        p_t = p.gather(1, t)
-        if not (p_t < SMALL).any():
-            return p_t.log(), p, logits
-        logits = torch.mm(h, w.t())  # perhaps softmax is where they were
-    else:
-        p = F.softmax(logits, dim=1, dtype=torch.float32)
-    # log p[t] = logit[t] - lse, where lse = max logit - log(max p): nothing here is ever too small
-    largest = logits[:, :vocab_size].amax(1, keepdim=True).float()
-    return logits.gather(1, t).float() - largest + p.amax(1, keepdim=True).log(), p, logits
+    return torch.empty(rows, columns, dtype=dtype), torch.empty(32, columns)
 
 
 def linear_cross_entropy(
@@ -103,8 +101,8 @@ def linear_cross_entropy(
 
     hidden (..., C) and targets (...) line up; weight is (Vp, C) with Vp >= vocab_size, columns past vocab_size
     are left out of the softmax. Products run in the autocast dtype when autocast is on, the softmax and the sum
-    in float32. ``chunk_tokens`` bounds the tokens whose logits exist at once (6 bytes x Vp each with bfloat16
-    products, 4 with float32 ones on a CPU); the default is 1,024 on a CPU (300 MB) and 8,192 elsewhere (2.5 GB).
+    in float32. ``chunk_tokens`` bounds the tokens whose logits exist at once; the default is 1,024 on a CPU (100
+    MB with bfloat16 products: 2 bytes x Vp each) and 8,192 elsewhere (2.5 GB: 6 bytes, a whole softmax).
     Backward may run once.
     """
     device = hidden.device.type

@@ -99,9 +99,9 @@ def step_memory(
     weights = FLOAT * (m.n_params + (m.padded_vocab_size - m.vocab_size) * C)
     copies = 0 if size == FLOAT else size * m.n_layer * (12 * C + 9) * C
     activations = tokens * (m.n_layer * saved_by_layer(m, size, on_cpu=on_cpu) + FLOAT * (C + 2))  # and ln_f's
-    # Chunks of logits become probabilities in float32 and then gradients, in the same places (loss._rooms).
+    # A chunk of logits becomes gradients in its place, and its softmax in float32, on a CPU of 32 rows at a time.
     chunk = min(tokens, 1024 if on_cpu else 8192)
-    logits = chunk * m.padded_vocab_size * (FLOAT if size == FLOAT else size + FLOAT)
+    logits = m.padded_vocab_size * (chunk * size + (32 if on_cpu else chunk) * FLOAT)
     # d_weight; its part by one chunk, and that in float32; the embedding in the dtype of products.
     output = (
         embedding + size * embedding // FLOAT + (0 if size == FLOAT else embedding + size * embedding // FLOAT)
