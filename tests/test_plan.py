@@ -65,4 +65,4 @@ def test_hours_and_dollars_follow_from_the_speed(door, tmp_path):
 
 
 def test_the_limit_of_the_attention_for_cpus_is_its_own():
-    assert plan.LONGEST == cpu_attention.LONGEST
+    assert (plan.LONGEST, plan.ROWS) == (cpu_attention.LONGEST, cpu_attention.ROWS)

@@ -61,7 +61,7 @@ class Memory:
         return self.weights + self.moments
 
 
-LONGEST = 512  # tokens: model.cpu_attention's, which is not imported here because it needs torch
+LONGEST, ROWS = 512, 128  # tokens: model.cpu_attention's, which is not imported here because it needs torch
 
 
 def saved_by_layer(m: "GPTConfig", size: int, *, on_cpu: bool) -> int:
@@ -83,10 +83,10 @@ def saved_by_layer(m: "GPTConfig", size: int, *, on_cpu: bool) -> int:
     ============================  ===================  =======  ================
 
     The fused attention kernels keep no (T, T) matrix. On a CPU with autocast and up to LONGEST tokens
-    model.cpu_attention keeps it, instead of the log of the sum.
+    model.cpu_attention keeps what ROWS queries at a time may see of it, instead of the log of the sum.
     """
     whole = on_cpu and size < FLOAT and m.block_size <= LONGEST
-    attention = size * m.block_size if whole else FLOAT
+    attention = size * (m.block_size + min(m.block_size, ROWS)) // 2 if whole else FLOAT
     return (2 * FLOAT + 14 * size) * m.n_embd + 4 * FLOAT + attention * m.n_head
 
 

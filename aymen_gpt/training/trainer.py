@@ -85,9 +85,10 @@ class Trainer:
         self.origin = (0, 0)  # a step and its first row of the data order; both move on when a run is continued
         self.compiled = self.device.place.type == "cuda" if c.compile is None else c.compile
         self.loss = torch.compile(self._loss, dynamic=False) if self.compiled else self._loss
-        on_cpu = self.device.place.type == "cpu" and self.device.dtype == torch.bfloat16
-        if on_cpu and not self.compiled and c.block_size <= cpu_attention.LONGEST:
-            cpu_attention.use(self.model)
+        if self.device.place.type == "cpu" and not self.compiled:
+            self.model.wte.sparse = True  # the embedding's gradient is added to the output layer's, a row a token
+            if self.device.dtype == torch.bfloat16 and c.block_size <= cpu_attention.LONGEST:
+                cpu_attention.use(self.model)
 
     def _loss(self, x: Tensor, y: Tensor) -> Tensor:
         """Summed loss of the tokens y (b, T) that follow x (b, T), in nats."""
