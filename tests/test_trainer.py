@@ -10,13 +10,14 @@ import torch
 from conftest import make_shards
 from safetensors.torch import load_file, save_file
 
-from aymen_gpt.commands.pretrain import build
+from aymen_gpt.commands.pretrain import build, introduction
 from aymen_gpt.errors import AymenError, DataError, Stopped, UsageError
+from aymen_gpt.model import cpu_attention, gpt
 from aymen_gpt.model.folders import checkpoint_folder, checkpoints, latest_valid
 from aymen_gpt.model.huggingface import load_pretrained
 from aymen_gpt.training.checkpoint import capture, read_snapshot, restore
 from aymen_gpt.training.config import resolve
-from aymen_gpt.training.device import choose_device
+from aymen_gpt.training.device import attention_kernel, choose_device
 from aymen_gpt.training.distributed import Ranks
 from aymen_gpt.training.resume import Resume
 from aymen_gpt.training.runlog import RunLog
@@ -72,6 +73,17 @@ def test_the_loss_falls(shards, tmp_path):
     found = losses(tmp_path / "run")
     assert found[0] == pytest.approx(10.83, abs=0.1)  # ln(50257): nothing known yet
     assert found[-1] < found[0] - 0.5
+
+
+@pytest.mark.parametrize(
+    ("dtype", "context", "ours"), [("float32", 64, False), ("bfloat16", 64, True), ("bfloat16", 1024, False)]
+)
+def test_the_introduction_names_the_attention_in_use(shards, dtype, context, ours):
+    config = resolve({"preset": "tiny", "data": str(shards), "tokens_per_step": 2048, "block_size": context})
+    t = build(config, choose_device("cpu", dtype), Ranks())
+    used = [block.attn.attention for block in t.model.h]
+    assert used == [cpu_attention.attention if ours else gpt.attention] * len(used)
+    assert f"attention {'matrix products' if ours else attention_kernel(t.device, 2, 16)}," in introduction(t)
 
 
 def test_the_losses_are_those_of_the_day_this_was_written(shards, tmp_path):

@@ -230,8 +230,6 @@ def scorer(config: TrainConfig, device: "Device", ranks: "Ranks") -> "Callable[[
 
 def introduction(trainer: "Trainer") -> str:
     """What is about to be trained, on what, in a few lines."""
-    from aymen_gpt.training.device import attention_kernel
-
     c, m, device, ranks = trainer.config, trainer.config.model, trainer.device, trainer.ranks
     tokens = c.steps * c.tokens_per_step
     epochs = c.steps * c.rows_per_step / trainer.train_rows.rows_per_epoch
@@ -242,7 +240,7 @@ def introduction(trainer: "Trainer") -> str:
         f"recipe   {c.steps:,} steps x {c.tokens_per_step:,} tokens = {tokens:,} tokens = {epochs:.2f} epochs, "
         f"peak rate {c.learning_rate:g}, {c.warmup_steps} warmup steps",
         f"machine  {ranks.world_size} x {device.name}, {str(device.dtype).removeprefix('torch.')}, "
-        f"attention {attention_kernel(device, m.n_head, m.n_embd // m.n_head)}, micro-batch "
+        f"attention {trainer.attention}, micro-batch "
         f"{c.micro_batch or f'up to {trainer.micro_batch}'}{', compiled' if trainer.compiled else ''}",
         f"run      {c.run}",
     ]

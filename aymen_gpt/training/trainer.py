@@ -28,7 +28,7 @@ from aymen_gpt.model.loss import linear_cross_entropy
 from aymen_gpt.training import checkpoint, optim
 from aymen_gpt.training.batches import Prefetch
 from aymen_gpt.training.config import TrainConfig
-from aymen_gpt.training.device import Device, is_out_of_memory, memory_in_words
+from aymen_gpt.training.device import Device, attention_kernel, is_out_of_memory, memory_in_words
 from aymen_gpt.training.distributed import Ranks
 from aymen_gpt.training.gradients import GradientSum
 from aymen_gpt.training.guard import Guard
@@ -85,10 +85,12 @@ class Trainer:
         self.origin = (0, 0)  # a step and its first row of the data order; both move on when a run is continued
         self.compiled = self.device.place.type == "cuda" if c.compile is None else c.compile
         self.loss = torch.compile(self._loss, dynamic=False) if self.compiled else self._loss
+        self.attention = attention_kernel(self.device, c.model.n_head, c.model.n_embd // c.model.n_head)
         if self.device.place.type == "cpu" and not self.compiled:
             self.model.wte.sparse = True  # the embedding's gradient is added to the output layer's, a row a token
             if self.device.dtype == torch.bfloat16 and c.block_size <= cpu_attention.LONGEST:
                 cpu_attention.use(self.model)
+                self.attention = "matrix products"
 
     def _loss(self, x: Tensor, y: Tensor) -> Tensor:
         """Summed loss of the tokens y (b, T) that follow x (b, T), in nats."""
