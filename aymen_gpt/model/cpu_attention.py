@@ -1,8 +1,8 @@
 """Causal attention for training on a CPU in bfloat16, for contexts that are not long.
 
 PyTorch's CPU kernel never holds the (T, T) probabilities, which is what long contexts need. At a few hundred
-tokens plain matrix products that keep them are faster, forward and backward: a block of queries at a time, with the
-keys up to its last one, and with the queries, keys and values of all heads in one tensor. Scores and softmax are
+tokens plain matrix products that keep them are faster, forward and backward: a block of queries at a time, with
+the keys up to its last one, the queries, keys and values of all heads in one tensor. Scores and softmax are
 float32, all other products bfloat16; the results are as near to float32's as the kernel's are
 (tests/test_cpu_attention.py).
 """
