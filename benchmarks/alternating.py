@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 
-from aymen_gpt.training.device import peak_process_memory
+from aymen_gpt.training.device import peak_memory
 
 Work = Callable[[Any], float]  # does one round's task; returns a number, so that the device has finished
 Build = Callable[[], Work]  # a module's function or functools.partial of one: it is sent to a new process
@@ -65,6 +65,7 @@ def _ask(pipe: Any, task: Any) -> Any:
 
 def _serve(build: Build, threads: int, pipe: Any) -> None:
     torch.set_num_threads(threads)
+    place = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     work = build()
     while True:
         try:
@@ -73,14 +74,7 @@ def _serve(build: Build, threads: int, pipe: Any) -> None:
             return
         began = time.perf_counter()
         value = work(task)
-        pipe.send((time.perf_counter() - began, value, peak_memory()))
-
-
-def peak_memory() -> float:
-    """GB."""
-    if torch.cuda.is_available():
-        return torch.cuda.max_memory_allocated() / 1e9
-    return peak_process_memory() / 1e9
+        pipe.send((time.perf_counter() - began, value, peak_memory(place) / 1e9))
 
 
 def command() -> str:

@@ -203,7 +203,7 @@ def run_probe(request: Request) -> Probe:
         seconds = probe_update(trainer, tokens, min(request.passes, 2))
         micro.append(seconds[0])
         update.append(seconds[1])
-    return Probe(statistics.median(micro), statistics.median(update), peak_memory(device))
+    return Probe(statistics.median(micro), statistics.median(update), devices.peak_memory(device.place))
 
 
 def probe_update(trainer: "Trainer", tokens: "torch.Tensor", passes: int) -> tuple[float, float]:
@@ -227,14 +227,3 @@ def synchronize(device: "Device") -> None:
 
     if device.place.type == "cuda":
         torch.cuda.synchronize(device.place)
-
-
-def peak_memory(device: "Device") -> int:
-    """The most bytes that tensors (CUDA) or the process (elsewhere) have taken so far."""
-    import torch
-
-    from aymen_gpt.training import device as devices
-
-    if device.place.type == "cuda":
-        return torch.cuda.max_memory_allocated(device.place)
-    return devices.peak_process_memory()

@@ -13,6 +13,7 @@ Letters in the shape comments:
 """
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -104,16 +105,22 @@ class LayerCache:
         return self.k[:, :, : self.used], self.v[:, :, : self.used]
 
 
-def attention(qkv: Tensor, n_head: int) -> Tensor:
-    """Causal attention of queries, keys and values (B, T, 3C), side by side; (B, T, C)."""
+def attention(qkv: Tensor, n_head: int, cache: LayerCache | None = None) -> Tensor:
+    """Causal attention of queries, keys and values (B, T, 3C), side by side; (B, T, C).
+
+    With a cache the tokens come after those in it.
+    """
     B, T, C = qkv.size(0), qkv.size(1), qkv.size(2) // 3
     q, k, v = qkv.view(B, T, 3, n_head, C // n_head).permute(2, 0, 3, 1, 4)  # (B, nh, T, hs)
-    y = F.scaled_dot_product_attention(q, k, v, is_causal=True)
+    if cache is not None:
+        k, v = cache.append(k, v)
+    y = F.scaled_dot_product_attention(q, k, v, is_causal=T > 1)  # (B, nh, T, hs)
     return y.transpose(1, 2).reshape(B, T, C)
 
 
 class CausalSelfAttention(nn.Module):
-    attention = staticmethod(attention)  # a trainer may know a faster one for its device
+    # Without a cache; a trainer may know a faster one for its device.
+    attention: Callable[[Tensor, int], Tensor] = staticmethod(attention)
 
     def __init__(self, config: GPTConfig) -> None:
         super().__init__()
@@ -123,16 +130,8 @@ class CausalSelfAttention(nn.Module):
 
     def forward(self, x: Tensor, cache: LayerCache | None = None) -> Tensor:
         qkv = self.c_attn(x)  # (B, T, 3C)
-        y = self.attention(qkv, self.n_head) if cache is None else self.continued(qkv, cache)
+        y = self.attention(qkv, self.n_head) if cache is None else attention(qkv, self.n_head, cache)
         return self.c_proj(y)  # (B, T, C)
-
-    def continued(self, qkv: Tensor, cache: LayerCache) -> Tensor:
-        """Attention of tokens that come after those in the cache, (B, T, C)."""
-        B, T, C = qkv.size(0), qkv.size(1), qkv.size(2) // 3
-        q, k, v = qkv.view(B, T, 3, self.n_head, C // self.n_head).permute(2, 0, 3, 1, 4)  # (B, nh, T, hs)
-        k, v = cache.append(k, v)
-        y = F.scaled_dot_product_attention(q, k, v, is_causal=T > 1)  # (B, nh, T, hs)
-        return y.transpose(1, 2).reshape(B, T, C)
 
 
 class MLP(nn.Module):

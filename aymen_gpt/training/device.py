@@ -157,8 +157,10 @@ def memory_gb() -> float | None:
         return None
 
 
-def peak_process_memory() -> int:
-    """The most bytes that this process has taken so far."""
+def peak_memory(place: torch.device) -> int:
+    """The most bytes that tensors (CUDA) or the process (elsewhere) have taken so far."""
+    if place.type == "cuda":
+        return torch.cuda.max_memory_allocated(place)
     try:
         status = Path("/proc/self/status").read_text()
         return int(re.search(r"VmHWM:\s+(\d+) kB", status)[1]) * 1024  # type: ignore[index]
