@@ -1,26 +1,32 @@
 """Names of models, as people type them, to models."""
 
 import json
+import math
 
 import pytest
 import torch
+from conftest import make_shards
 from fake_hub import FakeHub, talk_to
 from safetensors.torch import load_file, save_file
 
 from aymen_gpt import files
 from aymen_gpt.errors import DataError, NetworkError
 from aymen_gpt.evaluation.loading import load_model
-from aymen_gpt.model.gpt import GPT, GPTConfig
+from aymen_gpt.model.gpt import GPT, PRESETS, GPTConfig
 from aymen_gpt.model.huggingface import config_to_huggingface, to_huggingface
 
-CONFIG = GPTConfig(block_size=16, vocab_size=150, n_layer=2, n_head=2, n_embd=16)
+CONFIG = GPTConfig(block_size=16, n_layer=2, n_head=2, n_embd=16)
 CPU = torch.device("cpu")
-IDX = torch.arange(12)[None] * 11 % 150
+IDX = torch.arange(12)[None] * 4001 % 50257
 
 
-def make_folder(folder, seed=0, config=CONFIG):
+def make_folder(folder, seed=0, config=CONFIG, **changed):
+    """A folder as others make them; ``changed`` are values of one weight, by its name with _ for dots."""
     folder.mkdir(parents=True)
     model = GPT(config, torch.Generator().manual_seed(seed))
+    with torch.no_grad():
+        for name, p in model.named_parameters():
+            p.view(-1)[5] = changed.get(name.replace(".", "_"), p.view(-1)[5])
     (folder / "config.json").write_text(json.dumps(config_to_huggingface(config)))
     save_file(to_huggingface(model.state_dict(), config.vocab_size), folder / "model.safetensors")
     return model
@@ -190,3 +196,33 @@ def test_a_hub_model_without_safetensors_names_the_file(tmp_path, monkeypatch):
         with pytest.raises(NetworkError, match=r"model\.safetensors of some-one/old: not found"):
             load_model("some-one/old", CPU)
         assert not any("pytorch_model" in request for request in hub.requests)
+
+
+@pytest.mark.fault(30)
+@pytest.mark.parametrize("value", [math.nan, -math.inf])
+def test_weights_that_are_not_finite_are_refused(tmp_path, value):
+    model = make_folder(tmp_path / "m", h_1_mlp_c_fc_weight=value)
+    torch.save({"model": model.state_dict(), "model_args": {"n_head": 2}}, tmp_path / "m.pt")
+    for name in ("m", "m.pt"):
+        with pytest.raises(DataError, match=rf"{name}.*: h\.1\.mlp\.c_fc\.weight holds NaN or infinity"):
+            load_model(str(tmp_path / name), CPU)
+
+
+@pytest.mark.fault(30)
+@pytest.mark.parametrize(
+    "command",
+    [
+        ["hellaswag.py", "-m", "m", "--limit", 2],
+        ["generate.py", "-m", "m", "Hello"],
+        ["pretrain.py", "--init-from", "m", "--preset", "tiny", "--data", "data", "--steps", 1],
+    ],
+    ids=lambda words: words[0],
+)
+def test_no_command_uses_a_model_that_is_not_finite(door, tmp_path, command):
+    make_shards(tmp_path / "data")
+    make_folder(tmp_path / "m", config=PRESETS["tiny"], ln_f_weight=math.nan)
+    done = door(*command)
+    assert done.returncode == 65, done.stderr
+    assert done.stderr.splitlines()[-1].startswith("error: m: ln_f.weight holds NaN or infinity")
+    assert "Traceback" not in done.stderr
+    assert done.stdout == "" or command[0] == "pretrain.py"

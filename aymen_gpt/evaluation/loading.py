@@ -32,8 +32,7 @@ def load_model(name: str, device: torch.device) -> tuple[GPT, str]:
     give it. Checkpoints of ours are verified against their manifest first.
     """
     if is_pt(name):
-        model = load_pt(Path(name))
-        return model.to(device).eval(), f"{name}, {model.config.n_params:,} parameters"
+        return ready(load_pt(Path(name)), name, device)
     folder, description = find_model(name)
     try:
         model = load_pretrained(folder)
@@ -42,6 +41,14 @@ def load_model(name: str, device: torch.device) -> tuple[GPT, str]:
     except (ValueError, RuntimeError, SafetensorError, OSError) as error:
         why = " ".join(str(error).split())[:200]
         raise DataError(f"cannot use the model in {folder}: {why}") from None
+    return ready(model, description, device)
+
+
+def ready(model: GPT, description: str, device: torch.device) -> tuple[GPT, str]:
+    """The model on its device, and what it is. DataError when a weight is not finite: all it says means nothing."""
+    bad = next((name for name, p in model.named_parameters() if not p.isfinite().all()), None)
+    if bad:
+        raise DataError(f"{description}: {bad} holds NaN or infinity; use another checkpoint")
     return model.to(device).eval(), f"{description}, {model.config.n_params:,} parameters"
 
 
