@@ -45,7 +45,7 @@ def load_model(name: str, device: torch.device) -> tuple[GPT, str]:
 
 
 def ready(model: GPT, description: str, device: torch.device) -> tuple[GPT, str]:
-    """The model on its device, and what it is. DataError when a weight is not finite: all it says means nothing."""
+    """The model on its device, and what it is. DataError when a weight is not finite: its scores mean nothing."""
     bad = next((name for name, p in model.named_parameters() if not p.isfinite().all()), None)
     if bad:
         raise DataError(f"{description}: {bad} holds NaN or infinity; use another checkpoint")
