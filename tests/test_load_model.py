@@ -10,8 +10,9 @@ from fake_hub import FakeHub, talk_to
 from safetensors.torch import load_file, save_file
 
 from aymen_gpt import files
-from aymen_gpt.errors import DataError, NetworkError
-from aymen_gpt.evaluation.loading import load_model
+from aymen_gpt.data import fetch
+from aymen_gpt.errors import DataError, NetworkError, UsageError
+from aymen_gpt.evaluation.load_model import load_model
 from aymen_gpt.model.gpt import GPT, PRESETS, GPTConfig
 from aymen_gpt.model.huggingface import config_to_huggingface, to_huggingface
 
@@ -39,7 +40,7 @@ def make_run(run, steps):
         folder = run / "checkpoints" / f"step-{step:09d}"
         models[step] = make_folder(folder, seed=step)
         found = {p.name: {"bytes": p.stat().st_size, "sha256": files.sha256(p)} for p in folder.iterdir()}
-        (folder / "manifest.json").write_text(json.dumps({"files": found}))
+        (folder / "manifest.json").write_text(json.dumps({"step": step, "files": found}))
     return models
 
 
@@ -56,10 +57,11 @@ def flip_a_byte(path):
 
 def test_a_folder_is_loaded_ready_to_score(tmp_path):
     model = make_folder(tmp_path / "m")
-    found, description = load_model(str(tmp_path / "m"), CPU)
+    found, description, path, step = load_model(str(tmp_path / "m"), CPU)
     assert same(found, model)
     assert not found.training
     assert found.wte.weight.dtype == torch.float32
+    assert (path, step) == (tmp_path / "m", None)
     assert description == f"{tmp_path / 'm'}, {CONFIG.n_params:,} parameters"
 
 
@@ -72,15 +74,16 @@ def test_bfloat16_weights_are_widened(tmp_path):
 
 def test_a_run_is_its_newest_checkpoint(tmp_path):
     models = make_run(tmp_path / "run", [5, 20, 100])
-    found, description = load_model(str(tmp_path / "run"), CPU)
+    found, description, path, step = load_model(str(tmp_path / "run"), CPU)
     assert same(found, models[100])
+    assert (path.name, step) == ("step-000000100", 100)
     assert description.startswith(str(tmp_path / "run" / "checkpoints" / "step-000000100,"))
 
 
 def test_a_damaged_checkpoint_of_a_run_is_named_and_skipped(tmp_path):
     models = make_run(tmp_path / "run", [5, 20])
     flip_a_byte(tmp_path / "run" / "checkpoints" / "step-000000020" / "model.safetensors")
-    found, description = load_model(str(tmp_path / "run"), CPU)
+    found, description, *_ = load_model(str(tmp_path / "run"), CPU)
     assert same(found, models[5])
     assert "skipped as damaged" in description
     assert "step-000000020: model.safetensors has another sha256" in description
@@ -105,9 +108,26 @@ def test_a_run_without_a_usable_checkpoint_says_why(tmp_path):
         load_model(str(tmp_path / "new"), CPU)
 
 
-@pytest.mark.parametrize("name", ["nonsense", "runs/nonsense", "./nonsense", "/nowhere/at/all", "a/b/c", ""])
+@pytest.mark.parametrize(
+    "name",
+    [
+        "nonsense",
+        "runs/nonsense",
+        "./nonsense",
+        "/nowhere/at/all",
+        "a/b/c",
+        "",
+        "foo/..",
+        "foo/a--b",
+        "foo/b.git",
+        "-/-",
+        "x" * 5000,
+        "a\0b",
+    ],
+)
 def test_a_name_of_nothing_lists_what_is_expected(name, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(fetch, "hub_file", lambda *_, **__: pytest.fail("the Hub was asked"))
     with pytest.raises(DataError, match=r"no model.*expected gpt2, gpt2-medium.*a run folder") as caught:
         load_model(name, CPU)
     assert caught.value.exit_code == 65
@@ -147,8 +167,18 @@ def test_half_a_weight_file_is_named(tmp_path):
     ("change", "message"),
     [
         ({"model_type": "llama"}, "model_type is 'llama'"),
-        ({"n_embd": 32}, "size mismatch"),
+        ({"n_embd": 32}, r"h\.0\.attn\.c_attn\.bias is 48, a model of 2 layers, 2 heads, 32 wide.* has 96"),
         ({"n_layer": 3}, "missing"),
+        ({"n_layer": 10**9}, "1,000,000,000 layers, and only 28 tensors"),
+        ({"n_layer": "2"}, "n_layer is '2', expected a whole number"),
+        ({"n_layer": None}, "n_layer is 'None', expected a whole number"),
+        ({"n_head": [2]}, "n_head is .*, expected a whole number"),
+        ({"n_embd": {"a": 16}}, "n_embd is .*, expected a whole number"),
+        ({"n_positions": True}, "n_positions is 'True', expected a whole number"),
+        ({"n_head": 5}, "n_embd 16 does not divide into n_head 5"),
+        ({"vocab_size": 65}, "m knows 65 tokens; Aymen-GPT reads and writes GPT-2's 50,257"),
+        ({"vocab_size": 60000}, "m knows 60,000 tokens; Aymen-GPT reads"),
+        ({"n_inner": [[1]]}, "n_inner is '"),
     ],
 )
 def test_a_model_that_is_no_gpt2_is_refused(tmp_path, change, message):
@@ -159,11 +189,78 @@ def test_a_model_that_is_no_gpt2_is_refused(tmp_path, change, message):
         load_model(str(tmp_path / "m"), CPU)
 
 
-def test_a_config_that_is_no_json_is_named(tmp_path):
+@pytest.mark.parametrize("content", ["<html>", "[]", "null", "[" * 100_000, '"gpt2"', ""])
+@pytest.mark.parametrize("name", ["config.json", "model.safetensors.index.json"])
+def test_json_of_another_shape_is_named(tmp_path, name, content):
     make_folder(tmp_path / "m")
-    (tmp_path / "m" / "config.json").write_text("<html>")
-    with pytest.raises(DataError, match="cannot use the model in"):
+    (tmp_path / "m" / "model.safetensors").unlink()
+    (tmp_path / "m" / name).write_text(content)
+    with pytest.raises(DataError, match=rf"cannot read .*{name}: "):
         load_model(str(tmp_path / "m"), CPU)
+
+
+@pytest.mark.parametrize(
+    "places", [None, {}, [], "x", {"a": 5}, {"a": ["x"]}, {"a": "../x"}, {"a": ".."}, {"a": ""}]
+)
+def test_an_index_of_another_shape_is_named(tmp_path, places):
+    make_folder(tmp_path / "m")
+    (tmp_path / "m" / "model.safetensors").unlink()
+    index = {} if places is None else {"weight_map": places}
+    (tmp_path / "m" / "model.safetensors.index.json").write_text(json.dumps(index))
+    with pytest.raises(DataError, match=r"index\.json: expected a weight_map to \.safetensors files beside it"):
+        load_model(str(tmp_path / "m"), CPU)
+
+
+@pytest.mark.parametrize(
+    ("name", "tensor", "message"),
+    [
+        ("wte.weight", torch.zeros(5), "wte.weight is 5, the model has 2 layers"),
+        ("wte.weight", torch.zeros(5, 16), "wte.weight is 5 x 16"),
+        ("h.0.ln_1.weight", torch.tensor(1.0), "h.0.ln_1.weight is one number, a model of 2 layers"),
+        ("h.1.attn.c_attn.weight", torch.zeros(2, 2, 2), "t.. expects a tensor with <= 2 dim"),
+        ("wpe.weight", torch.zeros(16, 16, dtype=torch.int64), "wpe.weight holds torch.int64"),
+        ("h.1.attn.c_attn.weigth", torch.zeros(2), r"unknown \['h.1.attn.c_attn.weigth'\]"),
+    ],
+)
+def test_weights_of_another_shape_are_named(tmp_path, name, tensor, message):
+    make_folder(tmp_path / "m")
+    weights = tmp_path / "m" / "model.safetensors"
+    save_file(load_file(weights) | {f"transformer.{name}": tensor}, weights)
+    with pytest.raises(DataError, match=f"cannot use the model in .*{message}"):
+        load_model(str(tmp_path / "m"), CPU)
+
+
+@pytest.mark.fault(52)
+def test_rows_past_gpt2s_vocabulary_are_left_out(tmp_path):
+    model = make_folder(tmp_path / "m")
+    weights, config = tmp_path / "m" / "model.safetensors", tmp_path / "m" / "config.json"
+    state = load_file(weights)
+    state["transformer.wte.weight"] = torch.cat([state["transformer.wte.weight"], torch.ones(47, 16)])
+    save_file(state, weights)
+    config.write_text(json.dumps(json.loads(config.read_text()) | {"vocab_size": 50304}))
+    found = load_model(str(tmp_path / "m"), CPU, shape=CONFIG).model
+    assert found.config == CONFIG
+    assert all(torch.equal(p, q) for p, q in zip(found.parameters(), model.parameters(), strict=True))
+
+
+def test_another_shape_is_refused_in_words_before_weights_are_looked_at(tmp_path, monkeypatch):
+    """Of gpt2 the shape is known; of other Hub models config.json alone is asked for."""
+    make_folder(tmp_path / "m")
+    words = r"2 layers, 2 heads, 16 wide, context 16, 50,257 tokens"
+    ours = (
+        r"this run has 2 layers, 2 heads, 32 wide, context 64, 50,257 tokens: choose a --preset and a --block-size"
+    )
+    with FakeHub({"config.json": (tmp_path / "m" / "config.json").read_bytes()}) as hub:
+        talk_to(hub, monkeypatch, tmp_path / "hub")
+        with pytest.raises(UsageError, match=f"--init-from gpt2 has 12 layers, 12 heads, 768 wide.*; {ours}"):
+            load_model("gpt2", CPU, shape=PRESETS["tiny"])
+        assert hub.requests == []
+        with pytest.raises(UsageError, match=f"--init-from some-one/tiny has {words}; {ours}"):
+            load_model("some-one/tiny", CPU, shape=PRESETS["tiny"])
+        assert all(request.endswith("config.json") for request in hub.requests)
+    (tmp_path / "m" / "model.safetensors").unlink()
+    with pytest.raises(UsageError, match=f"--init-from .*m has {words}; {ours}"):
+        load_model(str(tmp_path / "m"), CPU, shape=PRESETS["tiny"])
 
 
 @pytest.mark.parametrize(("name", "repo"), [("gpt2", "openai-community/gpt2"), ("some-one/tiny.gpt", None)])
@@ -171,7 +268,7 @@ def test_hub_names_are_downloaded(tmp_path, monkeypatch, name, repo):
     model = make_folder(tmp_path / "m")
     with FakeHub({p.name: p.read_bytes() for p in (tmp_path / "m").iterdir()}) as hub:
         talk_to(hub, monkeypatch, tmp_path / "hub")
-        found, description = load_model(name, CPU)
+        found, description, *_ = load_model(name, CPU)
         assert all(f"/{repo or name}/" in request for request in hub.requests)
     assert same(found, model)
     assert description.startswith(f"{name} of the Hub")
@@ -191,7 +288,8 @@ def test_a_hub_model_in_several_files_is_downloaded(tmp_path, monkeypatch):
 
 
 def test_a_hub_model_without_safetensors_names_the_file(tmp_path, monkeypatch):
-    with FakeHub({"config.json": b"{}", "pytorch_model.bin": b"pickle"}) as hub:
+    config = json.dumps(config_to_huggingface(CONFIG)).encode()
+    with FakeHub({"config.json": config, "pytorch_model.bin": b"pickle"}) as hub:
         talk_to(hub, monkeypatch, tmp_path / "hub")
         with pytest.raises(NetworkError, match=r"model\.safetensors of some-one/old: not found"):
             load_model("some-one/old", CPU)
