@@ -50,7 +50,7 @@ test-faults: .venv/installed-dev
 	$(BIN)/python -m pytest -n 2 -p tests.faults -m fault
 
 test-parity: .venv/installed-dev
-	PARITY_EXAMPLES=1000 $(BIN)/python -m pytest --timeout=3600 -n 2 tests/test_harness.py
+	PARITY_EXAMPLES=1000 $(BIN)/python -m pytest --timeout=3600 -n 2 tests/test_lm_eval_bridge.py
 
 lint: .venv/installed-dev
 	$(BIN)/ruff format --check .

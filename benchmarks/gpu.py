@@ -36,6 +36,7 @@ from aymen_gpt.commands.pretrain import build
 from aymen_gpt.data.shards import shard_name, write_shard
 from aymen_gpt.errors import Stopped
 from aymen_gpt.evaluation import hellaswag
+from aymen_gpt.evaluation.hellaswag_data import evenly_spaced, load_examples
 from aymen_gpt.model.folders import checkpoints
 from aymen_gpt.model.gpt import GPT, PRESETS, GPTConfig
 from aymen_gpt.model.loss import linear_cross_entropy
@@ -276,12 +277,12 @@ def one_step(s: Setting, config: GPTConfig, v: Variant) -> dict[str, Any]:
 
 
 def score(s: Setting) -> Table:
-    """Seconds for HellaSwag, both protocols, with the packed scorer; twice: the first call warms up."""
+    """Seconds for HellaSwag, by one and by both protocols; twice: the first call warms up."""
     config = GPTConfig(block_size=256, n_layer=2, n_head=2, n_embd=64) if s.quick else PRESETS["gpt2"]
     model = GPT(config, torch.Generator().manual_seed(1)).to(s.device.place).eval()
-    examples = hellaswag.load_examples()
+    examples = load_examples()
     if s.quick:
-        examples = hellaswag.evenly_spaced(examples, 20)
+        examples = evenly_spaced(examples, 20)
     rows = []
     for protocols in (("completion",), ("completion",), ("completion", "harness")):
         s.sync()

@@ -5,10 +5,11 @@
 Every scorer is a live process of its own; the rounds give each the same examples in turn, other ones each round.
 All score the harness protocol, tokenizing included. Scorers, each in float32 and bfloat16:
 
-    ours        scoring.py: packed texts, the output layer only where a token is predicted
+    ours        scoring.py: a row holds a context and its endings, the output layer runs where a token is predicted
     naive       our GPT, one example at a time, as build-nanogpt does in training: four padded rows, autocast,
                 all logits, cross-entropy (here in float32)
     lm-eval     lm-evaluation-harness's HFLM on transformers' model of the same weights, by batch size
+    DIR         with --against DIR: this project at another commit (git worktree add DIR COMMIT)
 
 MODEL is what hellaswag.py -m takes; without it GPT-2 124M with random weights. --agreement N counts the examples
 of N that get the same choices from ours in bfloat16 and in float32. lm-eval: pip install 'aymen-gpt[lm-eval]'.
@@ -18,7 +19,10 @@ import argparse
 import importlib.util
 import json
 import os
+import subprocess
+import sys
 import tempfile
+from dataclasses import asdict
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -30,9 +34,9 @@ from alternating import Work, alternate, command
 from aymen_gpt.commands.console import whole_number
 from aymen_gpt.data import tokenizer
 from aymen_gpt.evaluation import hellaswag
-from aymen_gpt.evaluation.examples import Example
+from aymen_gpt.evaluation.hellaswag import render_harness, tokenize
+from aymen_gpt.evaluation.hellaswag_data import Example, evenly_spaced, load_examples
 from aymen_gpt.evaluation.load_model import load_model
-from aymen_gpt.evaluation.rendering import render_harness, tokenize
 from aymen_gpt.model.gpt import GPT, PRESETS
 from aymen_gpt.model.huggingface import config_to_huggingface, to_huggingface
 from aymen_gpt.training import device as devices
@@ -56,6 +60,48 @@ def ours(name: str | None, dtype: str) -> Work:
     def work(examples: list[Example]) -> float:
         found = hellaswag.evaluate(model, examples, protocols=("harness",), dtype=DTYPES[dtype])
         return found.tally("harness").correct_norm
+
+    return work
+
+
+OTHER = """
+import json, sys, torch
+from aymen_gpt.evaluation import hellaswag
+from aymen_gpt.model.gpt import GPT, PRESETS
+from aymen_gpt.training import device as devices
+_, name, dtype, threads = sys.argv
+torch.set_num_threads(int(threads))
+place = devices.choose_device("auto").place
+if place.type == "cpu":
+    devices.keep_freed_memory()
+model = GPT(PRESETS["gpt2"], torch.Generator().manual_seed(0)).to(place).eval()
+if name:
+    try:
+        from aymen_gpt.evaluation.load_model import load_model
+    except ImportError:  # its name before 25 November 2026
+        from aymen_gpt.evaluation.loading import load_model
+    model = load_model(name, place)[0]
+for line in sys.stdin:
+    examples = [hellaswag.Example(**row) for row in json.loads(line)]
+    found = hellaswag.evaluate(model, examples, protocols=("harness",), dtype=getattr(torch, dtype))
+    print(found.tally("harness").correct_norm, flush=True)
+"""
+
+
+def other(folder: Path, name: str | None, dtype: str) -> Work:
+    """The scorer of another checkout; its memory is not measured."""
+    process = subprocess.Popen(
+        [sys.executable, "-c", OTHER, name or "", dtype, str(torch.get_num_threads())],
+        cwd=folder,
+        env=os.environ | {"PYTHONPATH": str(folder)},
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        text=True,
+    )
+
+    def work(examples: list[Example]) -> float:
+        print(json.dumps([asdict(example) for example in examples]), file=process.stdin, flush=True)
+        return float(process.stdout.readline())
 
     return work
 
@@ -120,15 +166,17 @@ def lm_eval(name: str | None, dtype: str, batch_size: int) -> Work:
     return work
 
 
-def speed(name: str | None, count: int, rounds: int) -> list[dict[str, Any]]:
+def speed(name: str | None, count: int, rounds: int, against: Path | None) -> list[dict[str, Any]]:
     scorers: dict[str, Any] = {}
     for dtype in DTYPES:
         scorers[f"ours, {dtype}"] = partial(ours, name, dtype)
+        if against:
+            scorers[f"{against.name}, {dtype}"] = partial(other, against.absolute(), name, dtype)
         scorers[f"naive, {dtype}"] = partial(naive, name, dtype)
         if importlib.util.find_spec("lm_eval"):
             for size in BATCH_SIZES:
                 scorers[f"lm-eval, {dtype}, {size} rows"] = partial(lm_eval, name, dtype, size)
-    chosen = hellaswag.evenly_spaced(hellaswag.load_examples(), count * (rounds + 1))
+    chosen = evenly_spaced(load_examples(), count * (rounds + 1))
     tasks = [chosen[r :: rounds + 1] for r in range(rounds + 1)]
     timings = alternate(scorers, tasks[1:], warm_up=tasks[:1])
     return [
@@ -147,7 +195,7 @@ def speed(name: str | None, count: int, rounds: int) -> list[dict[str, Any]]:
 
 def agreement(name: str | None, count: int) -> dict[str, Any]:
     """How many of ``count`` examples get the same choices in bfloat16 as in float32, by protocol."""
-    model, examples = the_model(name), hellaswag.evenly_spaced(hellaswag.load_examples(), count)
+    model, examples = the_model(name), evenly_spaced(load_examples(), count)
     exact, rough = (hellaswag.evaluate(model, examples, dtype=dtype).answers for dtype in DTYPES.values())
     return {"n": len(examples)} | {
         protocol: {
@@ -167,6 +215,7 @@ def main() -> None:
     parser.add_argument("--examples", type=whole_number, default=24, help="of a round [24]")
     parser.add_argument("--rounds", type=whole_number, default=5)
     parser.add_argument("--agreement", type=whole_number, default=0, metavar="N")
+    parser.add_argument("--against", type=Path, metavar="DIR", help="a checkout of another commit")
     parser.add_argument("--json", type=Path, metavar="FILE")
     args = parser.parse_args()
     os.environ.setdefault("HF_HUB_OFFLINE", "1")
@@ -176,7 +225,7 @@ def main() -> None:
     print(f"{machine}, {args.rounds} rounds of {args.examples} examples\n")
     record: dict[str, Any] = {"command": command(), "machine": machine}
     if args.rounds:
-        record["speed"] = speed(args.model, args.examples, args.rounds)
+        record["speed"] = speed(args.model, args.examples, args.rounds, args.against)
         print("| scorer | examples/s (best) | ours, float32, is | ours, bfloat16, is | peak GB |")
         print("|---|---|---|---|---|")
     for r in record.get("speed", []):

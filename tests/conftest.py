@@ -35,7 +35,7 @@ def make_shards(folder: Path, seed: int = 0) -> Path:
 @pytest.fixture(scope="session")
 def real():
     """HellaSwag's validation set."""
-    from aymen_gpt.evaluation.examples import load_examples
+    from aymen_gpt.evaluation.hellaswag_data import load_examples
 
     return load_examples()
 

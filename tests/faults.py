@@ -59,7 +59,7 @@ ROWS = {
     48: "error page instead of HellaSwag",
     49: "kill -9 of a preparation or one of its workers",
     50: "other numbers of workers",
-    51: "scoring interrupted",
+    51: "model files damaged or of another shape",
     52: "model with rows beyond the vocabulary",
     53: "name that leads out of its folder",
     54: "secrets in what we write",

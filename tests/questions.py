@@ -2,7 +2,7 @@
 
 import torch
 
-from aymen_gpt.evaluation.examples import Example
+from aymen_gpt.evaluation.hellaswag_data import Example
 from aymen_gpt.model.gpt import GPT, GPTConfig
 
 CONFIG = GPTConfig(block_size=64, n_layer=1, n_head=2, n_embd=16)

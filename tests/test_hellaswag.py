@@ -1,4 +1,4 @@
-"""HellaSwag: what is chosen, and what is counted."""
+"""HellaSwag: what the model reads (against a second statement of it), what is chosen, and what is counted."""
 
 import copy
 import gc
@@ -8,16 +8,85 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
-from questions import CONFIG, EXAMPLES, HOW_TO, VIDEO, make_model
-from test_rendering import harness_text
+from questions import EXAMPLES, HOW_TO, VIDEO, make_model
 
-from aymen_gpt.errors import DataError
+from aymen_gpt.data import tokenizer
 from aymen_gpt.evaluation import hellaswag
-from aymen_gpt.evaluation.hellaswag import Tally, evaluate
-from aymen_gpt.evaluation.partial import PartialScores
-from aymen_gpt.evaluation.rendering import tokenize
+from aymen_gpt.evaluation.hellaswag import Tally, evaluate, tokenize
 from aymen_gpt.evaluation.scoring import EndingScores
-from aymen_gpt.model.gpt import GPT, GPTConfig
+
+
+def harness_text(text):
+    """lm-evaluation-harness's cleaning, stated anew: character by character instead of by patterns."""
+    out, depth = [], None
+    text = text.strip()
+    while (at := text.find(" [title]")) >= 0:
+        text = text[:at] + ". " + text[at + len(" [title]") :]
+    for i, letter in enumerate(text):
+        if depth is None and letter == "[" and "]" in text[i:]:
+            depth = i
+        elif depth is not None and letter == "]":
+            depth = None
+        elif depth is None:
+            out.append(letter)
+    words, i = "", 0
+    text = "".join(out)
+    while i < len(text):
+        words += text[i]
+        i += 2 if text[i : i + 2] == "  " else 1
+    return words
+
+
+def harness_pairs(example):
+    """(context ids, ending ids) of each ending, as the harness cuts the ids of the whole text."""
+    encode = tokenizer.gpt2().encode_ordinary
+    second = example.ctx_b[:1].upper() + example.ctx_b[1:].lower()
+    context = harness_text(example.activity_label + ": " + example.ctx_a + " " + second)
+    for ending in example.endings:
+        before, after = context, " " + harness_text(ending)
+        while before.endswith(" "):
+            before, after = before[:-1], " " + after
+        yield encode(before), encode(before + after)[len(encode(before)) :]
+
+
+@pytest.mark.parametrize("example", EXAMPLES, ids=["video", "how-to", "odd"])
+def test_harness_texts_and_tokens_are_the_harnesses(example):
+    context, endings = hellaswag.render_harness(example)
+    assert endings == [harness_text(ending) for ending in example.endings]
+    ours = tokenize(example, "harness")
+    assert [(ours.context, ending) for ending in ours.endings] == list(harness_pairs(example))
+    assert "[" not in context + "".join(endings)
+
+
+def test_harness_tokens_are_the_harnesses_on_real_rows(real):
+    for example in real[::100]:
+        ours = tokenize(example, "harness")
+        assert [(ours.context, ending) for ending in ours.endings] == list(harness_pairs(example))
+
+
+def test_harness_texts_by_eye():
+    assert hellaswag.render_harness(VIDEO) == (
+        "Roof work: A man is sitting on a roof. He slowly",
+        ["pulls up tiles.", "wraps skis.", "sings to a cat twice.", "leaves, naïvely."],
+    )
+    assert hellaswag.render_harness(HOW_TO) == (
+        "Food and Entertaining: How to make tea. Boil water. Use a kettle.",
+        [" Wait.", "Pour it. Drink. Slowly.", " Stop.", "Add  milk."],
+    )
+
+
+def test_completion_texts_are_untouched_and_tokenized_apart():
+    assert hellaswag.render_completion(HOW_TO) == (HOW_TO.ctx, HOW_TO.endings)
+    decode = tokenizer.gpt2().decode
+    tokens = tokenize(HOW_TO, "completion")
+    assert decode(tokens.context) == HOW_TO.ctx
+    assert [decode(ending) for ending in tokens.endings] == [" " + ending for ending in HOW_TO.endings]
+
+
+def test_every_real_example_has_tokens_in_both_protocols(real):
+    for example in real[::50]:
+        for protocol in hellaswag.PROTOCOLS:
+            assert len(tokenize(example, protocol).endings) == 4
 
 
 def test_length_counts_in_tokens_or_in_characters():
@@ -110,30 +179,12 @@ def test_the_tallies_of_ranks_add_up(real):
             assert Tally(*sums) == whole.tally(protocol)
 
 
-@pytest.mark.fault(52)
-def test_a_checkpoint_with_50304_rows_scores_as_with_50257():
-    model = make_model()
-    wide = GPT(GPTConfig(**{**vars(CONFIG), "vocab_size": 50304})).eval()
-    state = {name: t.clone() for name, t in model.state_dict().items()}
-    state["wte.weight"][50257:] = 3.0
-    wide.load_state_dict(state)
-    assert evaluate(wide, EXAMPLES).tally("completion") == evaluate(model, EXAMPLES).tally("completion")
-    ours, theirs = (evaluate(m, EXAMPLES).answers["harness"] for m in (wide, model))
-    for a, b in zip(ours, theirs, strict=True):
-        np.testing.assert_allclose(a.log_likelihoods, b.log_likelihoods, atol=1e-4)
-
-
-def test_a_model_of_another_vocabulary_is_refused():
-    model = GPT(GPTConfig(block_size=8, vocab_size=100, n_layer=1, n_head=1, n_embd=8))
-    with pytest.raises(DataError, match="knows 100 tokens"):
-        evaluate(model, EXAMPLES)
-
-
-def test_progress_counts_examples_over_both_protocols():
+@pytest.mark.parametrize("protocols", [("harness",), hellaswag.PROTOCOLS])
+def test_progress_counts_examples_whatever_the_protocols(protocols):
     heard = []
-    evaluate(make_model(), EXAMPLES, batch_tokens=50, progress=lambda *at: heard.append(at))
-    assert heard[-1] == (6, 6)
-    assert (3, 6) in heard
+    evaluate(make_model(), EXAMPLES, protocols=protocols, batch_tokens=50, progress=lambda *at: heard.append(at))
+    assert heard[0] == (0, 3)
+    assert heard[-1] == (3, 3)
     assert heard == sorted(heard)
 
 
@@ -147,30 +198,6 @@ def test_the_results_of_ranks_merge_to_the_whole(real):
             assert merged.tally(protocol) == whole.tally(protocol)
             for a, b in zip(merged.answers[protocol], whole.answers[protocol], strict=True):
                 np.testing.assert_allclose(a.log_likelihoods, b.log_likelihoods, atol=1e-4)
-
-
-def test_what_is_partly_scored_is_gone_on_with(real, tmp_path):
-    model, examples = make_model(), real[:30]
-    whole = evaluate(model, examples, batch_tokens=500)
-    first = PartialScores(tmp_path)
-    heard = []
-
-    def tire(done, total):
-        heard.append(done)
-        if done >= 40:
-            raise KeyboardInterrupt
-
-    with pytest.raises(KeyboardInterrupt):
-        evaluate(model, examples, batch_tokens=500, partial=first, progress=tire)
-    again = PartialScores(tmp_path, resume=True)
-    assert again.n_known == heard[-1]
-    heard.clear()
-    result = evaluate(
-        model, examples, batch_tokens=500, partial=again, progress=lambda done, total: heard.append(done)
-    )
-    assert heard[0] == 30  # completion was done
-    assert heard[1] >= 40
-    assert result == whole
 
 
 def test_scores_without_gradients_leave_a_compiled_training_step_alone(real):

@@ -126,6 +126,7 @@ def test_what_is_no_checkpoint_is_named(tmp_path, content):
         load_pt(tmp_path / "x.pt")
 
 
+@pytest.mark.fault(51)
 @pytest.mark.parametrize(
     ("change", "n_head", "message"),
     [
@@ -168,6 +169,7 @@ def test_a_model_without_some_of_its_biases_is_refused(tmp_path):
         load_pt(save(tmp_path, state))
 
 
+@pytest.mark.fault(51)
 def test_any_flipped_bit_is_noticed(tmp_path):
     config = GPTConfig(block_size=2, vocab_size=4, n_layer=1, n_head=1, n_embd=1)
     path = save(tmp_path, theirs(GPT(config, torch.Generator().manual_seed(2)), rows=4), 1)

@@ -147,6 +147,7 @@ def test_a_folder_without_weights_names_the_file(tmp_path):
         load_model(str(tmp_path / "m"), CPU)
 
 
+@pytest.mark.fault(51)
 @pytest.mark.parametrize("content", [b"", b"pickle?" * 9, b"\x10\x00\x00\x00\x00\x00\x00\x00{}"])
 def test_broken_weights_are_named(tmp_path, content):
     make_folder(tmp_path / "m")
@@ -163,6 +164,7 @@ def test_half_a_weight_file_is_named(tmp_path):
         load_model(str(tmp_path / "m"), CPU)
 
 
+@pytest.mark.fault(51)
 @pytest.mark.parametrize(
     ("change", "message"),
     [
@@ -189,6 +191,7 @@ def test_a_model_that_is_no_gpt2_is_refused(tmp_path, change, message):
         load_model(str(tmp_path / "m"), CPU)
 
 
+@pytest.mark.fault(51)
 @pytest.mark.parametrize("content", ["<html>", "[]", "null", "[" * 100_000, '"gpt2"', ""])
 @pytest.mark.parametrize("name", ["config.json", "model.safetensors.index.json"])
 def test_json_of_another_shape_is_named(tmp_path, name, content):
@@ -199,6 +202,7 @@ def test_json_of_another_shape_is_named(tmp_path, name, content):
         load_model(str(tmp_path / "m"), CPU)
 
 
+@pytest.mark.fault(51)
 @pytest.mark.parametrize(
     "places", [None, {}, [], "x", {"a": 5}, {"a": ["x"]}, {"a": "../x"}, {"a": ".."}, {"a": ""}]
 )
@@ -211,6 +215,7 @@ def test_an_index_of_another_shape_is_named(tmp_path, places):
         load_model(str(tmp_path / "m"), CPU)
 
 
+@pytest.mark.fault(51)
 @pytest.mark.parametrize(
     ("name", "tensor", "message"),
     [

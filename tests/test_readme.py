@@ -39,7 +39,6 @@ SMALL = {  # a command of README -> what is added to it here
     "python hellaswag.py -m runs/mine --limit 1000": "--limit 4",
     "python hellaswag.py -m runs/gpt2 --json a.json": "--limit 4",
     "python hellaswag.py -m runs/mine --json b.json": "--limit 4",
-    "python hellaswag.py -m runs/mine --json b.json --resume": "--limit 4",
     "python hellaswag.py --compare a.json b.json": "",
 }
 ELSEWHERE = {"make demo", "make test", "make report"}

@@ -1,6 +1,4 @@
-"""The packed scorer against the plain one: a row per ending, all logits, float32."""
-
-import copy
+"""The scorer against the plain one: a row per ending, all logits, float32."""
 
 import numpy as np
 import pytest
@@ -10,9 +8,9 @@ from hypothesis import strategies as st
 from transformers import GPT2Config, GPT2LMHeadModel
 
 from aymen_gpt.errors import DataError
-from aymen_gpt.evaluation import forward
-from aymen_gpt.evaluation.packing import TokenizedExample
-from aymen_gpt.evaluation.scoring import score, score_batches
+from aymen_gpt.evaluation import scoring
+from aymen_gpt.evaluation.hellaswag import PROTOCOLS, tokenize
+from aymen_gpt.evaluation.scoring import TokenizedExample, batches, collate, fit, rows_of, score
 from aymen_gpt.model.generation import generate
 from aymen_gpt.model.gpt import GPT, GPTConfig
 from aymen_gpt.model.huggingface import config_to_huggingface, to_huggingface
@@ -100,6 +98,72 @@ def test_an_ending_longer_than_the_model_counts_the_tokens_it_scores():
     assert scores[0].token_counts == [3, 4]
 
 
+tokens = st.integers(0, 3)  # few, so that contexts are alike by chance
+tiny_example = st.builds(
+    TokenizedExample,
+    st.lists(tokens, min_size=1, max_size=6),
+    st.lists(st.lists(tokens, min_size=1, max_size=6), min_size=1, max_size=4),
+)
+
+
+@settings(max_examples=200, deadline=None)
+@given(st.lists(tiny_example, min_size=1, max_size=4), st.integers(1, 8))
+def test_a_token_sees_its_text_and_no_other(examples, block_size):
+    rows = rows_of(examples, block_size)
+    assert sorted(place for row in rows for place in row.places) == [
+        (i, j) for i, example in enumerate(examples) for j in range(len(example.endings))
+    ]
+    assert len({tuple(row.context) for row in rows}) == len(rows)  # no context stands twice
+    batch = collate(rows, torch.device("cpu"))
+    flat, at = batch.tokens.flatten(), 0
+    for row, mask in zip(rows, batch.mask[:, 0], strict=True):
+        for (i, j), ending in zip(row.places, row.endings, strict=True):
+            context, scored = fit(examples[i].context, examples[i].endings[j], block_size)
+            assert (context, scored) == (row.context, ending)
+            for k in range(len(scored)):
+                source = batch.predictors[batch.sources[at]].item()
+                b, t = divmod(source, batch.tokens.size(1))
+                assert torch.equal(mask, batch.mask[b, 0])
+                seen = mask[t].nonzero().flatten()
+                assert flat[b * batch.tokens.size(1) + seen].tolist() == context + scored[:k]
+                assert batch.positions[b, seen].tolist() == list(range(len(context) + k))
+                assert batch.targets[at] == scored[k]
+                at += 1
+    assert at == len(batch.targets) == batch.counts.sum()
+
+
+def test_batches_take_every_row_once_within_the_budget():
+    rows = rows_of(make_examples(300, context=(10, 40)), CONFIG.block_size)
+    made = list(batches(rows, 512))
+    assert sorted(map(id, rows)) == sorted(id(row) for batch in made for row in batch)
+    padded = [len(batch) * max(map(len, batch)) for batch in made]
+    assert max(padded) <= 512
+    assert sum(padded) < 1.05 * sum(map(len, rows))
+    assert [len(batch) for batch in batches(rows, 1)] == [1] * len(rows)
+
+
+def test_a_context_with_very_many_endings_is_several_rows(monkeypatch):
+    model, examples = make_model(), [TokenizedExample([1, 2, 3], [[i, i] for i in range(100)])]
+    whole = likelihoods(score(model, examples))
+    monkeypatch.setattr(scoring, "ROW_TOKENS", 20)
+    assert max(map(len, rows_of(examples, CONFIG.block_size))) == 20
+    np.testing.assert_allclose(likelihoods(score(model, examples)), whole, atol=1e-4)
+
+
+def test_real_examples_are_half_of_the_tokens_with_little_padding(real):
+    for protocol in PROTOCOLS:
+        examples = [tokenize(example, protocol) for example in real[::20]]
+        padded = sum(len(batch) * len(batch[0]) for batch in batches(rows_of(examples, 1024), 1024))
+        apart = sum(len(x.context) + len(ending) - 1 for x in examples for ending in x.endings)
+        assert padded < 0.54 * apart
+
+
+@pytest.mark.parametrize(("context", "endings"), [([], [[1]]), ([1], [[2], []])])
+def test_texts_without_tokens_are_refused(context, endings):
+    with pytest.raises(ValueError, match="no likelihood"):
+        TokenizedExample(context, endings)
+
+
 def test_batch_size_does_not_change_the_scores():
     model, examples = make_model(), make_examples(20)
     whole = likelihoods(score(model, examples, batch_tokens=10**6))
@@ -134,18 +198,6 @@ def test_padding_rows_of_the_embedding_are_never_counted():
     np.testing.assert_array_equal(likelihoods(score(model, examples)), before)
 
 
-@pytest.mark.fault(52)
-def test_vocab_size_leaves_out_columns_that_a_checkpoint_carries_as_padding():
-    small, examples = make_model(), make_examples()
-    wide = make_model(GPTConfig(**{**vars(CONFIG), "vocab_size": 384}))
-    state = copy.deepcopy(small.state_dict())
-    state["wte.weight"][V:] = 1.0
-    wide.load_state_dict(state)
-    expected = likelihoods(score(small, examples))
-    assert np.abs(likelihoods(score(wide, examples)) - expected).max() > 0.1
-    np.testing.assert_allclose(likelihoods(score(wide, examples, vocab_size=V)), expected, atol=1e-5)
-
-
 def test_bfloat16_keeps_the_choices_and_the_model():
     model, examples = make_model(), make_examples(50)
     exact = likelihoods(score(model, examples))
@@ -169,16 +221,6 @@ def test_bfloat16_bears_logits_far_from_zero_as_trained_models_have_them():
     assert ours < rounded / 3
 
 
-def test_without_onednns_linear_layers_the_scores_are_the_same(monkeypatch):
-    """As on a GPU or another CPU; where oneDNN is not used anyway both are plain."""
-    model, examples = make_model(), make_examples(20)
-    for dtype, near in ((torch.float32, 1e-4), (torch.bfloat16, 1.0)):
-        monkeypatch.undo()
-        ours = likelihoods(score(model, examples, dtype=dtype))
-        monkeypatch.setattr(forward, "has_onednn", lambda weight: False)
-        np.testing.assert_allclose(ours, likelihoods(score(model, examples, dtype=dtype)), atol=near)
-
-
 def test_greedy_says_whether_an_ending_is_the_likeliest_text():
     model = make_model()
     start = [5, 6, 7]
@@ -192,33 +234,20 @@ def test_greedy_says_whether_an_ending_is_the_likeliest_text():
 def test_logits_in_pieces_are_the_whole(monkeypatch):
     model, examples = make_model(), make_examples(10)
     whole = score(model, examples, greedy=True)
-    monkeypatch.setitem(forward.LOGITS, "cpu", (7, 64))
+    monkeypatch.setitem(scoring.LOGIT_ROWS, "cpu", 7)
+    monkeypatch.setitem(scoring.SOFTMAX_ROWS, "cpu", 3)
     pieces = score(model, examples, greedy=True)
     np.testing.assert_allclose(likelihoods(pieces), likelihoods(whole), atol=1e-4)
     assert [s.greedy for s in pieces] == [s.greedy for s in whole]
 
 
-def test_what_is_known_is_left_out_and_changes_nothing():
-    model, examples = make_model(), make_examples(40)
-    whole = list(score_batches(model, examples, batch_tokens=200))
-    assert len(whole) > 5
-    known = {i for batch in whole[1:3] for i in batch} | set(list(whole[4])[1:])
-    rest = list(score_batches(model, examples, batch_tokens=200, known=known))
-    assert rest == whole[:1] + whole[3:]  # to the last bit, and a batch half known is done again
-
-
 def test_the_model_is_only_read():
     model = make_model()
     before = {name: (p, p._version, p.data_ptr()) for name, p in model.named_parameters()}
-    list(score_batches(model, make_examples(), dtype=torch.bfloat16))
+    score(model, make_examples(), dtype=torch.bfloat16)
     assert {name: (p, p._version, p.data_ptr()) for name, p in model.named_parameters()} == before
     assert all(p.grad is None and p.requires_grad for p in model.parameters())
     assert torch.is_grad_enabled()
-
-
-def test_grad_mode_is_the_callers_between_batches():
-    for _ in score_batches(make_model(), make_examples(), batch_tokens=100):
-        assert torch.is_grad_enabled()
 
 
 def test_no_examples_no_scores():
@@ -233,3 +262,12 @@ def test_a_likelihood_that_is_not_finite_is_never_a_score(dtype):
         model.ln_f.weight.fill_(3e38)  # finite, but no product with it is
     with pytest.raises(DataError, match="likelihoods that are not finite"):
         score(model, make_examples(), dtype=dtype)
+
+
+def test_what_overflows_in_half_precision_is_scored_in_float32():
+    model, examples = make_model(), make_examples()
+    with torch.no_grad():
+        model.h[0].ln_2.weight.mul_(1e5)  # past float16's 65,504 in the MLP
+        model.h[0].mlp.c_fc.weight.mul_(1e-4)
+    exact = likelihoods(score(model, examples))
+    np.testing.assert_allclose(likelihoods(score(model, examples, dtype=torch.float16)), exact, atol=1e-4)

@@ -14,14 +14,9 @@ from aymen_gpt.errors import UsageError
 from aymen_gpt.reporting.anchors import ANCHORS, CHANCE, Anchor, neighbours
 
 if TYPE_CHECKING:
-    import torch
-
     from aymen_gpt.evaluation.compare import Report
-    from aymen_gpt.evaluation.examples import Example
     from aymen_gpt.evaluation.hellaswag import Result
     from aymen_gpt.evaluation.load_model import Loaded
-    from aymen_gpt.evaluation.partial import PartialScores
-    from aymen_gpt.model.gpt import GPT
     from aymen_gpt.training.device import Device
     from aymen_gpt.training.distributed import Ranks
 
@@ -63,7 +58,6 @@ def parser() -> argparse.ArgumentParser:
         "--data", type=Path, metavar="FILE", help="examples of your own, .jsonl or .parquet [validation set]"
     )
     p.add_argument("--json", type=Path, metavar="FILE", help="write scores and every answer there")
-    p.add_argument("--resume", action="store_true", help="go on where the same scoring was interrupted")
     p.add_argument(
         "--compare",
         nargs=2,
@@ -94,6 +88,7 @@ def score(options: argparse.Namespace) -> None:
     import torch
 
     from aymen_gpt.evaluation import hellaswag
+    from aymen_gpt.evaluation.hellaswag_data import evenly_spaced, load_examples
     from aymen_gpt.evaluation.load_model import load_model
     from aymen_gpt.training.device import choose_device, keep_freed_memory
     from aymen_gpt.training.distributed import process_group, ranks_from_environment
@@ -105,13 +100,12 @@ def score(options: argparse.Namespace) -> None:
     if device.dtype == torch.float32:
         torch.set_float32_matmul_precision("highest")  # no TF32 for who asks for float32
     with process_group(ranks, device.place):
-        found = ranks.first(lambda: hellaswag.load_examples(options.data))  # one download, not one a rank
-        examples = hellaswag.evenly_spaced(found, options.limit)
+        found = ranks.first(lambda: load_examples(options.data))  # one download, not one a rank
+        examples = evenly_spaced(found, options.limit)
         first = ranks.first if ranks.world_size > 1 else None
         scored = load_model(options.model, device.place, first=first)
         if ranks.is_first:
             print(introduction(scored.description, device, ranks), file=sys.stderr)
-        partial = partial_scores(scored.model, device.dtype, examples, ranks, resume=options.resume)
         with progress_line(ranks) as progress:
             mine = hellaswag.evaluate(
                 scored.model,
@@ -120,32 +114,14 @@ def score(options: argparse.Namespace) -> None:
                 dtype=device.dtype,
                 batch_tokens=options.batch_tokens,
                 progress=progress,
-                partial=partial,
             )
         result = hellaswag.merge(ranks.gather(mine))
         ranks.first(lambda: report(result, scored, len(found), options))
-        partial.discard()
 
 
 def introduction(description: str, device: "Device", ranks: "Ranks") -> str:
     processes = f"{ranks.world_size} x " if ranks.world_size > 1 else ""
     return f"{description}, {str(device.dtype).removeprefix('torch.')} on {processes}{device.name}"
-
-
-def partial_scores(
-    model: "GPT", dtype: "torch.dtype", examples: "list[Example]", ranks: "Ranks", *, resume: bool
-) -> "PartialScores":
-    """Where this scoring keeps its scores as they come, and what is there already if it is to go on."""
-    from aymen_gpt.data import fetch
-    from aymen_gpt.evaluation import partial
-    from aymen_gpt.evaluation.examples import content_sha256
-
-    folder = fetch.cache_dir() / "hellaswag-partial" / partial.key(model, dtype, content_sha256(examples))
-    scores = partial.PartialScores(folder, rank=ranks.rank, world_size=ranks.world_size, resume=resume)
-    known = sum(ranks.gather(scores.n_known))
-    if resume and ranks.is_first:
-        print(f"{known:,} scores are there already" if known else "no scores are there yet", file=sys.stderr)
-    return scores
 
 
 def report(result: "Result", scored: "Loaded", available: int, options: argparse.Namespace) -> None:
@@ -172,7 +148,7 @@ def check(options: argparse.Namespace) -> None:
         value = getattr(options, flag)
         if value is not None and value < 1:
             raise UsageError(f"--{flag.replace('_', '-')} {value}: expected at least 1")
-    if options.compare and (options.json or options.resume or options.data):
+    if options.compare and (options.json or options.data):
         raise UsageError("--compare reads what --json wrote and scores nothing: give it no other option")
     if options.json and options.json.is_dir():
         raise UsageError(f"--json {options.json}: this is a folder; name a file in it")
@@ -180,8 +156,10 @@ def check(options: argparse.Namespace) -> None:
 
 @contextmanager
 def progress_line(ranks: "Ranks") -> Iterator[Callable[[int, int], None]]:
-    """A function of (examples done, examples in all) of this rank, to be told before and after each batch. The
-    first rank's shows them for all ranks on stderr: a bar on a terminal, else a line every ten seconds."""
+    """A function to call with this rank's (examples done, examples in all) before the first batch and after each.
+
+    The first rank's shows them for all ranks on stderr: a bar on a terminal, else a line every ten seconds.
+    """
     from tqdm import tqdm
 
     if not ranks.is_first:
@@ -192,7 +170,6 @@ def progress_line(ranks: "Ranks") -> Iterator[Callable[[int, int], None]]:
             def move(done: int, total: int) -> None:
                 if bar.total is None:
                     bar.reset(total * ranks.world_size)
-                    bar.initial = done * ranks.world_size
                 bar.update(done * ranks.world_size - bar.n)
 
             yield move
@@ -202,17 +179,14 @@ def progress_line(ranks: "Ranks") -> Iterator[Callable[[int, int], None]]:
 
 def spoken_progress(world_size: int) -> Callable[[int, int], None]:
     began = said = time.monotonic()
-    known: int | None = None  # what was done before, heard in the first call
 
     def say(done: int, total: int) -> None:
-        nonlocal said, known
-        known = done if known is None else known
+        nonlocal said
         now = time.monotonic()
         if now - said >= 10 or done == total:
             said = now
             line = f"{done * world_size:,} of {total * world_size:,} scored"
-            rate = (done - known) * world_size / (now - began)
-            print(f"{line}, {rate:.1f} a second", file=sys.stderr, flush=True)
+            print(f"{line}, {done * world_size / (now - began):.1f} a second", file=sys.stderr, flush=True)
 
     return say
 

@@ -215,9 +215,10 @@ def scorer(config: TrainConfig, device: "Device", ranks: "Ranks") -> "Callable[[
     import torch
 
     from aymen_gpt.evaluation import hellaswag
+    from aymen_gpt.evaluation.hellaswag_data import evenly_spaced, load_examples
 
-    found = ranks.first(hellaswag.load_examples)  # one download, not one a rank
-    examples = hellaswag.evenly_spaced(found, config.hellaswag_limit or None)
+    found = ranks.first(load_examples)  # one download, not one a rank
+    examples = evenly_spaced(found, config.hellaswag_limit or None)
     mine = examples[ranks.rank :: ranks.world_size]
 
     def score(model: "GPT") -> dict[str, Any]:

@@ -9,10 +9,10 @@ from aymen_gpt.commands import console
 
 def main() -> int:
     from aymen_gpt.data import tokenizer
-    from aymen_gpt.evaluation import hellaswag
+    from aymen_gpt.evaluation.hellaswag_data import load_examples
 
     print(f"GPT-2 vocabulary: {tokenizer.gpt2().n_vocab:,} tokens")
-    print(f"HellaSwag validation set: {len(hellaswag.load_examples()):,} examples")
+    print(f"HellaSwag validation set: {len(load_examples()):,} examples")
     return 0
 
 

@@ -17,24 +17,62 @@ ending for itself, as the harness has it.
 import hashlib
 import json
 import math
+import re
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import torch
 
 from aymen_gpt.data import tokenizer
-from aymen_gpt.errors import DataError
-from aymen_gpt.evaluation.examples import Example
-from aymen_gpt.evaluation.examples import evenly_spaced as evenly_spaced
-from aymen_gpt.evaluation.examples import load_examples as load_examples
-from aymen_gpt.evaluation.partial import PartialScores
-from aymen_gpt.evaluation.rendering import PROTOCOLS, RENDER, Protocol, render_harness, tokenize_all
-from aymen_gpt.evaluation.scoring import EndingScores, score_batches
+from aymen_gpt.evaluation.hellaswag_data import N_ENDINGS, Example
+from aymen_gpt.evaluation.scoring import EndingScores, TokenizedExample, score
 from aymen_gpt.model.gpt import GPT
 
-Progress = Callable[[int, int], None]  # examples scored so far and in all, over all protocols
+Protocol = Literal["completion", "harness"]
+PROTOCOLS: tuple[Protocol, ...] = ("completion", "harness")
+Progress = Callable[[int, int], None]  # examples scored so far, and in all
+
+
+def render_completion(example: Example) -> tuple[str, list[str]]:
+    """Context and endings as they stand."""
+    return example.ctx, example.endings
+
+
+def render_harness(example: Example) -> tuple[str, list[str]]:
+    """Context and endings after the harness's cleaning.
+
+    ``capitalize`` also lowers the rest of ctx_b; that is what the published harness scores are made with.
+
+    >>> render_harness(Example(0, "Tea", "[header] A [title] B.", "he Pours", "", ["a [step] b", "c"], 0))
+    ('Tea: A. B. He pours', ['a b', 'c'])
+    """
+    context = f"{example.activity_label}: {example.ctx_a} {example.ctx_b.capitalize()}"
+    return _clean(context), [_clean(ending) for ending in example.endings]
+
+
+def _clean(text: str) -> str:
+    """Strip, end a sentence at each title, drop what is in brackets, halve double spaces (once, as written)."""
+    text = text.strip().replace(" [title]", ". ")
+    return re.sub(r"\[.*?\]", "", text).replace("  ", " ")
+
+
+RENDER: dict[Protocol, Callable[[Example], tuple[str, list[str]]]] = {
+    "completion": render_completion,
+    "harness": render_harness,
+}
+
+
+def tokenize(example: Example, protocol: Protocol) -> TokenizedExample:
+    """The token ids of a rendering. The harness's endings are what the whole text has after the context's tokens;
+    blanks that end a context count to the ending there."""
+    encode = tokenizer.gpt2().encode_ordinary
+    context, endings = RENDER[protocol](example)
+    if protocol == "completion":
+        return TokenizedExample(encode(context), [encode(f" {ending}") for ending in endings])
+    ids = encode(context.rstrip())
+    return TokenizedExample(ids, [encode(f"{context} {ending}")[len(ids) :] for ending in endings])
 
 
 @dataclass(frozen=True)
@@ -116,41 +154,27 @@ def evaluate(
     dtype: torch.dtype = torch.float32,
     batch_tokens: int | None = None,
     progress: Progress | None = None,
-    partial: PartialScores | None = None,
 ) -> Result:
-    """Score ``examples`` on the model's device. Scores that ``partial`` has are not made again, others it gets.
+    """Score ``examples`` on the model's device; its tokens must be GPT-2's. See scoring.score for the options.
 
     Ranks that share the work call it with ``examples[rank::world_size]`` and add up their tallies, or ``merge``
-    their results. Raises DataError when the model's vocabulary is too small to be GPT-2's.
+    their results.
     """
-    if model.config.vocab_size < tokenizer.VOCAB_SIZE:
-        raise DataError(
-            f"the model knows {model.config.vocab_size:,} tokens and HellaSwag is scored in GPT-2's "
-            f"{tokenizer.VOCAB_SIZE:,}"
-        )
-    partial = PartialScores() if partial is None else partial
-    answers: dict[Protocol, list[Answer]] = {}
-    for protocol in protocols:
-        scores = dict(partial.known(protocol))
+    done = 0
 
-        def tell(done: int, before: int = len(answers) * len(examples)) -> None:
-            if progress is not None:
-                progress(before + done, len(protocols) * len(examples))
+    def count(endings: int) -> None:
+        nonlocal done
+        done += endings
+        if progress is not None:
+            progress(done // (N_ENDINGS * len(protocols)), len(examples))
 
-        tell(len(scores))
-        for found in score_batches(
-            model,
-            tokenize_all(examples, protocol),
-            dtype=dtype,
-            vocab_size=tokenizer.VOCAB_SIZE,
-            batch_tokens=batch_tokens,
-            known=scores.keys(),
-        ):
-            partial.add(protocol, found)
-            scores |= found
-            tell(len(scores))
-        answers[protocol] = [answer(example, scores[i], protocol) for i, example in enumerate(examples)]
-    return Result(list(examples), answers)
+    count(0)
+    tokenized = [tokenize(example, protocol) for protocol in protocols for example in examples]
+    scores = iter(score(model, tokenized, dtype=dtype, batch_tokens=batch_tokens, progress=count))
+    return Result(
+        list(examples),
+        {protocol: [answer(example, next(scores), protocol) for example in examples] for protocol in protocols},
+    )
 
 
 def merge(results: Sequence[Result]) -> Result:

@@ -1,25 +1,52 @@
 """How likely a GPT finds each ending of a context: model and token ids in, log-likelihoods out.
 
-Endings are scored in batches of packed texts (packing.py) by a forward pass made for them (forward.py).
-Log-likelihoods are in nats, in float32 or finer whatever the precision of the products.
+Scored one text at a time, a question's context would run through the model once for each ending, and the output
+layer, a third of GPT-2 124M's work, would run on tokens that nobody asks about. Here a context and its endings are
+one row, and a mask keeps the endings apart:
+
+    tokens      c0 c1 a0 a1 b0     context c0 c1, endings a0 a1 a2 and b0 b1: the last token is predicted, not read
+    positions    0  1  2  3  2
+    text         0  0  1  1  2     a token sees those before it that are of text 0, the context, or of its own
+    predicts       a0 a1 a2 b1
+                   b0
+
+Over HellaSwag's validation set that is half of the tokens and a third of the logits.
 
 Pure: no file is read, nothing is printed, no process group is known, and the model is only read. To share the work
 among ranks, give each ``examples[rank::world_size]`` and put together what they find.
 """
 
-from collections.abc import Collection, Iterator, Sequence
-from dataclasses import dataclass
-from typing import Any
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
 
 import numpy as np
 import torch
+import torch.nn.functional as F
+from torch import Tensor
 
 from aymen_gpt.errors import DataError
-from aymen_gpt.evaluation.forward import PackedForward
-from aymen_gpt.evaluation.packing import TokenizedExample, batches, collate
 from aymen_gpt.model.gpt import GPT
 
-BATCH_TOKENS = {"cpu": 2048, "mps": 8192, "cuda": 32768}  # of a batch, by device type
+BATCH_TOKENS = {"cpu": 1024, "mps": 8192, "cuda": 32768}  # of a batch, by device type
+ROW_TOKENS = 1024  # of a context with many endings, which otherwise are several rows
+LOGIT_ROWS = {"cpu": 512, "mps": 1024, "cuda": 4096}  # tokens whose logits exist at once
+SOFTMAX_ROWS = {
+    "cpu": 32,
+    "mps": 1024,
+    "cuda": 4096,
+}  # of these, in the softmax at once: 6 MB stay in a CPU's cache
+
+
+@dataclass(frozen=True)
+class TokenizedExample:
+    """A context and the endings it may have, as token ids, at least one token each."""
+
+    context: list[int]
+    endings: list[list[int]]
+
+    def __post_init__(self) -> None:
+        if not self.context or not all(self.endings):
+            raise ValueError(f"a context or an ending without tokens has no likelihood: {self}")
 
 
 @dataclass(frozen=True)
@@ -31,51 +58,191 @@ class EndingScores:
     greedy: list[bool] | None = None  # whether each of them is the likeliest token, where that was asked for
 
 
-def score(model: GPT, examples: Sequence[TokenizedExample], **options: Any) -> list[EndingScores]:
-    """The scores of all examples, in their order. ``options`` are those of score_batches."""
-    scores = {i: s for found in score_batches(model, examples, **options) for i, s in found.items()}
-    return [scores[i] for i in range(len(examples))]
+@dataclass(frozen=True)
+class Row:
+    """A context, endings to score after it, and of which (example, ending) they are."""
+
+    context: list[int]
+    endings: list[list[int]] = field(default_factory=list)
+    places: list[tuple[int, int]] = field(default_factory=list)
+
+    def __len__(self) -> int:
+        return len(self.context) + sum(len(ending) - 1 for ending in self.endings)
+
+
+@dataclass(frozen=True)
+class Batch:
+    """B rows of up to T tokens, R of which predict the P tokens of the endings."""
+
+    tokens: Tensor  # (B, T)
+    positions: Tensor  # (B, T), in their texts
+    mask: Tensor  # (B, 1, T, T), True where a token (third) may see another (fourth)
+    predictors: Tensor  # (R,) indices into the B * T
+    sources: Tensor  # (P,) indices into the R
+    targets: Tensor  # (P,) the tokens predicted there
+    counts: np.ndarray  # tokens of each ending; their sum is P
+
+
+def fit(context: list[int], ending: list[int], block_size: int) -> tuple[list[int], list[int]]:
+    """Context and ending as a model of ``block_size`` positions can score them.
+
+    The last token is predicted, not read, so block_size + 1 tokens fit; longer texts lose their beginning. An
+    ending longer than block_size keeps its last block_size tokens, and one in front of them to start from.
+
+    >>> fit([1, 2, 3], [7, 8], 4), fit([1, 2, 3], [7, 8], 3), fit([1, 2, 3], [7, 8], 1)
+    (([1, 2, 3], [7, 8]), ([2, 3], [7, 8]), ([7], [8]))
+    """
+    text, scored = (context + ending)[-(block_size + 1) :], min(len(ending), block_size)
+    return text[:-scored], text[-scored:]
+
+
+def rows_of(examples: Sequence[TokenizedExample], block_size: int) -> list[Row]:
+    """The endings behind their contexts; what has the same context shares a row up to ROW_TOKENS."""
+    rows: list[Row] = []
+    by_context: dict[tuple[int, ...], Row] = {}
+    for i, example in enumerate(examples):
+        for j, whole in enumerate(example.endings):
+            context, ending = fit(example.context, whole, block_size)
+            row = by_context.get(tuple(context))
+            if row is None or len(row) + len(ending) - 1 > ROW_TOKENS:
+                row = by_context[tuple(context)] = Row(context)
+                rows.append(row)
+            row.endings.append(ending)
+            row.places.append((i, j))
+    return rows
+
+
+def batches(rows: list[Row], batch_tokens: int) -> Iterator[list[Row]]:
+    """Rows of similar lengths, up to ``batch_tokens`` tokens with their padding (a longer one alone).
+
+    The longest come first, so that a device that is too small fails at once.
+    """
+    batch: list[Row] = []
+    for row in sorted(rows, key=len, reverse=True):
+        if batch and (len(batch) + 1) * len(batch[0]) > batch_tokens:
+            yield batch
+            batch = []
+        batch.append(row)
+    if batch:
+        yield batch
+
+
+def collate(rows: list[Row], device: torch.device) -> Batch:
+    """The tensors of a batch, of which the module's docstring shows a row."""
+    shape = len(rows), max(map(len, rows))
+    tokens, positions, text = np.zeros(shape, np.int64), np.zeros(shape, np.int64), np.full(shape, -1)
+    sources: list[int] = []
+    targets: list[int] = []
+    for b, row in enumerate(rows):
+        n = end = len(row.context)
+        tokens[b, :n], positions[b, :n], text[b, :n] = row.context, range(n), 0
+        for j, ending in enumerate(row.endings, 1):
+            start, end = end, end + len(ending) - 1
+            tokens[b, start:end], positions[b, start:end], text[b, start:end] = (
+                ending[:-1],
+                range(n, n + end - start),
+                j,
+            )
+            sources += [b * shape[1] + place for place in (n - 1, *range(start, end))]
+            targets += ending
+    mask = np.tri(shape[1], dtype=bool) & ((text[:, None] == 0) | (text[:, None] == text[:, :, None]))
+    predictors, places = np.unique(sources, return_inverse=True)
+    return Batch(
+        tokens=torch.from_numpy(tokens).to(device),
+        positions=torch.from_numpy(positions).to(device),
+        mask=torch.from_numpy(mask[:, None]).to(device),
+        predictors=torch.from_numpy(predictors).to(device),
+        sources=torch.from_numpy(places).to(device),
+        targets=torch.tensor(targets, device=device),
+        counts=np.array([len(ending) for row in rows for ending in row.endings]),
+    )
+
+
+class OutputLayer:
+    """What a model's output layer says of the tokens that a batch predicts, in the precision asked for.
+
+    The embedding is taken less its mean row. A softmax ignores what all logits have in common, and rounding does
+    not: the logits of a trained GPT-2 lie around -100, where bfloat16 has steps of 0.5, and differ by a few tens.
+    The logit of the predicted token itself, and all sums, are float32.
+    """
+
+    def __init__(self, model: GPT, dtype: torch.dtype) -> None:
+        wte = model.wte.weight[: model.config.vocab_size].float()
+        self.embedding = wte - wte.mean(dim=0)  # (V, C)
+        self.head = self.embedding.to(dtype)
+        self.rows, self.softmax_rows = LOGIT_ROWS[wte.device.type], SOFTMAX_ROWS[wte.device.type]
+
+    def __call__(self, hidden: Tensor, batch: Batch, *, greedy: bool) -> tuple[np.ndarray, np.ndarray]:
+        """The log-likelihood of each target (P,), and with ``greedy`` whether it is the likeliest token (P,).
+
+        ``hidden`` is (B, T, C).
+        """
+        h = hidden.flatten(0, 1)[batch.predictors]  # (R, C)
+        totals, likeliest = [], []
+        for some in h.split(self.rows):
+            logits = F.linear(some.to(self.head.dtype), self.head)  # (rows, V)
+            totals += [log_total(part) for part in logits.split(self.softmax_rows)]
+            likeliest.append(logits.argmax(dim=1) if greedy else torch.full_like(some[:, 0], -1))
+        logit = (h[batch.sources].float() * self.embedding[batch.targets]).sum(dim=1)
+        log_p = logit - torch.cat(totals)[batch.sources]
+        hits = torch.cat(likeliest)[batch.sources] == batch.targets
+        return log_p.cpu().numpy(), hits.cpu().numpy()
+
+
+def log_total(logits: Tensor) -> Tensor:
+    """log of the sum of exp(logits) over the columns, float32: what log_softmax subtracts, and in one pass."""
+    return logits[:, 0].float() - F.log_softmax(logits, dim=1, dtype=torch.float32)[:, 0]
 
 
 @torch.no_grad()
-def score_batches(
+def score(
     model: GPT,
     examples: Sequence[TokenizedExample],
     *,
     dtype: torch.dtype = torch.float32,
-    vocab_size: int | None = None,
     batch_tokens: int | None = None,
-    known: Collection[int] = (),
     greedy: bool = False,
-) -> Iterator[dict[int, EndingScores]]:
-    """Yield the scores of some examples at a time, by index, computed on the model's device.
+    progress: Callable[[int], None] | None = None,
+) -> list[EndingScores]:
+    """The scores of all examples, in their order, computed on the model's device.
 
-    ``dtype`` is what matrix products run in; with bfloat16 the scores keep about three digits. ``vocab_size``
-    (default: the model's) is the number of tokens that exist; columns past it, which some checkpoints carry to
-    fill up their embedding, get no probability. Texts longer than the model's context lose their beginning, see
-    ``packing.fit``. Memory is bounded by ``batch_tokens``. Batches of ``known`` examples alone are left out; the
-    others are what they would be without them, to the last bit.
+    ``dtype`` is what matrix products run in; with bfloat16 the scores keep about three digits. Texts longer than
+    the model's context lose their beginning, see ``fit``. Memory is bounded by ``batch_tokens``. ``progress`` is
+    called with the number of endings of each batch. A batch that overflows in ``dtype`` is scored in float32;
+    DataError when a likelihood is not finite there either.
     """
     device = model.wte.weight.device
-    forward: PackedForward | None = None
-    for chosen in batches(examples, batch_tokens or BATCH_TOKENS[device.type]):
-        if all(i in known for i in chosen):
-            continue
-        forward = forward or PackedForward(model, dtype, vocab_size or model.config.vocab_size)
-        batch = collate([examples[i] for i in chosen], model.config.block_size, device)
-        hidden = forward.hidden(batch)
-        log_p = forward.log_probabilities(hidden, batch).cpu().numpy()
-        if not np.isfinite(log_p).all():
-            name = str(dtype).removeprefix("torch.")
-            raise DataError(f"the model gives likelihoods that are not finite in {name}: no score")
-        sums, counts = np.bincount(batch.endings, log_p), np.bincount(batch.endings)
-        hits = counts * 0
-        if greedy:
-            right = forward.likeliest(hidden)[batch.sources] == batch.targets
-            hits = np.bincount(batch.endings, right.cpu().numpy())
-        ends = np.cumsum([len(examples[i].endings) for i in chosen])[:-1]
-        lists = [[part.tolist() for part in np.split(a, ends)] for a in (sums, counts, hits == counts)]
-        yield {
-            i: EndingScores(likely, n, all_hit if greedy else None)
-            for i, likely, n, all_hit in zip(chosen, *lists, strict=True)
-        }
+    output = OutputLayer(model, dtype)
+    found: dict[tuple[int, int], tuple[float, int, bool]] = {}
+    with torch.autocast(device.type, dtype, enabled=dtype != torch.float32):
+        every_row = rows_of(examples, model.config.block_size)
+        for rows in batches(every_row, batch_tokens or BATCH_TOKENS[device.type]):
+            batch = collate(rows, device)
+            log_p, hits = predict(model, output, batch, greedy=greedy)
+            ending = np.repeat(np.arange(len(batch.counts)), batch.counts)  # of each target
+            sums, all_hit = np.bincount(ending, log_p), np.bincount(ending, hits) == batch.counts
+            values = zip(sums.tolist(), batch.counts.tolist(), all_hit.tolist(), strict=True)
+            found |= zip((place for row in rows for place in row.places), values, strict=True)
+            if progress is not None:
+                progress(len(batch.counts))
+    scores = []
+    for i, example in enumerate(examples):
+        own = [found[i, j] for j in range(len(example.endings))]
+        hit = [h for *_, h in own] if greedy else None
+        scores.append(EndingScores([p for p, *_ in own], [n for _, n, _ in own], hit))
+    return scores
+
+
+def predict(model: GPT, output: OutputLayer, batch: Batch, *, greedy: bool) -> tuple[np.ndarray, np.ndarray]:
+    """What ``output`` says of a batch, with finite log-likelihoods; DataError when there are none."""
+
+    def run(output: OutputLayer) -> tuple[np.ndarray, np.ndarray]:
+        return output(model.hidden(batch.tokens, positions=batch.positions, mask=batch.mask), batch, greedy=greedy)
+
+    log_p, hits = run(output)
+    if not np.isfinite(log_p).all() and output.head.dtype != torch.float32:
+        with torch.autocast(batch.tokens.device.type, enabled=False):
+            log_p, hits = run(OutputLayer(model, torch.float32))
+    if not np.isfinite(log_p).all():
+        raise DataError("the model gives likelihoods that are not finite: there is no score of it")
+    return log_p, hits

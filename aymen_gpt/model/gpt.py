@@ -111,16 +111,17 @@ class LayerCache:
         return self.k[:, :, : self.used], self.v[:, :, : self.used]
 
 
-def attention(qkv: Tensor, n_head: int, cache: LayerCache | None = None) -> Tensor:
+def attention(qkv: Tensor, n_head: int, cache: LayerCache | None = None, mask: Tensor | None = None) -> Tensor:
     """Causal attention of queries, keys and values (B, T, 3C), side by side; (B, T, C).
 
-    With a cache the tokens come after those in it.
+    With a cache the tokens come after those in it. Where a token may see others than those before it, a ``mask``
+    (B, 1, T, T) says which (fourth) each one (third) sees.
     """
     B, T, C = qkv.size(0), qkv.size(1), qkv.size(2) // 3
     q, k, v = qkv.view(B, T, 3, n_head, C // n_head).permute(2, 0, 3, 1, 4)  # (B, nh, T, hs)
     if cache is not None:
         k, v = cache.append(k, v)
-    y = F.scaled_dot_product_attention(q, k, v, is_causal=T > 1)  # (B, nh, T, hs)
+    y = F.scaled_dot_product_attention(q, k, v, mask, is_causal=mask is None and T > 1)  # (B, nh, T, hs)
     return y.transpose(1, 2).reshape(B, T, C)
 
 
@@ -134,9 +135,10 @@ class CausalSelfAttention(nn.Module):
         self.c_attn = nn.Linear(config.n_embd, 3 * config.n_embd)
         self.c_proj = nn.Linear(config.n_embd, config.n_embd)
 
-    def forward(self, x: Tensor, cache: LayerCache | None = None) -> Tensor:
+    def forward(self, x: Tensor, cache: LayerCache | None = None, mask: Tensor | None = None) -> Tensor:
         qkv = self.c_attn(x)  # (B, T, 3C)
-        y = self.attention(qkv, self.n_head) if cache is None else attention(qkv, self.n_head, cache)
+        plain = cache is None and mask is None
+        y = self.attention(qkv, self.n_head) if plain else attention(qkv, self.n_head, cache, mask)
         return self.c_proj(y)  # (B, T, C)
 
 
@@ -158,8 +160,8 @@ class Block(nn.Module):
         self.ln_2 = nn.LayerNorm(config.n_embd)
         self.mlp = MLP(config)
 
-    def forward(self, x: Tensor, cache: LayerCache | None = None) -> Tensor:
-        x = x + self.attn(self.ln_1(x), cache)
+    def forward(self, x: Tensor, cache: LayerCache | None = None, mask: Tensor | None = None) -> Tensor:
+        x = x + self.attn(self.ln_1(x), cache, mask)
         return x + self.mlp(self.ln_2(x))
 
 
@@ -197,18 +199,26 @@ class GPT(nn.Module):
                 p.fill_(1.0 if "ln_" in name and name.endswith("weight") else 0.0)
         self.wte.weight[self.config.vocab_size :] = 0.0
 
-    def hidden(self, idx: Tensor, caches: list[LayerCache] | None = None) -> Tensor:
+    def hidden(
+        self,
+        idx: Tensor,
+        caches: list[LayerCache] | None = None,
+        *,
+        positions: Tensor | None = None,
+        mask: Tensor | None = None,
+    ) -> Tensor:
         """The last LayerNorm's output, (B, T, C), for token ids (B, T); logits are one product away.
 
-        With ``caches`` (see new_caches) idx continues the positions already in them.
+        With ``caches`` (see new_caches) idx continues the positions already in them. Rows that hold several texts
+        come with the ``positions`` (B, T) of their tokens and a ``mask`` (see attention).
         """
         past = caches[0].used if caches else 0
         T = idx.size(1)
-        if past + T > self.config.block_size:
+        if positions is None and past + T > self.config.block_size:
             raise ValueError(f"{past + T} tokens do not fit into a context of {self.config.block_size}")
-        x = self.wte(idx) + self.wpe.weight[past : past + T]  # (B, T, C)
+        x = self.wte(idx) + (self.wpe.weight[past : past + T] if positions is None else self.wpe(positions))
         for i, block in enumerate(self.h):
-            x = block(x, caches[i] if caches else None)
+            x = block(x, caches[i] if caches else None, mask)  # (B, T, C)
         return self.ln_f(x)
 
     def logits(self, hidden: Tensor) -> Tensor:

