@@ -117,7 +117,15 @@ GOOD = record([0])
 
 @pytest.mark.parametrize(
     "content",
-    ["", "[]", "{}", "[" * 100_000, '{"n": 3', '{"examples": [1]}', '{"examples": [{"ind": 1}]}']
+    [
+        "",
+        "[]",
+        "{}",
+        pytest.param("[" * 100_000, id="nested"),
+        '{"n": 3',
+        '{"examples": [1]}',
+        '{"examples": [{"ind": 1}]}',
+    ]
     + [
         json.dumps(GOOD | change)
         for change in (

@@ -116,6 +116,7 @@ def test_a_bad_row_is_named(tmp_path, change, message):
         ("x.jsonl", '{"a": 1}\n', "row 1 lacks activity_label, ctx_a, ctx_b, endings, label"),
         ("x.jsonl", "[1]\n", "row 1 lacks activity_label"),
         ("x.jsonl", "{oops\n", "row 1 is not JSON"),
+        pytest.param("x.jsonl", "[" * 100_000, "row 1 is not JSON", id="nested"),
         ("x.jsonl", "", "no rows"),
         ("x.parquet", "nonsense", "cannot be read as parquet"),
     ],

@@ -128,7 +128,7 @@ def _json_rows(path: Path) -> Iterable[Any]:
                 continue
             try:
                 yield json.loads(line)
-            except ValueError as error:
+            except (ValueError, RecursionError) as error:
                 raise DataError(f"{path}: row {number} is not JSON: {error}") from None
 
 
