@@ -121,7 +121,7 @@ def test_a_run_without_a_usable_checkpoint_says_why(tmp_path):
         "foo/a--b",
         "foo/b.git",
         "-/-",
-        "x" * 5000,
+        pytest.param("x" * 5000, id="long"),
         "a\0b",
     ],
 )
