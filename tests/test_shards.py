@@ -162,6 +162,57 @@ def test_an_array_that_is_no_row_of_ids_is_refused(tmp_path, array):
         shards.open_shard(tmp_path / "x_train_000001.npy")
 
 
+def npy(descr="'<u2'", fortran="False", shape="(4,)", header=None, version=1):
+    """The bytes of a .npy file, whatever its header says."""
+    text = header or f"{{'descr': {descr}, 'fortran_order': {fortran}, 'shape': {shape}, }}"
+    size = len(text).to_bytes(2 if version == 1 else 4, "little")
+    return b"\x93NUMPY" + bytes([version, 0]) + size + text.encode() + bytes(8)
+
+
+ODD_HEADERS = [
+    *(
+        npy(descr)
+        for descr in ("'|V0'", "'|S0'", "'|O'", "'<m8'", "'<M8[s]'", "[('a','<u2')]", "('<u2',(2,))", "''")
+    ),
+    *(npy(shape=shape) for shape in ("()", "(-1,)", "(0,)", "(2,2)", "4", "None", "(1e3,)", "(10**3,)", "(99,)")),
+    *(npy(shape=shape) for shape in (f"({2**63 - 1},)", f"({2**62},)", f"({10**23},)", "[4]")),
+    *(npy(header=header) for header in ("{" * 300, "(" * 5000, "-" * 5000 + "1", "{}", "1", "\0", "'\\N{x}'")),
+    *(npy(version=version) for version in (2, 3, 4, 255)),
+]
+
+
+@pytest.mark.fault(33)
+@pytest.mark.parametrize("content", ODD_HEADERS, ids=range(len(ODD_HEADERS)))
+def test_an_odd_header_of_an_array_is_one_line(tmp_path, content):
+    path = tmp_path / "x_train_000001.npy"
+    path.write_bytes(content)
+    if content == npy(version=2):
+        assert shards.open_shard(path).tolist() == [0, 0, 0, 0]
+        return
+    with pytest.raises(DataError, match=r"^shard [^\n]*x_train_000001.npy [^\n]*$"):
+        shards.open_shard(path)
+
+
+def test_one_row_of_numpys_other_order_is_a_row(tmp_path):
+    (tmp_path / "x_train_000001.npy").write_bytes(npy(fortran="True"))
+    assert shards.open_shard(tmp_path / "x_train_000001.npy").tolist() == [0, 0, 0, 0]
+
+
+@pytest.mark.fault(33)
+@pytest.mark.parametrize("name", ["edufineweb_train_000001.bin", "manifest.json"])
+def test_a_folder_in_place_of_a_file_is_one_line(folder, name):
+    (folder / name).unlink()
+    (folder / name).mkdir()
+    for read in (
+        shards.check_shards,
+        shards.verify,
+        lambda folder: TokenRows(folder, "train", block_size=1, seed=1),
+    ):
+        if name != "manifest.json" or read in (shards.check_shards, shards.verify):
+            with pytest.raises(DataError, match=rf"^cannot read [^\n]*{name}: Is a directory: [^\n]*$"):
+                read(folder)
+
+
 @pytest.mark.fault(33)
 def test_a_cut_array_and_a_missing_shard_are_refused(tmp_path):
     np.save(tmp_path / "a.npy", TOKENS)

@@ -8,18 +8,18 @@ train.bin and val.bin and .npy shards are read too. docs/data-format.md describe
 import functools
 import hashlib
 import json
-import os
 import re
 import warnings
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import suppress
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from aymen_gpt import files
+from aymen_gpt.data import fetch
 from aymen_gpt.data.tokenizer import EOT, VOCAB_SIZE, vocabulary_sha256
 from aymen_gpt.errors import CannotWrite, DataError
 from aymen_gpt.files import read_json, whole_file, write_whole
@@ -105,9 +105,23 @@ def open_shard(path: Path) -> np.ndarray:
 
     DataError names the file, what was found and what was expected.
     """
-    if not path.is_file():
-        raise _damaged(path, "is missing")
-    return _open_npy(path) if path.suffix == ".npy" else _open_bin(path)
+    with _readable(path):
+        return _open_npy(path) if path.suffix == ".npy" else _open_bin(path)
+
+
+@contextmanager
+def _readable(path: Path) -> Iterator[None]:
+    """Turn what the system says of a file of the folder into a DataError."""
+    try:
+        yield
+    except FileNotFoundError:
+        raise _damaged(path, "is missing") from None
+    except OSError as error:
+        raise _unreadable(path, error) from None
+
+
+def _unreadable(path: Path, error: OSError) -> DataError:
+    return DataError(f"cannot read {path}: {error.strerror or error}: make it readable, or move it away")
 
 
 def _damaged(path: Path, why: str) -> DataError:
@@ -148,13 +162,25 @@ def map_tokens(path: Path) -> np.ndarray:
 
 
 def _map_npy(path: Path) -> np.ndarray:
-    try:
-        tokens = np.lib.format.open_memmap(path, mode="r")  # .npy and nothing else: no pickles, no archives
-    except (ValueError, EOFError) as error:
-        raise _damaged(path, f"is not a readable .npy array ({error})") from None
-    if tokens.ndim != 1 or not len(tokens) or not np.issubdtype(tokens.dtype, np.integer):
-        raise DataError(f"shard {path} holds {tokens.shape} {tokens.dtype}; a shard is a row of uint16")
-    return tokens
+    """No pickle and no archive. numpy reads the header only: asked to map the file, with some it crashes."""
+    with path.open("rb") as file:
+        try:
+            version = np.lib.format.read_magic(file)
+            read = {(1, 0): np.lib.format.read_array_header_1_0, (2, 0): np.lib.format.read_array_header_2_0}[
+                version
+            ]
+            shape, _, dtype = read(file)
+        except OSError:
+            raise
+        except Exception as error:  # ValueError, TypeError, RecursionError, MemoryError, tokenize's own, ...
+            reason = fetch.one_line(f"{type(error).__name__}: {error}")
+            raise _damaged(path, f"is not a readable .npy array ({reason})") from None
+        offset, size = file.tell(), path.stat().st_size
+    if len(shape) != 1 or shape[0] < 1 or dtype.kind not in "iu":
+        raise DataError(f"shard {path} holds {shape} {dtype}; a shard is a row of uint16")
+    if (expected := offset + shape[0] * dtype.itemsize) != size:
+        raise _damaged(path, f"is not a readable .npy array ({size:,} bytes, not {expected:,})")
+    return np.memmap(path, dtype, "r", offset=offset, shape=shape)
 
 
 def _open_npy(path: Path) -> np.ndarray:
@@ -182,7 +208,9 @@ def list_shards(folder: Path, split: str) -> list[Path]:
     """
     pattern = re.compile(rf"\w[\w.-]*_{split}_(\d{{6}})\.(?:bin|npy)")
     found: dict[int, Path] = {}
-    for path in sorted(folder.iterdir()) if folder.is_dir() else []:
+    with _readable(folder):
+        inside = sorted(folder.iterdir()) if folder.is_dir() else []
+    for path in inside:
         if match := pattern.fullmatch(path.name):
             index = int(match[1])
             if index in found:
@@ -228,8 +256,12 @@ def read_manifest(folder: Path) -> dict[str, Any] | None:
     It has the shape that docs/data-format.md describes. Manifests of earlier versions have no checksum.
     """
     path = folder / MANIFEST
-    if not os.path.lexists(path):
+    try:
+        path.open("rb").close()
+    except (FileNotFoundError, NotADirectoryError):
         return None
+    except OSError as error:
+        raise _unreadable(path, error) from None
     try:
         return _checked_manifest(path)
     except DataError as error:
@@ -339,7 +371,8 @@ def _check_shard(path: Path, sha256: str | None) -> None:
 
 
 def _other_content(path: Path, sha256: str) -> str | None:
-    found = files.sha256(path)
+    with _readable(path):
+        found = files.sha256(path)
     return None if found == sha256 else f"sha256 {found[:12]}…, not {sha256[:12]}…"
 
 
@@ -379,7 +412,7 @@ def verify(folder: Path) -> dict[str, str]:
     damaged = {}
     for shard in manifest["shards"]:
         path = folder / shard["file"]
-        if not path.is_file():
+        if not path.exists():
             damaged[path.name] = "missing"
         elif why := _other_content(path, shard["sha256"]):
             damaged[path.name] = why
