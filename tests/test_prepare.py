@@ -455,6 +455,7 @@ ODD_TEXTS = {  # what a document holds -> the text that its tokens are, None whe
     "separator": ("<|endoftext|>a<|endoftext|>", "<|endoftext|>a<|endoftext|>"),
     "one letter for ever": ("a" * 10**6, "a" * 10**6),
     "one sign for ever": ("!" * 10**6, "!" * 10**6),
+    "a letter of Unicode 17": ("a \U000323b0's", "a \U000323b0's"),
     "blanks for ever": ("a" + " " * 10**6, "a" + " " * 10**6),
 }
 
