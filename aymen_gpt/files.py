@@ -4,6 +4,7 @@ import errno
 import hashlib
 import json
 import os
+import re
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from datetime import UTC, datetime
@@ -44,6 +45,26 @@ def whole_file(path: Path) -> Iterator[BinaryIO]:
     finally:
         with suppress(OSError):
             temporary.unlink(missing_ok=True)
+
+
+def sweep(folder: Path) -> None:
+    """Delete what ``whole_file`` left in a folder in processes that are dead now."""
+    for path in folder.glob(".*.tmp"):
+        if (match := re.fullmatch(r"\..+\.(\d+)\.tmp", path.name)) and not _is_alive(int(match[1])):
+            path.unlink(missing_ok=True)
+
+
+def _is_alive(pid: int) -> bool:
+    """Whether another process has this number now; on Windows, which cannot say so cheaply, none has."""
+    if pid == os.getpid() or os.name == "nt":
+        return False
+    try:
+        os.kill(pid, 0)
+    except (ProcessLookupError, OverflowError):
+        return False
+    except PermissionError:
+        pass
+    return True
 
 
 def write_whole(path: Path, content: bytes) -> None:
@@ -101,7 +122,8 @@ def lock(folder: Path, option: str) -> TextIO:
         f.flush()
     except BlockingIOError:
         f.seek(0)
-        raise CannotWrite(f"{folder} is in use by {f.read().strip()}; stop it or use another {option}") from None
+        holder = f.read().strip() or "another process"
+        raise CannotWrite(f"{folder} is in use by {holder}; stop it or use another {option}") from None
     except OSError as error:
         room = "make room or " if error.errno in (errno.ENOSPC, errno.EDQUOT) else ""
         why = f"cannot write into {folder}: {error.strerror}; {room}choose another folder with {option}"

@@ -566,6 +566,30 @@ def test_repair_rebuilds_only_what_is_damaged(options, tmp_path):
     assert prepare.repair(options.out, quiet, workers=0) == []
 
 
+@pytest.mark.fault(49)
+def test_repair_killed_again_and_again_keeps_what_it_repaired_and_leaves_no_pile(options):
+    prepare.prepare(options, quiet)
+    expected = digest(options.out)
+    paths = sorted(options.out.glob("*.bin"))[2:5]
+    for path in paths:
+        path.unlink()
+    foreign, live = options.out / ".mine.tmp", options.out / f".checked.json.{os.getppid()}.tmp"
+    foreign.touch()
+    live.touch()
+    there = []
+    for point in ["before:1:os.replace"] * 3 + ["before:2:os.replace"] * 3:
+        assert killed(point, lambda: prepare.repair(options.out, quiet, workers=0))
+        assert len(list(options.out.glob(".edufineweb_*.tmp"))) == 1
+        there.append([path.exists() for path in paths].count(True))
+    assert there == [0, 0, 0, 1, 2, 3]
+    prepare.repair(options.out, quiet, workers=0)
+    assert foreign.exists()
+    assert live.exists()
+    foreign.unlink()
+    live.unlink()
+    assert digest(options.out) == expected
+
+
 def test_repair_from_a_source_with_other_content_is_refused(options):
     prepare.prepare(options, quiet)
     path = Path(options.source[0]) / "c.jsonl"

@@ -312,8 +312,7 @@ def begun(
                 yield manifest, None
                 return
         source = open_source(options, manifest, find)
-        for leftover in options.out.glob(".*.tmp"):
-            leftover.unlink()
+        files.sweep(options.out)
         yield manifest or _new_manifest(options, source, val_tokens(options, source)), source
 
 
@@ -378,6 +377,7 @@ def repair(
 ) -> list[str]:
     """Rebuild the damaged shards of a folder from their source rows; returns their names."""
     with files.lock(out, "--out"):
+        files.sweep(out)
         damaged = shards.verify(out)
         manifest = shards.read_manifest(out)
         if not damaged or manifest is None:
