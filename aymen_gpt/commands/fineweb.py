@@ -68,10 +68,8 @@ def parser() -> argparse.ArgumentParser:
         "--part", metavar="I/N", help="prepare only the I-th of N shares of the source, on this machine of many"
     )
     what.add_argument("--merge", action="store_true", help="make the shards from all N shares in DIR/parts")
-    what.add_argument("--verify", action="store_true", help="compare every shard in DIR with its recorded sha256")
-    what.add_argument(
-        "--repair", action="store_true", help="verify, then rebuild damaged shards from their source"
-    )
+    what.add_argument("--verify", action="store_true", help="compare every file in DIR with its recorded sha256")
+    what.add_argument("--repair", action="store_true", help="verify, then rebuild damaged files from their source")
     return p
 
 
@@ -111,8 +109,8 @@ def verify(out: Path) -> int:
     damaged = shards.verify(out)
     if damaged:
         listed = "; ".join(f"{name}: {why}" for name, why in damaged.items())
-        raise DataError(f"{len(damaged)} damaged shards in {out} ({listed}): run fineweb.py --out {out} --repair")
-    print(f"{out}: all shards are as the manifest says")
+        raise DataError(f"{len(damaged)} damaged files in {out} ({listed}): run fineweb.py --out {out} --repair")
+    print(f"{out}: all files are as the manifest says")
     return 0
 
 
@@ -127,7 +125,7 @@ def repair(args: argparse.Namespace) -> int:
             rebuilt = prepare.repair(
                 args.out, reporter, workers=args.workers, keep_source=args.keep_source, encoder=args.encoder
             )
-    print(f"{args.out}: {len(rebuilt)} shards rebuilt, all are as the manifest says")
+    print(f"{args.out}: {len(rebuilt)} files rebuilt, all are as the manifest says")
     return 0
 
 
