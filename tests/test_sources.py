@@ -228,3 +228,12 @@ def test_words_that_mean_nothing_are_refused(tmp_path, monkeypatch, words, messa
 def test_the_pinned_revision_is_a_commit():
     assert len(sources.REVISION) == 40
     assert set(sources.REVISION) <= set("0123456789abcdef")
+
+
+@pytest.mark.parametrize("with_text", [False, True])
+def test_token_shards_are_never_mistaken_for_text(shards, with_text):
+    if with_text:
+        (shards / "a.jsonl").write_text('"some text"')
+    for word in (shards, shards / "edufineweb_val_000000.bin"):
+        with pytest.raises(UsageError, match=rf"no text; pretrain.py --data {shards} trains on them"):
+            sources.open_source([str(word)])

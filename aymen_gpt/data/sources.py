@@ -8,8 +8,6 @@ order, so (file, part, row) names a document for good; rows are counted in the p
     hub              FineWeb-Edu's sample-10BT from the Hugging Face Hub (the default)
     builtin          the documentation on this machine (builtin.py)
     PATH             a file or a folder of .parquet, .jsonl, .jsonl.gz, .jsonl.zst or .txt files
-
-What is tokens already (hub-tokens:OWNER/DATASET, tokens:FOLDER) is adopt.py's.
 """
 
 import functools
@@ -112,7 +110,7 @@ def _files_of(word: str) -> list[SourceFile]:
     if path.is_dir():
         if shards.list_shards(path, "train") or shards.list_shards(path, "val"):
             raise UsageError(
-                f"--source {word}: the folder holds token shards, no text; take --source tokens:{word}"
+                f"--source {word}: it holds token shards, no text; pretrain.py --data {word} trains on them"
             )
         inside = (entry for entry in path.rglob("*") if entry.is_file() and entry.name.endswith(SUFFIXES))
         named = {entry.relative_to(path).as_posix(): entry for entry in inside}
@@ -123,7 +121,7 @@ def _files_of(word: str) -> list[SourceFile]:
     if not path.exists():
         raise UsageError(f"--source {word}: no such file or folder (else it is `hub` or `builtin`)")
     if path.suffix in (".bin", ".npy"):
-        raise UsageError(f"--source {word}: tokens, no text; take its folder, --source tokens:{path.parent}")
+        raise UsageError(f"--source {word}: tokens, no text; pretrain.py --data {path.parent} trains on them")
     if not path.name.endswith(SUFFIXES):
         raise UsageError(f"--source {word}: cannot read this kind of file, only {', '.join(SUFFIXES)}")
     return [SourceFile(path.name, path.stat().st_size, path=path)]
