@@ -104,7 +104,7 @@ def verify(out: Path) -> int:
     damaged = shards.verify(out)
     if damaged:
         listed = "; ".join(f"{name}: {why}" for name, why in damaged.items())
-        raise DataError(f"{len(damaged)} damaged files in {out} ({listed}): run fineweb.py --out {out} --repair")
+        raise DataError(f"{len(damaged)} damaged files in {out} ({listed}): {shards.way_out(out)}")
     print(f"{out}: all files are as the manifest says")
     return 0
 

@@ -587,11 +587,7 @@ def _new_manifest(options: PrepareOptions, source: Source, val_tokens: int) -> d
         "complete": False,
         "options": _deciding_options(options),
         "source": _description(source),
-        "tokenizer": {
-            "name": "gpt2",
-            "vocabulary_sha256": tokenizer.vocabulary_sha256(),
-            "separator": tokenizer.EOT,
-        },
+        "tokenizer": shards.TOKENIZER,
         "encoder": None,
         "shard_tokens": {"val": val_tokens, "train": options.shard_tokens},
         "totals": asdict(Totals()),
