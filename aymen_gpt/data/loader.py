@@ -17,11 +17,10 @@ from pathlib import Path
 
 import numpy as np
 
-from aymen_gpt.data.shards import MANIFEST, list_shards, open_shard, read_document_sources, way_out
+from aymen_gpt.data.shards import CHUNK, MANIFEST, list_shards, open_shard, read_document_sources, way_out
 from aymen_gpt.data.tokenizer import EOT
 from aymen_gpt.errors import DataError
 
-CHUNK = 2**22  # tokens scanned at a time for document starts
 KEPT = 2  # shards whose tokens (mapped) and document order (in memory) are kept at hand
 
 

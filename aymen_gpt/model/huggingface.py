@@ -18,7 +18,7 @@ from aymen_gpt.model.gpt import GPT, GPTConfig
 
 PREFIX = "transformer."
 TRANSPOSED = ("attn.c_attn.weight", "attn.c_proj.weight", "mlp.c_fc.weight", "mlp.c_proj.weight")
-EOT = 50256  # <|endoftext|>, GPT-2's only special token
+EOT = GPTConfig.vocab_size - 1  # <|endoftext|>, GPT-2's only special token
 
 
 def to_huggingface(tensors: dict[str, Tensor], vocab_size: int) -> dict[str, Tensor]:
@@ -95,7 +95,7 @@ def config_from_huggingface(found: dict[str, Any]) -> GPTConfig:
             raise ValueError(f"{key} is {found.get(key)!r}, a GPT-2-shaped model has {allowed[0]!r}")
     return GPTConfig(
         block_size=found.get("n_positions", 1024),
-        vocab_size=found.get("vocab_size", 50257),
+        vocab_size=found.get("vocab_size", GPTConfig.vocab_size),
         n_layer=found.get("n_layer", 12),
         n_head=found.get("n_head", 12),
         n_embd=n_embd,

@@ -16,7 +16,6 @@ from aymen_gpt.errors import DataError
 from aymen_gpt.model.gpt import GPT, GPTConfig
 
 WRAPPERS = ("_orig_mod.", "module.", "transformer.")
-VOCAB_SIZE = 50257  # rows past it are padding
 
 
 class StoredConfig:
@@ -34,7 +33,7 @@ def load_pt(path: Path) -> GPT:
     try:
         rows, n_embd = weights["wte.weight"].shape
         layers = {int(name.split(".")[1]) for name in weights if name.startswith("h.")}
-        vocab_size = min(rows, VOCAB_SIZE)
+        vocab_size = min(rows, GPTConfig.vocab_size)  # rows past it are padding
         config = GPTConfig(weights["wpe.weight"].size(0), vocab_size, len(layers), shape["n_head"], n_embd)
         padding = config.padded_vocab_size - vocab_size
         weights["wte.weight"] = torch.cat([weights["wte.weight"][:vocab_size], torch.zeros(padding, n_embd)])
