@@ -93,7 +93,8 @@ def score(options: argparse.Namespace) -> None:
     import torch
 
     from aymen_gpt.evaluation import hellaswag
-    from aymen_gpt.training.device import choose_device, keep_freed_memory
+    from aymen_gpt.model.cpu import keep_freed_memory
+    from aymen_gpt.training.device import choose_device
     from aymen_gpt.training.distributed import process_group, ranks_from_environment
 
     ranks = ranks_from_environment()

@@ -114,6 +114,7 @@ def main(argv: list[str] | None = None) -> int:
         price, gpus = planned["dollars_per_gpu_hour"], planned["gpus"]
         return show_plan(config, gpus=gpus, probe=planned["probe"], dollars=price, mfu=planned["mfu"])
 
+    from aymen_gpt.model import cpu
     from aymen_gpt.training import device as devices
     from aymen_gpt.training.distributed import process_group, ranks_from_environment
     from aymen_gpt.training.resume import Resume
@@ -126,7 +127,7 @@ def main(argv: list[str] | None = None) -> int:
     ranks = ranks_from_environment()
     device = devices.choose_device(config.device, config.dtype, ranks.local_rank)
     if device.place.type == "cpu":
-        devices.keep_freed_memory()
+        cpu.keep_freed_memory()
     if config.deterministic:
         devices.be_deterministic()
     folder = Path(config.run)
@@ -240,7 +241,7 @@ def introduction(trainer: "Trainer") -> str:
         f"recipe   {c.steps:,} steps x {c.tokens_per_step:,} tokens = {tokens:,} tokens = {epochs:.2f} epochs, "
         f"peak rate {c.learning_rate:g}, {c.warmup_steps} warmup steps",
         f"machine  {ranks.world_size} x {device.name}, {str(device.dtype).removeprefix('torch.')}, "
-        f"attention {trainer.attention}, micro-batch "
+        f"micro-batch "
         f"{c.micro_batch or f'up to {trainer.micro_batch}'}{', compiled' if trainer.compiled else ''}",
         f"run      {c.run}",
     ]

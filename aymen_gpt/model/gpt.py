@@ -13,7 +13,6 @@ Letters in the shape comments:
 """
 
 import math
-from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -119,9 +118,6 @@ def attention(qkv: Tensor, n_head: int, cache: LayerCache | None = None) -> Tens
 
 
 class CausalSelfAttention(nn.Module):
-    # Without a cache; a trainer may know a faster one for its device.
-    attention: Callable[[Tensor, int], Tensor] = staticmethod(attention)
-
     def __init__(self, config: GPTConfig) -> None:
         super().__init__()
         self.n_head = config.n_head
@@ -130,8 +126,7 @@ class CausalSelfAttention(nn.Module):
 
     def forward(self, x: Tensor, cache: LayerCache | None = None) -> Tensor:
         qkv = self.c_attn(x)  # (B, T, 3C)
-        y = self.attention(qkv, self.n_head) if cache is None else attention(qkv, self.n_head, cache)
-        return self.c_proj(y)  # (B, T, C)
+        return self.c_proj(attention(qkv, self.n_head, cache))  # (B, T, C)
 
 
 class MLP(nn.Module):
