@@ -231,24 +231,23 @@ class Trainer:
         total = self.ranks.sum(total.to(self.device.place))
         return total.item() / (count * self.config.block_size)
 
-    def sample(self, step: int) -> str:
-        """A section of samples.md: the model goes on from 16 tokens at three places of the validation text.
+    def sample(self, step: int) -> list[dict[str, Any]]:
+        """For samples.jsonl: the model goes on from 16 tokens at three places of the validation text.
 
-        The ranks take the places in turn; every rank gets the whole section.
+        The ranks take the places in turn; every rank gets all samples.
         """
         places, world = 3, self.ranks.world_size
         parts = self.ranks.gather([self._continued(i, places) for i in range(self.ranks.rank, places, world)])
-        return f"## step {step}\n" + "".join(parts[i % world][i // world] for i in range(places))
+        return [{"step": step} | parts[i % world][i // world] for i in range(places)]
 
-    def _continued(self, place: int, places: int) -> str:
+    def _continued(self, place: int, places: int) -> dict[str, Any]:
         encoding = tokenizer.gpt2()
         row = self.val_rows.rows(place * self.val_rows.rows_per_epoch // places, 1)[0]
         prompt = [token for token in row[:16].tolist() if token != tokenizer.EOT] or [tokenizer.EOT]
         continuation = generate(
             self.model, prompt, 64, temperature=0.8, top_k=50, seed=self.config.seed, stop=tokenizer.EOT
         )
-        text = encoding.decode(list(continuation))
-        return f"\n> {encoding.decode(prompt).strip().replace(chr(10), ' ')}\n\n````text\n{text}\n````\n"
+        return {"prompt": encoding.decode(prompt), "text": encoding.decode(list(continuation))}
 
     def snapshot(self, row: Row) -> checkpoint.Snapshot:
         return checkpoint.Snapshot(
@@ -386,10 +385,10 @@ class Trainer:
         step = row["step"]
         if self.score is not None and step > 0 and self.due(step):
             row["hellaswag"] = self.score(self.model)
-        section = self.sample(step) if "val_loss" in row else None
+        written = self.sample(step) if "val_loss" in row else None
         if log:
-            if section:
-                log.samples(step, section)
+            if written:
+                log.samples(written)
             log.write(row)
 
 
