@@ -58,7 +58,7 @@ def test_both_protocols_are_printed_and_every_answer_is_written(door, model, dat
     done = door("hellaswag.py", "-m", model, "-d", "cpu", "--data", data, "--json", tmp_path / "new" / "s.json")
     assert done.returncode == 0, done.stderr
     found = json.loads((tmp_path / "new" / "s.json").read_text())
-    assert found["model"] == str(model)
+    assert (found["model"], found["step"]) == (str(model), None)
     assert [row["ind"] for row in found["examples"]] == list(range(100, 100 + N))
     for protocol, line in scores(done).items():
         s = found[protocol]

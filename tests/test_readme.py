@@ -78,6 +78,7 @@ def test_the_journey_of_readme_works_as_written(door, tmp_path):
     assert (tmp_path / "runs/gpt2/checkpoints/step-000000006/model.safetensors").exists()  # 8 GPUs went on
     assert (tmp_path / "runs/gpt2/earlier-1/metrics.jsonl").exists()
     assert (tmp_path / "runs/tuned/report.html").exists()
+    assert json.loads((tmp_path / "a.json").read_text())["step"] == 6  # of runs/gpt2
     assert (tmp_path / "runs/mine/report.html").exists()
     assert (tmp_path / "data/edu10B/manifest.json").exists()
 

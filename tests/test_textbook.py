@@ -10,7 +10,7 @@ from aymen_gpt.model.gpt import GPT
 from aymen_gpt.training.config import resolve
 from aymen_gpt.training.device import choose_device
 from aymen_gpt.training.distributed import Ranks
-from aymen_gpt.training.schedule import learning_rate
+from aymen_gpt.training.optim import learning_rate
 
 STEPS = 50
 

@@ -2,6 +2,7 @@
 
 import argparse
 import json
+import re
 import sys
 import time
 from collections.abc import Callable, Iterator
@@ -163,8 +164,9 @@ def report(result: "Result", description: str, available: int, options: argparse
     print(coverage(len(result.examples), available, options.data))
     print(table(result, published=options.data is None))
     if options.json:
-        record = json.dumps(result.as_dict(options.model), allow_nan=False)
-        write_whole(options.json, f"{record}\n".encode())
+        step = re.search(r"/step-(\d{9})\b", description)  # of a checkpoint of ours
+        record = {"model": options.model, "step": int(step[1]) if step else None} | result.as_dict(options.model)
+        write_whole(options.json, f"{json.dumps(record, allow_nan=False)}\n".encode())
         print(f"every answer: {options.json}")
 
 

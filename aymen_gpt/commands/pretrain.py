@@ -311,7 +311,7 @@ def closing(folder: Path) -> str:
 
     return (
         f"checkpoint  {checkpoints(folder)[0]}\n"
-        f"curve       {folder}/report.html (numbers: metrics.jsonl, log.txt)\n"
-        f"samples     {folder}/samples.md\n"
+        f"curve       {folder}/report.html (numbers: metrics.jsonl)\n"
+        f"samples     {folder}/samples.jsonl\n"
         f'next        python hellaswag.py -m {folder}   or   python generate.py -m {folder} "Once upon a time"'
     )

@@ -11,7 +11,7 @@ import time
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -33,9 +33,9 @@ from aymen_gpt.training.distributed import Ranks
 from aymen_gpt.training.gradients import GradientSum
 from aymen_gpt.training.guard import Guard
 from aymen_gpt.training.plan import dealt
+from aymen_gpt.training.results import StepResult, finite
 from aymen_gpt.training.resume import Resume, changes, check_identity, find_checkpoint, identity, options
 from aymen_gpt.training.runlog import RunLog
-from aymen_gpt.training.schedule import learning_rate
 
 Score = Callable[[GPT], dict[str, Any]]
 MAX_FAILED_SAVES = 3  # in a row, before the run ends
@@ -48,42 +48,6 @@ class Stop(Protocol):
 
     @property
     def requested(self) -> bool: ...
-
-
-@dataclass
-class StepResult:
-    """What one update did, and what was measured after it. Not-a-number stands for what is not finite."""
-
-    step: int  # 1 is the first
-    tokens: int  # read so far
-    loss: float | None = None  # nats per token
-    lr: float | None = None
-    grad_norm: float | None = None  # before clipping
-    skipped: str | None = None  # why the weights did not change
-    documents: list[str] | None = None  # of a skipped step
-    spike: bool | None = None
-    step_seconds: float | None = None
-    tokens_per_second: float | None = None
-    mfu: float | None = None
-    val_loss: float | None = None
-    hellaswag: dict[str, Any] | None = None
-    stop: bool = False  # a signal came to some rank
-    cannot_save: bool = False  # the first rank has failed to save too often
-
-    def row(self) -> dict[str, Any]:
-        """A line of metrics.jsonl: what is there, null for what is not finite (JSON has no NaN)."""
-        found = {f.name: getattr(self, f.name) for f in fields(self) if f.name not in ("stop", "cannot_save")}
-        return {
-            key: finite(value) if isinstance(value, float) else value
-            for key, value in found.items()
-            if value is not None
-        }
-
-    @classmethod
-    def of(cls, row: dict[str, Any]) -> "StepResult":
-        """The result that a line of metrics.jsonl was made of."""
-        known: dict[str, Any] = {key: math.nan if value is None else value for key, value in row.items()}
-        return cls(**known)
 
 
 @dataclass
@@ -194,7 +158,7 @@ class Trainer:
         norm = optim.clip_gradients(self.parameters, c.grad_clip)
         mean_loss, *verdicts = self.ranks.sum(self._numbers(sum(losses), stop, cannot_save)).tolist()
         wrong, skip = self._judge(mean_loss, norm)
-        lr = learning_rate(
+        lr = optim.learning_rate(
             step, peak=c.learning_rate, warmup_steps=c.warmup_steps, steps=c.steps, min_ratio=c.min_lr_ratio
         )
         if not skip:
@@ -264,24 +228,23 @@ class Trainer:
         total = self.ranks.sum(total.to(self.device.place))
         return total.item() / (count * self.config.block_size)
 
-    def sample(self, step: int) -> str:
-        """A section of samples.md: the model goes on from 16 tokens at three places of the validation text.
+    def sample(self, step: int) -> list[dict[str, Any]]:
+        """For samples.jsonl: the model goes on from 16 tokens at three places of the validation text.
 
-        The ranks take the places in turn; every rank gets the whole section.
+        The ranks take the places in turn; every rank gets all samples.
         """
         places, world = 3, self.ranks.world_size
         parts = self.ranks.gather([self._continued(i, places) for i in range(self.ranks.rank, places, world)])
-        return f"## step {step}\n" + "".join(parts[i % world][i // world] for i in range(places))
+        return [{"step": step} | parts[i % world][i // world] for i in range(places)]
 
-    def _continued(self, place: int, places: int) -> str:
+    def _continued(self, place: int, places: int) -> dict[str, Any]:
         encoding = tokenizer.gpt2()
         row = self.val_rows.rows(place * self.val_rows.rows_per_epoch // places, 1)[0]
         prompt = [token for token in row[:16].tolist() if token != tokenizer.EOT] or [tokenizer.EOT]
         continuation = generate(
             self.model, prompt, 64, temperature=0.8, top_k=50, seed=self.config.seed, stop=tokenizer.EOT
         )
-        text = encoding.decode(list(continuation))
-        return f"\n> {encoding.decode(prompt).strip().replace(chr(10), ' ')}\n\n````text\n{text}\n````\n"
+        return {"prompt": encoding.decode(prompt), "text": encoding.decode(list(continuation))}
 
     def snapshot(self, result: StepResult) -> checkpoint.Snapshot:
         return checkpoint.Snapshot(
@@ -423,10 +386,10 @@ class Trainer:
         """Measure what is due after a step's checkpoint (score, samples), and log the step."""
         if self.score is not None and result.step > 0 and self.scores_after(result.step):
             result.hellaswag = self.score(self.model)
-        section = self.sample(result.step) if result.val_loss is not None else None
+        written = self.sample(result.step) if result.val_loss is not None else None
         if log:
-            if section:
-                log.samples(result.step, section)
+            if written:
+                log.samples(written)
             log.write(result.row())
 
 
@@ -444,8 +407,3 @@ def no_garbage_collection() -> Iterator[None]:
 
 
 SMALLER = "try a smaller --preset, a shorter --block-size or another device"
-
-
-def finite(value: float) -> float | None:
-    """For JSON, which has no NaN."""
-    return value if math.isfinite(value) else None
