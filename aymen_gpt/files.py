@@ -2,14 +2,15 @@
 
 import errno
 import hashlib
+import json
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import BinaryIO, TextIO
+from typing import Any, BinaryIO, TextIO
 
-from aymen_gpt.errors import CannotWrite
+from aymen_gpt.errors import CannotWrite, DataError
 
 try:
     import fcntl
@@ -53,6 +54,19 @@ def write_whole(path: Path, content: bytes) -> None:
 def replace_text(path: Path, text: str) -> None:
     """Write a text file so that a reader sees the old or the new one, whole."""
     write_whole(path, text.encode())
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """The JSON object in a file. DataError, naming it, when it cannot be read or holds anything else."""
+    try:
+        found = json.loads(path.read_bytes())
+    except OSError as error:
+        raise DataError(f"cannot read {path}: {error.strerror}") from error
+    except (ValueError, RecursionError) as error:  # no UTF-8, no JSON, a number of 5,000 digits; nested too deep
+        raise DataError(f"{path} is damaged ({error})") from None
+    if not isinstance(found, dict):
+        raise DataError(f"{path} is damaged (it holds {type(found).__name__}, no JSON object)")
+    return found
 
 
 def sync(path: Path) -> None:

@@ -8,7 +8,7 @@ import sys
 import pytest
 
 from aymen_gpt import files
-from aymen_gpt.errors import CannotWrite
+from aymen_gpt.errors import CannotWrite, DataError
 
 
 def test_a_replaced_file_is_whole_and_leaves_nothing_beside_it(tmp_path):
@@ -31,6 +31,40 @@ def test_a_replacement_that_fails_keeps_the_old_file(tmp_path, monkeypatch):
 def test_sha256_is_that_of_the_content(tmp_path):
     (tmp_path / "f").write_bytes(b"abc" * 100_000)
     assert files.sha256(tmp_path / "f") == hashlib.sha256(b"abc" * 100_000).hexdigest()
+
+
+NO_OBJECT = [
+    b"",
+    b"{",
+    b"[]",
+    b"3",
+    b"null",
+    b"NaN",
+    b"\xff",
+    b'{"a": "\xff"}',
+    b"[" * 10**5,
+    b'{"a":' * 10**5,
+    b"9" * 5000,
+]
+
+
+@pytest.mark.parametrize("content", [*NO_OBJECT, None], ids=range(len(NO_OBJECT) + 1))
+def test_what_is_no_json_object_is_one_line_with_its_name(tmp_path, content):
+    path = tmp_path / "a.json"
+    if content is None:
+        path.mkdir()
+    else:
+        path.write_bytes(content)
+    with pytest.raises(DataError, match=r"^[^\n]*a.json[^\n]*$") as caught:
+        files.read_json(path)
+    assert "Is a directory" in str(caught.value) or content is not None
+    with pytest.raises(DataError, match=r"nowhere.json: No such file or directory"):
+        files.read_json(tmp_path / "nowhere.json")
+
+
+def test_a_json_object_is_read(tmp_path):
+    (tmp_path / "a.json").write_text('{"a": [1, null, "\\ud800"]}')
+    assert files.read_json(tmp_path / "a.json") == {"a": [1, None, "\ud800"]}
 
 
 HOLD = """
