@@ -42,6 +42,7 @@ BYTES_PER_TOKEN = 4  # of English text, for estimates
 SMALL_VAL = 10_000  # tokens of validation that a small corpus should have
 SAMPLE = 100  # one document in so many is encoded by tiktoken too
 BAD_ROWS = 1 / 1000  # more than this share of rows without usable text is an error
+NAMED = 5  # files that an error names at most
 SOURCE_FOLDER = ".source"  # in the output folder: files downloaded from the Hub
 
 
@@ -384,7 +385,7 @@ def repair(
             return []
         options = recorded_options(out, manifest)
         options = replace(options, workers=workers, keep_source=keep_source, encoder=encoder)
-        source = open_source(options, manifest, lambda: find_text(options, report))
+        source = open_source(options, manifest, lambda: find_text(options, report), to_repair=True)
         _choose_encoder(options, manifest, report)
         for record in manifest["shards"]:
             if record["file"] in damaged:
@@ -520,17 +521,36 @@ def find_text(options: PrepareOptions, report: Report) -> Source:
     return sources.open_source(options.source, revision=options.revision, text_column=options.text_column)
 
 
-def open_source(options: PrepareOptions, manifest: dict[str, Any] | None, find: Callable[[], Source]) -> Source:
-    """The source that ``find`` finds; for a folder already begun, the one it was begun with."""
-    known = manifest["source"] if manifest else None
-    if known and known["repo"]:
-        return described(known, options.text_column or "text")
+def open_source(
+    options: PrepareOptions,
+    manifest: dict[str, Any] | None,
+    find: Callable[[], Source],
+    *,
+    to_repair: bool = False,
+) -> Source:
+    """The source that ``find`` finds. DataError unless it is the one that the folder was begun with.
+
+    To repair, files of the same names and sizes are enough: the hash of the shard is what decides.
+    """
+    known = described(manifest["source"], options.text_column or "text") if manifest else None
+    if known and known.repo:
+        return known
     source = find()
-    if known and _description(source)["files"] != known["files"]:
-        raise UsageError(
-            f"the files of --source are not those that {options.out} was begun with: take another --out"
-        )
+    if known and (changed := changes(known.files, source.files, times=not to_repair)):
+        way = "put back what it was made from" if to_repair else sources.RESTART
+        raise DataError(f"the source has changed since {options.out} was begun ({changed}): {way}")
     return source
+
+
+def changes(before: Iterable[SourceFile], now: Iterable[SourceFile], *, times: bool = True) -> str:
+    """How the files of a source differ, in words; "" when they do not. ``times`` counts modification times too."""
+    old, new = ({file.name: (file.bytes, times and file.modified_ns) for file in files} for files in (before, now))
+    differ = sorted(name for name in old | new if old.get(name) != new.get(name))
+    words = [
+        f"{name} {'is new' if name not in old else 'is gone' if name not in new else 'is not the same'}"
+        for name in differ
+    ]
+    return ", ".join(words[:NAMED]) + f" and {len(words) - NAMED:,} more" * (len(words) > NAMED)
 
 
 def described(known: dict[str, Any], text_column: str | None = None) -> Source:
@@ -542,7 +562,8 @@ def described(known: dict[str, Any], text_column: str | None = None) -> Source:
 
 
 def _description(source: Source) -> dict[str, Any]:
-    listed = [{"name": file.name, "bytes": file.bytes, "sha256": file.sha256} for file in source.files]
+    names = ("name", "bytes", "sha256", "modified_ns")
+    listed = [{name: getattr(file, name) for name in names} for file in source.files]
     return {"repo": source.repo, "revision": source.revision, "files": listed}
 
 

@@ -35,6 +35,7 @@ REVISION = "87f09149ef4734204d70ed1d046ddc9ca3f2b8f9"
 SUFFIXES = (".parquet", ".jsonl", ".jsonl.gz", ".jsonl.zst", ".txt")
 SLICE = 2**23  # bytes of a jsonl or txt file that make one part
 LARGE = 2**25  # bytes of a row group that is cut into parts
+RESTART = "type the same command with --restart to prepare what is there now"
 COMPRESSION = {".gz": "gzip", ".zst": "zstd"}
 LONGEST_SEPARATOR = 32  # bytes, more than a line of <|endoftext|> has
 
@@ -47,6 +48,7 @@ class SourceFile:
     bytes: int
     sha256: str | None = None
     path: Path | None = None
+    modified_ns: int | None = None  # None where its name already says what is in it
 
 
 @dataclass(frozen=True)
@@ -70,6 +72,8 @@ class Part:
     stop: int
     text_column: str | None
     fraction: float  # of the file that is read when this part is
+    version: tuple[int, int] = (0, 0)  # bytes and modification time (ns) that the file must still have
+    rows: int | None = None  # of a row group
     content: Any = None  # the part's rows, when they travel with it: bytes, or an arrow RecordBatch
     skip: int = 0  # rows at the beginning that are not wanted
 
@@ -119,14 +123,21 @@ def _files_of(word: str) -> list[SourceFile]:
         named = {name: named[name] for name in sorted(named) if not name.startswith(".") and "/." not in name}
         if not named:
             raise UsageError(f"--source {word}: the folder holds none of {', '.join(SUFFIXES)}")
-        return [SourceFile(f"{path.name}/{name}", p.stat().st_size, path=p) for name, p in named.items()]
+        return [_file(f"{path.name}/{name}", entry) for name, entry in named.items()]
     if not path.exists():
         raise UsageError(f"--source {word}: no such file or folder (else it is `hub` or `builtin`)")
     if path.suffix in (".bin", ".npy"):
         raise UsageError(f"--source {word}: tokens, no text; take its folder, --source tokens:{path.parent}")
     if not path.name.endswith(SUFFIXES):
         raise UsageError(f"--source {word}: cannot read this kind of file, only {', '.join(SUFFIXES)}")
-    return [SourceFile(path.name, path.stat().st_size, path=path)]
+    if word == "builtin":  # the name carries the versions of all that it was made from
+        return [SourceFile(path.name, path.stat().st_size, path=path)]
+    return [_file(path.name, path)]
+
+
+def _file(name: str, path: Path) -> SourceFile:
+    size, modified = _version(path)
+    return SourceFile(name, size, path=path, modified_ns=modified)
 
 
 def bring(source: Source, number: int, folder: Path) -> Path:
@@ -169,9 +180,12 @@ def _estimated_bytes(file: SourceFile) -> int:
 
 
 def parts(source: Source, number: int, path: Path) -> Iterator[Part]:
-    """The parts of one file, in order. DataError when it is not what its name says."""
-    kind = source.files[number].name
-    with _readable(path):
+    """The parts of one file, in order. DataError when it is not what its name says, or changes meanwhile."""
+    file = source.files[number]
+    kind = file.name
+    modified = path.stat().st_mtime_ns if file.modified_ns is None else file.modified_ns
+    version = file.bytes, modified
+    with _readable(path, version):
         if kind.endswith(".parquet"):
             found = _parquet_parts(path, source.text_column)
         elif kind.endswith((".gz", ".zst")):
@@ -179,7 +193,7 @@ def parts(source: Source, number: int, path: Path) -> Iterator[Part]:
         else:
             found = _text_parts(path, source.text_column)
         for index, part in enumerate(found):
-            yield replace(part, file=number, index=index)
+            yield replace(part, file=number, index=index, version=version)
 
 
 def _parquet_parts(path: Path, text_column: str | None) -> Iterator[Part]:
@@ -190,13 +204,13 @@ def _parquet_parts(path: Path, text_column: str | None) -> Iterator[Part]:
     done = 0
     for i, group in enumerate(groups):
         done += group.num_rows
-        part = Part(0, 0, path, i, i + 1, column, done / max(total, 1))
+        part = Part(0, 0, path, i, i + 1, column, done / max(total, 1), rows=group.num_rows)
         if group.total_byte_size <= LARGE:
             yield part
         else:
             rows = max(group.num_rows * SLICE // group.total_byte_size, 1)
             for batch in _batches(file, part, rows):
-                yield replace(part, content=batch)
+                yield replace(part, content=batch, rows=len(batch))
 
 
 def _compressed_parts(path: Path, text_column: str | None) -> Iterator[Part]:
@@ -206,7 +220,9 @@ def _compressed_parts(path: Path, text_column: str | None) -> Iterator[Part]:
         file = io.BufferedReader(stream, 2**20)
         while lines := file.readlines(SLICE):
             content = b"".join(lines)
-            yield Part(0, 0, path, 0, len(content), text_column, packed.tell() / path.stat().st_size, content)
+            yield Part(
+                0, 0, path, 0, len(content), text_column, packed.tell() / path.stat().st_size, content=content
+            )
 
 
 def _text_parts(path: Path, text_column: str | None) -> Iterator[Part]:
@@ -217,8 +233,8 @@ def _text_parts(path: Path, text_column: str | None) -> Iterator[Part]:
 
 
 def read(part: Part) -> Iterator[Document]:
-    """The rows of a part from ``part.skip`` on. DataError when the file is damaged."""
-    with _readable(part.path):
+    """The rows of a part from ``part.skip`` on. DataError when the file is damaged or has changed."""
+    with _readable(part.path, part.version if part.content is None else None):
         if part.path.name.endswith(".parquet"):
             yield from _read_parquet(part)
         elif part.path.name.endswith(".txt"):
@@ -228,16 +244,32 @@ def read(part: Part) -> Iterator[Document]:
 
 
 @contextmanager
-def _readable(path: Path) -> Iterator[None]:
+def _readable(path: Path, version: tuple[int, int] | None = None) -> Iterator[None]:
+    """DataError when the file cannot be read, or does not have this version before and after it is read."""
     import pyarrow as pa
 
     try:
+        _check_version(path, version)
         yield
     except (pa.ArrowException, OSError, EOFError) as error:
         if isinstance(error, AymenError):
             raise
+        _check_version(path, version)
         reason = fetch.one_line(str(error))
         raise DataError(f"{path} is damaged or cut off ({reason}): delete it and get it again") from None
+    _check_version(path, version)
+
+
+def _check_version(path: Path, version: tuple[int, int] | None) -> None:
+    if version and (found := _version(path)) != version:
+        counts = f"{found[0]:,} bytes, {version[0]:,} before" if found[0] != version[0] else "the same size"
+        raise DataError(f"{path} changed while it was read ({counts}): {RESTART}")
+
+
+def _version(path: Path) -> tuple[int, int]:
+    """Size and modification time (ns) of a file."""
+    status = path.stat()
+    return status.st_size, status.st_mtime_ns
 
 
 def _document(row: int, value: object, id: object = None, url: object = None) -> Document:
@@ -310,6 +342,7 @@ def _read_parquet(part: Part) -> Iterator[Document]:
         for text, id, url in zip(_texts(wanted.column(part.text_column)), *known, strict=True):
             yield _document(row, text, id, url)
             row += 1
+    _check_all(part, row, part.rows, "rows")
 
 
 def _texts(column: "pa.Array") -> list[Any]:
@@ -382,3 +415,10 @@ def _lines(part: Part, start: int) -> Iterator[tuple[int, bytes]]:
         for line in file:
             yield offset, line
             offset += len(line)
+    _check_all(part, offset, part.version[0] if part.content is None else len(part.content), "bytes")
+
+
+def _check_all(part: Part, found: int, planned: int | None, unit: str) -> None:
+    """DataError when a part that was read to its end held less, or more, than was planned."""
+    if planned is not None and found != planned:
+        raise DataError(f"{part.path} changed while it was read ({found:,} {unit}, {planned:,} before): {RESTART}")
