@@ -80,6 +80,13 @@ def test_verify_and_repair(door, texts, tmp_path):
     [
         (["--source", "nowhere"], 2, "error: --source nowhere: no such file or folder"),
         (["--shard-tokens", "0"], 2, "error: --shard-tokens must be at least 1, got 0"),
+        (["--source", ""], 2, "argument --source: a name cannot be empty"),
+        (["--source", "file", ""], 2, "argument --source: a name cannot be empty"),
+        (["--out="], 2, "argument --out: a name cannot be empty"),
+        (["--text-column", ""], 2, "argument --text-column: a name cannot be empty"),
+        (["--revision", ""], 2, "argument --revision: a name cannot be empty"),
+        (["--part", ""], 2, "argument --part: a name cannot be empty"),
+        (["--shard-tokens", "2**31"], 2, "error: --shard-tokens must be at most 2147483647, got 2147483648"),
         (["--workers", "-1"], 2, "error: --workers must be at least 0, got -1"),
         (["--max-tokens", "1.5"], 2, "invalid whole number value: '1.5'"),
         (["--verify", "--repair"], 2, "not allowed with argument"),

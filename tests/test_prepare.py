@@ -388,6 +388,21 @@ def test_a_file_that_changed_after_a_kill_is_named_and_never_mixed(two_files, ch
         prepare.prepare(options, quiet)
 
 
+def test_an_output_folder_inside_the_source_is_no_source(options, tmp_path):
+    inside = replace(options, out=Path(options.source[0]) / "tokens/all")
+    prepare.prepare(options, quiet)
+    stop_after(inside, 3)
+    prepare.prepare(inside, quiet)
+    sorted(inside.out.glob("*.bin"))[2].unlink()
+    prepare.repair(inside.out, quiet, workers=0)
+    assert digest(inside.out) == digest(options.out)
+    prepare.prepare(replace(inside, out=tmp_path / "in/more"), quiet)  # the shards in tokens/all are no text
+    with pytest.raises(
+        UsageError, match=r"--out .*in is the source itself: take a folder of its own, as .*in/tok"
+    ):
+        prepare.prepare(replace(options, out=tmp_path / "in"), quiet)
+
+
 def test_a_full_disk_keeps_finished_shards_and_leaves_no_partial_one(options, tmp_path, monkeypatch):
     prepare.prepare(options, quiet)
     out = tmp_path / "full"

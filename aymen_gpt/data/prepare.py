@@ -518,7 +518,9 @@ def drop_downloads(options: PrepareOptions, source: Source, count: int) -> None:
 def find_text(options: PrepareOptions, report: Report) -> Source:
     if "builtin" in options.source:
         report("gathering the documentation that is installed with Python (half a minute the first time)")
-    return sources.open_source(options.source, revision=options.revision, text_column=options.text_column)
+    return sources.open_source(
+        options.source, revision=options.revision, text_column=options.text_column, out=options.out
+    )
 
 
 def open_source(

@@ -15,6 +15,9 @@ What is tokens already (hub-tokens:OWNER/DATASET, tokens:FOLDER) is adopt.py's.
 import functools
 import io
 import json
+import os
+import stat
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
@@ -89,8 +92,17 @@ class Document:
     skipped: Literal["empty", "null", "not a string", "not UTF-8", "not JSON"] | None = None
 
 
-def open_source(words: Sequence[str], *, revision: str | None = None, text_column: str | None = None) -> Source:
-    """The files that the words mean, in order. UsageError when there are none."""
+def open_source(
+    words: Sequence[str],
+    *,
+    revision: str | None = None,
+    text_column: str | None = None,
+    out: Path | None = None,
+) -> Source:
+    """The files that the words mean, in order, without those in ``out``. UsageError when there are none.
+
+    DataError for files and folders that cannot be read.
+    """
     if list(words) == ["hub"]:
         with or_by_hand("give a folder that has them, --source FOLDER"):
             commit, listed = fetch.hub_list(
@@ -102,42 +114,74 @@ def open_source(words: Sequence[str], *, revision: str | None = None, text_colum
         return Source(files, text_column or "text", DATASET, commit)
     if revision is not None:
         raise UsageError(f"--revision names a commit of {DATASET}; it needs --source hub")
-    found = [file for word in words for file in _files_of(word)]
-    names = [file.name for file in found]
-    if twice := {name for name in names if names.count(name) > 1}:
-        raise UsageError(f"--source holds {min(twice)} twice; give each file once")
+    found = [file for word in words for file in _files_of(word, out)]
+    name, times = Counter(file.name for file in found).most_common(1)[0]
+    if times > 1:
+        raise UsageError(f"--source holds {name} twice; give each file once")
     return Source(tuple(found), text_column)
 
 
-def _files_of(word: str) -> list[SourceFile]:
+def _files_of(word: str, out: Path | None) -> list[SourceFile]:
     if word == "hub":
         raise UsageError("--source hub cannot be mixed with other sources")
-    path = builtin.build() if word == "builtin" else Path(word)
-    if path.is_dir():
-        if shards.list_shards(path, "train") or shards.list_shards(path, "val"):
-            raise UsageError(
-                f"--source {word}: the folder holds token shards, no text; take --source tokens:{word}"
-            )
-        inside = (entry for entry in path.rglob("*") if entry.is_file() and entry.name.endswith(SUFFIXES))
-        named = {entry.relative_to(path).as_posix(): entry for entry in inside}
-        named = {name: named[name] for name in sorted(named) if not name.startswith(".") and "/." not in name}
-        if not named:
-            raise UsageError(f"--source {word}: the folder holds none of {', '.join(SUFFIXES)}")
-        return [_file(f"{path.name}/{name}", entry) for name, entry in named.items()]
-    if not path.exists():
+    if word == "builtin":  # the name of the file carries the versions of all that it was made from
+        path = builtin.build()
+        return [SourceFile(path.name, path.stat().st_size, path=path)]
+    path = Path(word)
+    if not os.path.lexists(path):
         raise UsageError(f"--source {word}: no such file or folder (else it is `hub` or `builtin`)")
+    if stat.S_ISDIR(_status(path).st_mode):
+        return _files_in(path, out)
     if path.suffix in (".bin", ".npy"):
         raise UsageError(f"--source {word}: tokens, no text; take its folder, --source tokens:{path.parent}")
     if not path.name.endswith(SUFFIXES):
         raise UsageError(f"--source {word}: cannot read this kind of file, only {', '.join(SUFFIXES)}")
-    if word == "builtin":  # the name carries the versions of all that it was made from
-        return [SourceFile(path.name, path.stat().st_size, path=path)]
     return [_file(path.name, path)]
 
 
+def _files_in(folder: Path, out: Path | None) -> list[SourceFile]:
+    """The files of a folder in the order of their names, without hidden ones and what lies in ``out``."""
+    if shards.list_shards(folder, "train") or shards.list_shards(folder, "val"):
+        raise UsageError(
+            f"--source {folder}: the folder holds token shards, no text; take --source tokens:{folder}"
+        )
+    out = out and out.resolve()
+    if out == folder.resolve():
+        raise UsageError(f"--out {folder} is the source itself: take a folder of its own, as {folder / 'tokens'}")
+
+    def refuse(error: OSError) -> None:
+        raise DataError(f"cannot read {error.filename}: {error.strerror}")
+
+    named: dict[str, Path] = {}
+    for here, folders, names in os.walk(folder, onerror=refuse):
+        folders[:] = [name for name in folders if name[0] != "." and Path(here, name).resolve() != out]
+        paths = (Path(here, name) for name in names if _is_text(name, names))
+        named |= {path.relative_to(folder).as_posix(): path for path in paths}
+    if not named:
+        raise UsageError(f"--source {folder}: the folder holds none of {', '.join(SUFFIXES)}")
+    base = os.path.basename(os.path.abspath(folder))
+    return [_file(f"{base}/{name}".lstrip("/"), named[name]) for name in sorted(named)]
+
+
+def _is_text(name: str, beside: Sequence[str]) -> bool:
+    """Whether a file of a folder is text by its name: not hidden, and no table that belongs to a shard."""
+    stem, _, kind = name.removesuffix(".parquet").rpartition(".")
+    table = kind in ("documents", "rows") and f"{stem}.bin" in beside
+    return name[0] != "." and name.endswith(SUFFIXES) and not table
+
+
 def _file(name: str, path: Path) -> SourceFile:
-    size, modified = _version(path)
-    return SourceFile(name, size, path=path, modified_ns=modified)
+    status = _status(path)
+    if not stat.S_ISREG(status.st_mode):
+        raise UsageError(f"--source {path}: a pipe or a device, no file; write its text into a file first")
+    return SourceFile(name, status.st_size, path=path, modified_ns=status.st_mtime_ns)
+
+
+def _status(path: Path) -> os.stat_result:
+    try:
+        return path.stat()
+    except OSError as error:
+        raise DataError(f"cannot read {path}: {error.strerror}") from None
 
 
 def bring(source: Source, number: int, folder: Path) -> Path:
