@@ -23,7 +23,7 @@ from collections import deque
 from collections.abc import Callable, Generator, Iterable, Iterator
 from concurrent.futures import Future, ProcessPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
-from contextlib import closing, contextmanager
+from contextlib import closing, contextmanager, suppress
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -298,6 +298,21 @@ def prepare(options: PrepareOptions, report: Report) -> Summary:
 
 
 @contextmanager
+def held(out: Path) -> Iterator[None]:
+    """Keep a folder, made if need be, from other processes; one that stays empty is removed again."""
+    new = [folder for folder in (out, *out.parents) if not os.path.lexists(folder)]
+    with files.lock(out, "--out"):
+        try:
+            yield
+        finally:
+            with suppress(OSError):
+                if os.listdir(out) == [".lock"]:
+                    (out / ".lock").unlink()
+                    for folder in new:
+                        folder.rmdir()
+
+
+@contextmanager
 def begun(
     options: PrepareOptions, find: Callable[[], Source], val_tokens: Callable[[PrepareOptions, Source], int]
 ) -> Iterator[tuple[dict[str, Any], Source | None]]:
@@ -305,7 +320,7 @@ def begun(
 
     UsageError when it was begun with other options, CannotWrite when another process holds it.
     """
-    with files.lock(options.out, "--out"):
+    with held(options.out):
         manifest = shards.read_manifest(options.out)
         if manifest is not None:
             check_same_options(options, manifest)
@@ -378,7 +393,7 @@ def repair(
     encoder: EncoderName = "gigatoken",
 ) -> list[str]:
     """Rebuild the damaged shards of a folder from their source rows; returns their names."""
-    with files.lock(out, "--out"):
+    with held(out):
         damaged = shards.verify(out)
         manifest = shards.read_manifest(out)
         if not damaged or manifest is None:
