@@ -16,6 +16,8 @@ from conftest import door_command
 from fake_hub import FakeHub
 from test_prepare import make_texts, tokens_of, write_jsonl, write_parquet
 
+from aymen_gpt.commands import console, fineweb
+
 
 def digest(folder):
     return {path.name: hashlib.sha256(path.read_bytes()).hexdigest() for path in sorted(folder.glob("[!.]*"))}
@@ -80,6 +82,13 @@ def test_verify_and_repair(door, texts, tmp_path):
     [
         (["--source", "nowhere"], 2, "error: --source nowhere: no such file or folder"),
         (["--shard-tokens", "0"], 2, "error: --shard-tokens must be at least 1, got 0"),
+        (["--source", ""], 2, "argument --source: a name cannot be empty"),
+        (["--source", "file", ""], 2, "argument --source: a name cannot be empty"),
+        (["--out="], 2, "argument --out: a name cannot be empty"),
+        (["--text-column", ""], 2, "argument --text-column: a name cannot be empty"),
+        (["--revision", ""], 2, "argument --revision: a name cannot be empty"),
+        (["--part", ""], 2, "argument --part: a name cannot be empty"),
+        (["--shard-tokens", "2**31"], 2, "error: --shard-tokens must be at most 2147483647, got 2147483648"),
         (["--workers", "-1"], 2, "error: --workers must be at least 0, got -1"),
         (["--max-tokens", "1.5"], 2, "invalid whole number value: '1.5'"),
         (["--verify", "--repair"], 2, "not allowed with argument"),
@@ -89,12 +98,15 @@ def test_verify_and_repair(door, texts, tmp_path):
         (["--out", "file"], 73, "error: cannot write into file"),
     ],
 )
-def test_a_mistake_is_one_line_and_its_exit_code(door, tmp_path, words, code, message):
+def test_a_mistake_is_one_line_and_its_exit_code(tmp_path, monkeypatch, capsys, words, code, message):
     (tmp_path / "file").touch()
-    done = door("fineweb.py", *words)
-    assert done.returncode == code, done.stderr
-    assert message in done.stderr.splitlines()[-1]
-    assert "Traceback" not in done.stderr
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(SystemExit) as ended:
+        console.run(lambda: fineweb.main(words))
+    said = capsys.readouterr().err
+    assert ended.value.code == code, said
+    assert message in said.splitlines()[-1]
+    assert [path.name for path in tmp_path.iterdir()] == ["file"]
 
 
 @pytest.mark.fault(26)

@@ -1,6 +1,7 @@
 """prepare.py: the shards are the documents, whoever tokenized them and however often it was interrupted."""
 
 import contextlib
+import gzip
 import hashlib
 import json
 import os
@@ -357,8 +358,81 @@ def stop_after(options, n_shards):
 def test_a_source_that_changed_half_way_is_refused(options):
     stop_after(options, 2)
     write_jsonl(Path(options.source[0]) / "c.jsonl", make_texts(10))
-    with pytest.raises(UsageError, match="not those that .*out was begun with"):
+    write_jsonl(Path(options.source[0]) / "d.jsonl", make_texts(10))
+    (Path(options.source[0]) / "b.parquet").unlink()
+    changes = r"in/b.parquet is gone, in/c.jsonl is not the same, in/d.jsonl is new"
+    with pytest.raises(DataError, match=rf"has changed since .*out was begun \({changes}\): type .* --restart"):
         prepare.prepare(options, quiet)
+
+
+def damage(path, change):
+    """What happens to a source file while it is read, or between two commands."""
+    content = path.read_bytes()
+    os.utime(path, ns=(1, 1))
+    path.write_bytes({"cut": content[:-40], "same size": content[::-1], "longer": content + content}[change])
+
+
+CHANGES = pytest.mark.parametrize("change", ["cut", "same size", "longer"])
+KINDS = pytest.mark.parametrize("kind", [".parquet", ".jsonl", ".jsonl.gz", ".txt"])
+
+
+@pytest.fixture
+def two_files(tmp_path, monkeypatch, kind):
+    """Options for two files of a kind, each of several parts; the second one's path."""
+    monkeypatch.setattr(sources, "SLICE", 2000)
+    folder = tmp_path / "in"
+    for name in "ab":
+        path, texts = folder / f"{name}{kind}", make_texts(150, ord(name))
+        folder.mkdir(exist_ok=True)
+        if kind == ".parquet":
+            write_parquet(path, texts, rows=30)
+        elif kind == ".txt":
+            path.write_text("\n".join(texts))
+        else:
+            content = write_jsonl(tmp_path / "plain", texts).read_bytes()
+            path.write_bytes(gzip.compress(content) if kind == ".jsonl.gz" else content)
+    return PrepareOptions(source=(str(folder),), out=tmp_path / "out", shard_tokens=500, workers=0), path
+
+
+@KINDS
+@CHANGES
+def test_a_file_that_changes_while_it_is_read_is_named_and_never_counts_as_read(two_files, change):
+    options, path = two_files
+    path = path if path.suffix == ".txt" else path.with_stem(path.stem.replace("b", "a"))
+
+    def report(event):
+        if getattr(event, "shards", 0) == 3:
+            damage(path, change)
+
+    for when in ("changed while it was read", "is not the same"):  # then, and when it is typed again
+        with pytest.raises(DataError, match=rf"{path.name} {when}.*: type the same command with --restart"):
+            prepare.prepare(options, report)
+    assert not shards.read_manifest(options.out)["complete"]
+
+
+@KINDS
+@CHANGES
+def test_a_file_that_changed_after_a_kill_is_named_and_never_mixed(two_files, change):
+    options, path = two_files
+    stop_after(options, 3)
+    damage(path, change)
+    with pytest.raises(DataError, match=rf"changed since .*in/{path.name} is not the same.*: type .* --restart"):
+        prepare.prepare(options, quiet)
+
+
+def test_an_output_folder_inside_the_source_is_no_source(options, tmp_path):
+    inside = replace(options, out=Path(options.source[0]) / "tokens/all")
+    prepare.prepare(options, quiet)
+    stop_after(inside, 3)
+    prepare.prepare(inside, quiet)
+    sorted(inside.out.glob("*.bin"))[2].unlink()
+    prepare.repair(inside.out, quiet, workers=0)
+    assert digest(inside.out) == digest(options.out)
+    prepare.prepare(replace(inside, out=tmp_path / "in/more"), quiet)  # the shards in tokens/all are no text
+    with pytest.raises(
+        UsageError, match=r"--out .*in is the source itself: take a folder of its own, as .*in/tok"
+    ):
+        prepare.prepare(replace(options, out=tmp_path / "in"), quiet)
 
 
 def test_a_full_disk_keeps_finished_shards_and_leaves_no_partial_one(options, tmp_path, monkeypatch):
@@ -499,7 +573,7 @@ def test_a_half_written_file_is_named_before_anything_is_written(options, kept):
     ) as caught:
         prepare.prepare(options, quiet)
     assert caught.value.exit_code == 65
-    assert digest(options.out) == {}
+    assert not options.out.exists()
     path.write_bytes(content)
     prepare.prepare(options, quiet)
     assert joined(tokens_of(options.out)) == reference(ALL_TEXTS)

@@ -60,6 +60,14 @@ def test_merged_shares_are_the_single_run_manifest_and_all(options, tmp_path, co
     assert single.totals.skipped["empty"] >= 5
 
 
+def test_shares_in_a_folder_inside_the_source_are_no_source(options):
+    inside = replace(options, out=options.out.parent / "in/tokens")
+    prepare.prepare(options, quiet)
+    prepare_shares(inside, 2)
+    shares.merge(inside, quiet)
+    assert digest(inside.out) == digest(options.out)
+
+
 def test_shares_are_balanced_by_bytes(tmp_path):
     for name in "ab":
         write_parquet(tmp_path / f"in/{name}.parquet", make_texts(1000, ord(name)), rows=10)

@@ -2,6 +2,7 @@
 
 import gzip
 import json
+import os
 from dataclasses import replace
 from pathlib import Path
 
@@ -223,6 +224,39 @@ def test_words_that_mean_nothing_are_refused(tmp_path, monkeypatch, words, messa
         sources.open_source(words)
     with pytest.raises(UsageError, match="--revision"):
         sources.open_source(["a.txt"], revision="main")
+
+
+def test_files_that_cannot_be_read_are_named_and_never_left_out(tmp_path, monkeypatch):
+    folder = tmp_path / "in"
+    (folder / "locked").mkdir(parents=True)
+    (folder / "a.txt").write_text("a")
+
+    def refused(path, scan=os.scandir):
+        if Path(path).name == "locked":
+            raise PermissionError(13, "Permission denied", str(path))
+        return scan(path)
+
+    monkeypatch.setattr(os, "scandir", refused)
+    with pytest.raises(DataError, match=r"cannot read .*in/locked: Permission denied"):
+        sources.open_source([str(folder)])
+    monkeypatch.undo()
+    (folder / "b.txt").symlink_to("nowhere")
+    for word in (folder, folder / "b.txt"):
+        with pytest.raises(DataError, match=r"cannot read .*in/b.txt: No such file"):
+            sources.open_source([str(word)])
+    (folder / "b.txt").unlink()
+    os.mkfifo(folder / "b.txt")
+    for word in (folder, folder / "b.txt"):
+        with pytest.raises(UsageError, match=r"in/b.txt: a pipe or a device, no file"):
+            sources.open_source([str(word)])
+
+
+@pytest.mark.parametrize("word", [".", "../d", "../d/", "./../d/."])
+def test_a_folder_has_the_same_name_however_it_is_written(tmp_path, monkeypatch, word):
+    (tmp_path / "d").mkdir()
+    (tmp_path / "d/a.txt").write_text("a")
+    monkeypatch.chdir(tmp_path / "d")
+    assert [file.name for file in sources.open_source([word]).files] == ["d/a.txt"]
 
 
 def test_the_pinned_revision_is_a_commit():

@@ -22,6 +22,7 @@ EXAMPLES = """\
 Killed or failed? The same command again continues at the last finished shard.
 """
 MODES = ("verify", "repair", "part", "merge")
+MOST_TOKENS = 2**31 - 1  # that the header of a shard can count
 EVERY = 10.0  # seconds between two progress lines when stderr is not a terminal
 
 
@@ -32,6 +33,7 @@ def parser() -> argparse.ArgumentParser:
     text.add_argument(
         "--source",
         nargs="+",
+        type=name,
         default=["hub"],
         metavar="WORD",
         help="`hub` (FineWeb-Edu from Hugging Face, the default), `builtin` (documentation installed with "
@@ -39,15 +41,18 @@ def parser() -> argparse.ArgumentParser:
         "`hub-tokens:OWNER/DATASET`, `tokens:FOLDER` (.bin of llm.c or nanoGPT, .npy)",
     )
     text.add_argument(
-        "--text-column", metavar="NAME", help="column or key of the text (default: text, else content)"
+        "--text-column", type=name, metavar="NAME", help="column or key of the text (default: text, else content)"
     )
     text.add_argument(
-        "--revision", metavar="COMMIT", help="of the dataset on the Hub (default of FineWeb-Edu: a pinned one)"
+        "--revision",
+        type=name,
+        metavar="COMMIT",
+        help="of the dataset on the Hub (default of FineWeb-Edu: a pinned one)",
     )
     text.add_argument("--keep-source", action="store_true", help="keep downloaded files, in DIR/.source")
     shards = p.add_argument_group("shards")
     shards.add_argument(
-        "--out", type=Path, default=Path("edu_fineweb10B"), metavar="DIR", help="default: %(default)s"
+        "--out", type=folder, default=Path("edu_fineweb10B"), metavar="DIR", help="default: %(default)s"
     )
     shards.add_argument(
         "--shard-tokens", type=whole, default=10**8, metavar="N", help="tokens a shard (default: 1e8)"
@@ -65,7 +70,10 @@ def parser() -> argparse.ArgumentParser:
     )
     what = work.add_mutually_exclusive_group()
     what.add_argument(
-        "--part", metavar="I/N", help="prepare only the I-th of N shares of the source, on this machine of many"
+        "--part",
+        type=name,
+        metavar="I/N",
+        help="prepare only the I-th of N shares of the source, on this machine of many",
     )
     what.add_argument("--merge", action="store_true", help="make the shards from all N shares in DIR/parts")
     what.add_argument("--verify", action="store_true", help="compare every shard in DIR with its recorded sha256")
@@ -73,6 +81,16 @@ def parser() -> argparse.ArgumentParser:
         "--repair", action="store_true", help="verify, then rebuild damaged shards from their source"
     )
     return p
+
+
+def name(text: str) -> str:
+    if not text:
+        raise argparse.ArgumentTypeError("a name cannot be empty")
+    return text
+
+
+def folder(text: str) -> Path:
+    return Path(name(text))
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -89,6 +107,8 @@ def main(argv: list[str] | None = None) -> int:
         value = getattr(args, flag)
         if value is not None and value < least:
             raise UsageError(f"--{flag.replace('_', '-')} must be at least {least}, got {value}")
+    if args.shard_tokens > MOST_TOKENS:
+        raise UsageError(f"--shard-tokens must be at most {MOST_TOKENS}, got {args.shard_tokens}")
     if adopt.is_tokens(args.source) and (args.part or args.merge):
         raise UsageError(f"--part and --merge are for text; --source {' '.join(args.source)} is tokens already")
     chosen = {name: value for name, value in vars(args).items() if name not in (*MODES, "source")}

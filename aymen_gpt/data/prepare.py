@@ -23,7 +23,7 @@ from collections import deque
 from collections.abc import Callable, Generator, Iterable, Iterator
 from concurrent.futures import Future, ProcessPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
-from contextlib import closing, contextmanager
+from contextlib import closing, contextmanager, suppress
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -42,6 +42,7 @@ BYTES_PER_TOKEN = 4  # of English text, for estimates
 SMALL_VAL = 10_000  # tokens of validation that a small corpus should have
 SAMPLE = 100  # one document in so many is encoded by tiktoken too
 BAD_ROWS = 1 / 1000  # more than this share of rows without usable text is an error
+NAMED = 5  # files that an error names at most
 SOURCE_FOLDER = ".source"  # in the output folder: files downloaded from the Hub
 
 
@@ -297,6 +298,21 @@ def prepare(options: PrepareOptions, report: Report) -> Summary:
 
 
 @contextmanager
+def held(out: Path) -> Iterator[None]:
+    """Keep a folder, made if need be, from other processes; one that stays empty is removed again."""
+    new = [folder for folder in (out, *out.parents) if not os.path.lexists(folder)]
+    with files.lock(out, "--out"):
+        try:
+            yield
+        finally:
+            with suppress(OSError):
+                if os.listdir(out) == [".lock"]:
+                    (out / ".lock").unlink()
+                    for folder in new:
+                        folder.rmdir()
+
+
+@contextmanager
 def begun(
     options: PrepareOptions, find: Callable[[], Source], val_tokens: Callable[[PrepareOptions, Source], int]
 ) -> Iterator[tuple[dict[str, Any], Source | None]]:
@@ -304,7 +320,7 @@ def begun(
 
     UsageError when it was begun with other options, CannotWrite when another process holds it.
     """
-    with files.lock(options.out, "--out"):
+    with held(options.out):
         manifest = shards.read_manifest(options.out)
         if manifest is not None:
             check_same_options(options, manifest)
@@ -377,7 +393,7 @@ def repair(
     encoder: EncoderName = "gigatoken",
 ) -> list[str]:
     """Rebuild the damaged shards of a folder from their source rows; returns their names."""
-    with files.lock(out, "--out"):
+    with held(out):
         damaged = shards.verify(out)
         manifest = shards.read_manifest(out)
         if not damaged or manifest is None:
@@ -386,7 +402,7 @@ def repair(
             raise DataError(f"{out} cannot be repaired, {', '.join(damaged)}: get its files again")
         options = recorded_options(out, manifest)
         options = replace(options, workers=workers, keep_source=keep_source, encoder=encoder)
-        source = open_source(options, manifest, lambda: find_text(options, report))
+        source = open_source(options, manifest, lambda: find_text(options, report), to_repair=True)
         _choose_encoder(options, manifest, report)
         for record in manifest["shards"]:
             if record["file"] in damaged:
@@ -519,20 +535,41 @@ def drop_downloads(options: PrepareOptions, source: Source, count: int) -> None:
 def find_text(options: PrepareOptions, report: Report) -> Source:
     if "builtin" in options.source:
         report("gathering the documentation that is installed with Python (half a minute the first time)")
-    return sources.open_source(options.source, revision=options.revision, text_column=options.text_column)
+    return sources.open_source(
+        options.source, revision=options.revision, text_column=options.text_column, out=options.out
+    )
 
 
-def open_source(options: PrepareOptions, manifest: dict[str, Any] | None, find: Callable[[], Source]) -> Source:
-    """The source that ``find`` finds; for a folder already begun, the one it was begun with."""
-    known = manifest["source"] if manifest else None
-    if known and known["repo"]:
-        return described(known, options.text_column or "text")
+def open_source(
+    options: PrepareOptions,
+    manifest: dict[str, Any] | None,
+    find: Callable[[], Source],
+    *,
+    to_repair: bool = False,
+) -> Source:
+    """The source that ``find`` finds. DataError unless it is the one that the folder was begun with.
+
+    To repair, files of the same names and sizes are enough: the hash of the shard is what decides.
+    """
+    known = described(manifest["source"], options.text_column or "text") if manifest else None
+    if known and known.repo:
+        return known
     source = find()
-    if known and _description(source)["files"] != known["files"]:
-        raise UsageError(
-            f"the files of --source are not those that {options.out} was begun with: take another --out"
-        )
+    if known and (changed := changes(known.files, source.files, times=not to_repair)):
+        way = "put back what it was made from" if to_repair else sources.RESTART
+        raise DataError(f"the source has changed since {options.out} was begun ({changed}): {way}")
     return source
+
+
+def changes(before: Iterable[SourceFile], now: Iterable[SourceFile], *, times: bool = True) -> str:
+    """How the files of a source differ, in words; "" when they do not. ``times`` counts modification times too."""
+    old, new = ({file.name: (file.bytes, times and file.modified_ns) for file in files} for files in (before, now))
+    differ = sorted(name for name in old | new if old.get(name) != new.get(name))
+    words = [
+        f"{name} {'is new' if name not in old else 'is gone' if name not in new else 'is not the same'}"
+        for name in differ
+    ]
+    return ", ".join(words[:NAMED]) + f" and {len(words) - NAMED:,} more" * (len(words) > NAMED)
 
 
 def described(known: dict[str, Any], text_column: str | None = None) -> Source:
@@ -544,7 +581,8 @@ def described(known: dict[str, Any], text_column: str | None = None) -> Source:
 
 
 def _description(source: Source) -> dict[str, Any]:
-    listed = [{"name": file.name, "bytes": file.bytes, "sha256": file.sha256} for file in source.files]
+    names = ("name", "bytes", "sha256", "modified_ns")
+    listed = [{name: getattr(file, name) for name in names} for file in source.files]
     return {"repo": source.repo, "revision": source.revision, "files": listed}
 
 

@@ -63,8 +63,8 @@ def prepare_share(options: PrepareOptions, share: Share, report: Report) -> Summ
 
     Errors as ``prepare.prepare``; rows without usable text are judged when all shares are merged.
     """
-    options = replace(options, out=share.folder(options.out))
-    with prepare.begun(options, lambda: prepare.find_text(options, report), prepare.val_tokens) as begun:
+    whole, options = options, replace(options, out=share.folder(options.out))
+    with prepare.begun(options, lambda: prepare.find_text(whole, report), prepare.val_tokens) as begun:
         manifest, source = begun
         if source is not None:
             manifest = prepare.exactly(

@@ -15,6 +15,9 @@ What is tokens already (hub-tokens:OWNER/DATASET, tokens:FOLDER) is adopt.py's.
 import functools
 import io
 import json
+import os
+import stat
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
@@ -35,6 +38,7 @@ REVISION = "87f09149ef4734204d70ed1d046ddc9ca3f2b8f9"
 SUFFIXES = (".parquet", ".jsonl", ".jsonl.gz", ".jsonl.zst", ".txt")
 SLICE = 2**23  # bytes of a jsonl or txt file that make one part
 LARGE = 2**25  # bytes of a row group that is cut into parts
+RESTART = "type the same command with --restart to prepare what is there now"
 COMPRESSION = {".gz": "gzip", ".zst": "zstd"}
 LONGEST_SEPARATOR = 32  # bytes, more than a line of <|endoftext|> has
 
@@ -47,6 +51,7 @@ class SourceFile:
     bytes: int
     sha256: str | None = None
     path: Path | None = None
+    modified_ns: int | None = None  # None where its name already says what is in it
 
 
 @dataclass(frozen=True)
@@ -70,6 +75,8 @@ class Part:
     stop: int
     text_column: str | None
     fraction: float  # of the file that is read when this part is
+    version: tuple[int, int] = (0, 0)  # bytes and modification time (ns) that the file must still have
+    rows: int | None = None  # of a row group
     content: Any = None  # the part's rows, when they travel with it: bytes, or an arrow RecordBatch
     skip: int = 0  # rows at the beginning that are not wanted
 
@@ -85,8 +92,17 @@ class Document:
     skipped: Literal["empty", "null", "not a string", "not UTF-8", "not JSON"] | None = None
 
 
-def open_source(words: Sequence[str], *, revision: str | None = None, text_column: str | None = None) -> Source:
-    """The files that the words mean, in order. UsageError when there are none."""
+def open_source(
+    words: Sequence[str],
+    *,
+    revision: str | None = None,
+    text_column: str | None = None,
+    out: Path | None = None,
+) -> Source:
+    """The files that the words mean, in order, without those in ``out``. UsageError when there are none.
+
+    DataError for files and folders that cannot be read.
+    """
     if list(words) == ["hub"]:
         with or_by_hand("give a folder that has them, --source FOLDER"):
             commit, listed = fetch.hub_list(
@@ -98,35 +114,74 @@ def open_source(words: Sequence[str], *, revision: str | None = None, text_colum
         return Source(files, text_column or "text", DATASET, commit)
     if revision is not None:
         raise UsageError(f"--revision names a commit of {DATASET}; it needs --source hub")
-    found = [file for word in words for file in _files_of(word)]
-    names = [file.name for file in found]
-    if twice := {name for name in names if names.count(name) > 1}:
-        raise UsageError(f"--source holds {min(twice)} twice; give each file once")
+    found = [file for word in words for file in _files_of(word, out)]
+    name, times = Counter(file.name for file in found).most_common(1)[0]
+    if times > 1:
+        raise UsageError(f"--source holds {name} twice; give each file once")
     return Source(tuple(found), text_column)
 
 
-def _files_of(word: str) -> list[SourceFile]:
+def _files_of(word: str, out: Path | None) -> list[SourceFile]:
     if word == "hub":
         raise UsageError("--source hub cannot be mixed with other sources")
-    path = builtin.build() if word == "builtin" else Path(word)
-    if path.is_dir():
-        if shards.list_shards(path, "train") or shards.list_shards(path, "val"):
-            raise UsageError(
-                f"--source {word}: the folder holds token shards, no text; take --source tokens:{word}"
-            )
-        inside = (entry for entry in path.rglob("*") if entry.is_file() and entry.name.endswith(SUFFIXES))
-        named = {entry.relative_to(path).as_posix(): entry for entry in inside}
-        named = {name: named[name] for name in sorted(named) if not name.startswith(".") and "/." not in name}
-        if not named:
-            raise UsageError(f"--source {word}: the folder holds none of {', '.join(SUFFIXES)}")
-        return [SourceFile(f"{path.name}/{name}", p.stat().st_size, path=p) for name, p in named.items()]
-    if not path.exists():
+    if word == "builtin":  # the name of the file carries the versions of all that it was made from
+        path = builtin.build()
+        return [SourceFile(path.name, path.stat().st_size, path=path)]
+    path = Path(word)
+    if not os.path.lexists(path):
         raise UsageError(f"--source {word}: no such file or folder (else it is `hub` or `builtin`)")
+    if stat.S_ISDIR(_status(path).st_mode):
+        return _files_in(path, out)
     if path.suffix in (".bin", ".npy"):
         raise UsageError(f"--source {word}: tokens, no text; take its folder, --source tokens:{path.parent}")
     if not path.name.endswith(SUFFIXES):
         raise UsageError(f"--source {word}: cannot read this kind of file, only {', '.join(SUFFIXES)}")
-    return [SourceFile(path.name, path.stat().st_size, path=path)]
+    return [_file(path.name, path)]
+
+
+def _files_in(folder: Path, out: Path | None) -> list[SourceFile]:
+    """The files of a folder in the order of their names, without hidden ones and what lies in ``out``."""
+    if shards.list_shards(folder, "train") or shards.list_shards(folder, "val"):
+        raise UsageError(
+            f"--source {folder}: the folder holds token shards, no text; take --source tokens:{folder}"
+        )
+    out = out and out.resolve()
+    if out == folder.resolve():
+        raise UsageError(f"--out {folder} is the source itself: take a folder of its own, as {folder / 'tokens'}")
+
+    def refuse(error: OSError) -> None:
+        raise DataError(f"cannot read {error.filename}: {error.strerror}")
+
+    named: dict[str, Path] = {}
+    for here, folders, names in os.walk(folder, onerror=refuse):
+        folders[:] = [name for name in folders if name[0] != "." and Path(here, name).resolve() != out]
+        paths = (Path(here, name) for name in names if _is_text(name, names))
+        named |= {path.relative_to(folder).as_posix(): path for path in paths}
+    if not named:
+        raise UsageError(f"--source {folder}: the folder holds none of {', '.join(SUFFIXES)}")
+    base = os.path.basename(os.path.abspath(folder))
+    return [_file(f"{base}/{name}".lstrip("/"), named[name]) for name in sorted(named)]
+
+
+def _is_text(name: str, beside: Sequence[str]) -> bool:
+    """Whether a file of a folder is text by its name: not hidden, and no table that belongs to a shard."""
+    stem, _, kind = name.removesuffix(".parquet").rpartition(".")
+    table = kind in ("documents", "rows") and f"{stem}.bin" in beside
+    return name[0] != "." and name.endswith(SUFFIXES) and not table
+
+
+def _file(name: str, path: Path) -> SourceFile:
+    status = _status(path)
+    if not stat.S_ISREG(status.st_mode):
+        raise UsageError(f"--source {path}: a pipe or a device, no file; write its text into a file first")
+    return SourceFile(name, status.st_size, path=path, modified_ns=status.st_mtime_ns)
+
+
+def _status(path: Path) -> os.stat_result:
+    try:
+        return path.stat()
+    except OSError as error:
+        raise DataError(f"cannot read {path}: {error.strerror}") from None
 
 
 def bring(source: Source, number: int, folder: Path) -> Path:
@@ -169,9 +224,12 @@ def _estimated_bytes(file: SourceFile) -> int:
 
 
 def parts(source: Source, number: int, path: Path) -> Iterator[Part]:
-    """The parts of one file, in order. DataError when it is not what its name says."""
-    kind = source.files[number].name
-    with _readable(path):
+    """The parts of one file, in order. DataError when it is not what its name says, or changes meanwhile."""
+    file = source.files[number]
+    kind = file.name
+    modified = path.stat().st_mtime_ns if file.modified_ns is None else file.modified_ns
+    version = file.bytes, modified
+    with _readable(path, version):
         if kind.endswith(".parquet"):
             found = _parquet_parts(path, source.text_column)
         elif kind.endswith((".gz", ".zst")):
@@ -179,7 +237,7 @@ def parts(source: Source, number: int, path: Path) -> Iterator[Part]:
         else:
             found = _text_parts(path, source.text_column)
         for index, part in enumerate(found):
-            yield replace(part, file=number, index=index)
+            yield replace(part, file=number, index=index, version=version)
 
 
 def _parquet_parts(path: Path, text_column: str | None) -> Iterator[Part]:
@@ -190,13 +248,13 @@ def _parquet_parts(path: Path, text_column: str | None) -> Iterator[Part]:
     done = 0
     for i, group in enumerate(groups):
         done += group.num_rows
-        part = Part(0, 0, path, i, i + 1, column, done / max(total, 1))
+        part = Part(0, 0, path, i, i + 1, column, done / max(total, 1), rows=group.num_rows)
         if group.total_byte_size <= LARGE:
             yield part
         else:
             rows = max(group.num_rows * SLICE // group.total_byte_size, 1)
             for batch in _batches(file, part, rows):
-                yield replace(part, content=batch)
+                yield replace(part, content=batch, rows=len(batch))
 
 
 def _compressed_parts(path: Path, text_column: str | None) -> Iterator[Part]:
@@ -206,7 +264,9 @@ def _compressed_parts(path: Path, text_column: str | None) -> Iterator[Part]:
         file = io.BufferedReader(stream, 2**20)
         while lines := file.readlines(SLICE):
             content = b"".join(lines)
-            yield Part(0, 0, path, 0, len(content), text_column, packed.tell() / path.stat().st_size, content)
+            yield Part(
+                0, 0, path, 0, len(content), text_column, packed.tell() / path.stat().st_size, content=content
+            )
 
 
 def _text_parts(path: Path, text_column: str | None) -> Iterator[Part]:
@@ -217,8 +277,8 @@ def _text_parts(path: Path, text_column: str | None) -> Iterator[Part]:
 
 
 def read(part: Part) -> Iterator[Document]:
-    """The rows of a part from ``part.skip`` on. DataError when the file is damaged."""
-    with _readable(part.path):
+    """The rows of a part from ``part.skip`` on. DataError when the file is damaged or has changed."""
+    with _readable(part.path, part.version if part.content is None else None):
         if part.path.name.endswith(".parquet"):
             yield from _read_parquet(part)
         elif part.path.name.endswith(".txt"):
@@ -228,16 +288,32 @@ def read(part: Part) -> Iterator[Document]:
 
 
 @contextmanager
-def _readable(path: Path) -> Iterator[None]:
+def _readable(path: Path, version: tuple[int, int] | None = None) -> Iterator[None]:
+    """DataError when the file cannot be read, or does not have this version before and after it is read."""
     import pyarrow as pa
 
     try:
+        _check_version(path, version)
         yield
     except (pa.ArrowException, OSError, EOFError) as error:
         if isinstance(error, AymenError):
             raise
+        _check_version(path, version)
         reason = fetch.one_line(str(error))
         raise DataError(f"{path} is damaged or cut off ({reason}): delete it and get it again") from None
+    _check_version(path, version)
+
+
+def _check_version(path: Path, version: tuple[int, int] | None) -> None:
+    if version and (found := _version(path)) != version:
+        counts = f"{found[0]:,} bytes, {version[0]:,} before" if found[0] != version[0] else "the same size"
+        raise DataError(f"{path} changed while it was read ({counts}): {RESTART}")
+
+
+def _version(path: Path) -> tuple[int, int]:
+    """Size and modification time (ns) of a file."""
+    status = path.stat()
+    return status.st_size, status.st_mtime_ns
 
 
 def _document(row: int, value: object, id: object = None, url: object = None) -> Document:
@@ -310,6 +386,7 @@ def _read_parquet(part: Part) -> Iterator[Document]:
         for text, id, url in zip(_texts(wanted.column(part.text_column)), *known, strict=True):
             yield _document(row, text, id, url)
             row += 1
+    _check_all(part, row, part.rows, "rows")
 
 
 def _texts(column: "pa.Array") -> list[Any]:
@@ -382,3 +459,10 @@ def _lines(part: Part, start: int) -> Iterator[tuple[int, bytes]]:
         for line in file:
             yield offset, line
             offset += len(line)
+    _check_all(part, offset, part.version[0] if part.content is None else len(part.content), "bytes")
+
+
+def _check_all(part: Part, found: int, planned: int | None, unit: str) -> None:
+    """DataError when a part that was read to its end held less, or more, than was planned."""
+    if planned is not None and found != planned:
+        raise DataError(f"{part.path} changed while it was read ({found:,} {unit}, {planned:,} before): {RESTART}")
