@@ -1,4 +1,4 @@
-"""Files that are never half there: replace, sync, hash and lock. Every room may import this; it needs no torch."""
+"""Files that are never half there: replace, sync, hash, read, lock. Every room may import this; no torch."""
 
 import errno
 import hashlib
@@ -56,19 +56,6 @@ def replace_text(path: Path, text: str) -> None:
     write_whole(path, text.encode())
 
 
-def read_json(path: Path) -> dict[str, Any]:
-    """The JSON object in a file. DataError, naming it, when it cannot be read or holds anything else."""
-    try:
-        found = json.loads(path.read_bytes())
-    except OSError as error:
-        raise DataError(f"cannot read {path}: {error.strerror}") from error
-    except (ValueError, RecursionError) as error:  # no UTF-8, no JSON, a number of 5,000 digits; nested too deep
-        raise DataError(f"{path} is damaged ({error})") from None
-    if not isinstance(found, dict):
-        raise DataError(f"{path} is damaged (it holds {type(found).__name__}, no JSON object)")
-    return found
-
-
 def sync(path: Path) -> None:
     """Return when a file's or folder's content is on the disk itself."""
     if os.name == "nt" and path.is_dir():
@@ -83,6 +70,30 @@ def sync(path: Path) -> None:
 def sha256(path: Path) -> str:
     with path.open("rb") as f:
         return hashlib.file_digest(f, "sha256").hexdigest()
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """The JSON object in a file; DataError, naming the file and the reason, when there is none to read."""
+    try:
+        return json_object(path.read_bytes())
+    except (OSError, ValueError) as error:
+        reason = error.strerror if isinstance(error, OSError) else error
+        raise DataError(f"cannot read {path}: {reason}") from None
+
+
+def json_object(content: bytes) -> dict[str, Any]:
+    """The object that JSON in UTF-8 describes; ValueError, with the reason, for everything else."""
+    try:
+        value = json.loads(content.decode())
+    except UnicodeDecodeError as error:
+        raise ValueError(f"no UTF-8 at byte {error.start:,}") from None
+    except RecursionError:
+        raise ValueError("JSON nested too deep") from None
+    except ValueError as error:
+        raise ValueError(f"no JSON ({error})") from None
+    if not isinstance(value, dict):
+        raise ValueError(f"JSON of a {type(value).__name__}, not of an object")
+    return value
 
 
 def lock(folder: Path, option: str) -> TextIO:

@@ -31,7 +31,7 @@ from aymen_gpt.commands.console import whole_number
 from aymen_gpt.data import tokenizer
 from aymen_gpt.evaluation import hellaswag
 from aymen_gpt.evaluation.examples import Example
-from aymen_gpt.evaluation.loading import load_model
+from aymen_gpt.evaluation.load_model import load_model
 from aymen_gpt.evaluation.rendering import render_harness, tokenize
 from aymen_gpt.model import cpu
 from aymen_gpt.model.gpt import GPT, PRESETS

@@ -91,7 +91,9 @@ def write_gzip(path, texts):
 def test_the_published_scores_are_those_of_the_code():
     known = {(a.model, a.protocol, round(100 * a.value, 2)) for a in ANCHORS if a.metric == "acc_norm"}
     protocols = {"completion": "completion", "harness": "harness", "the paper's own": "gpt3-paper"}
-    rows = re.findall(r"\| (GPT-[^|]*?) \|[^|]*\| ([^|]*?) \| ([\d.]+) % \|", (ROOT / "docs/reproduce.md").read_text())
+    rows = re.findall(
+        r"\| (GPT-[^|]*?) \|[^|]*\| ([^|]*?) \| ([\d.]+) % \|", (ROOT / "docs/reproduce.md").read_text()
+    )
     assert len(rows) == 3
     for model, protocol, value in rows:
         short = model.removesuffix(" 125M")

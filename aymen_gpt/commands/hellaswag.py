@@ -94,6 +94,7 @@ def score(options: argparse.Namespace) -> None:
     import torch
 
     from aymen_gpt.evaluation import hellaswag
+    from aymen_gpt.evaluation.load_model import load_model
     from aymen_gpt.model.cpu import keep_freed_memory
     from aymen_gpt.training.device import choose_device
     from aymen_gpt.training.distributed import process_group, ranks_from_environment
@@ -107,7 +108,8 @@ def score(options: argparse.Namespace) -> None:
     with process_group(ranks, device.place):
         found = ranks.first(lambda: hellaswag.load_examples(options.data))  # one download, not one a rank
         examples = hellaswag.evenly_spaced(found, options.limit)
-        model, description = load(options.model, device.place, ranks)
+        first = ranks.first if ranks.world_size > 1 else None
+        model, description, *_ = load_model(options.model, device.place, first=first)
         if ranks.is_first:
             print(introduction(description, device, ranks), file=sys.stderr)
         partial = partial_scores(model, device.dtype, examples, ranks, resume=options.resume)
@@ -124,16 +126,6 @@ def score(options: argparse.Namespace) -> None:
         result = hellaswag.merge(ranks.gather(mine))
         ranks.first(lambda: report(result, description, len(found), options))
         partial.discard()
-
-
-def load(name: str, place: "torch.device", ranks: "Ranks") -> "tuple[GPT, str]":
-    """The model and what it is, on every rank; the first finds it, and downloads it, before the others look."""
-    from aymen_gpt.evaluation.loading import find_model, load_model
-    from aymen_gpt.model.legacy import is_pt
-
-    if ranks.world_size > 1 and not is_pt(name):
-        ranks.first(lambda: find_model(name))
-    return load_model(name, place)
 
 
 def introduction(description: str, device: "Device", ranks: "Ranks") -> str:

@@ -193,9 +193,10 @@ def initial_model(config: TrainConfig, ranks: "Ranks") -> "Callable[[], GPT]":
     """What the trainer calls for the weights of step 0, with --init-from."""
     import torch
 
-    from aymen_gpt.commands.hellaswag import load
+    from aymen_gpt.evaluation.load_model import load_model
 
-    return lambda: load(config.init_from, torch.device("cpu"), ranks)[0]
+    first = ranks.first if ranks.world_size > 1 else None
+    return lambda: load_model(config.init_from, torch.device("cpu"), shape=config.model, first=first).model
 
 
 def draw_report(folder: Path) -> None:

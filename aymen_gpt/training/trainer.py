@@ -61,7 +61,7 @@ class Trainer:
     val_rows: TokenRows
     data_sha256: str  # of the token shards' manifest
     score: Score | None = None  # a model -> its HellaSwag, for metrics.jsonl
-    initial: Callable[[], GPT] | None = None  # gives the weights of step 0, else they are random
+    initial: Callable[[], GPT] | None = None  # a model of this shape, for the weights of step 0; None: random
     settings: dict[str, Any] = field(default_factory=dict)  # of the machine, to tell what changed on resume
 
     def __post_init__(self) -> None:
@@ -270,7 +270,7 @@ class Trainer:
                 log.say(f"warning: {notice}")
         if newest is None:
             if self.initial is not None:
-                self._start_from(self.initial())
+                self.model.load_state_dict(self.initial().state_dict())
                 if log:
                     log.say(f"weights of {self.config.init_from}; no optimizer state: the schedule begins anew")
             return None, {}
@@ -282,13 +282,6 @@ class Trainer:
         self.scaler.load_state_dict(saved.scaler)
         self.origin = (saved.step, saved.rows)
         return StepResult.of(saved.metrics), changed | changes(saved.settings, self.all_settings())
-
-    def _start_from(self, other: GPT) -> None:
-        if other.config != self.config.model:
-            raise UsageError(
-                f"--init-from {self.config.init_from} is {other.config}, this run is {self.config.model}"
-            )
-        self.model.load_state_dict(other.state_dict())
 
     def fit(
         self,
