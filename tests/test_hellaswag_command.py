@@ -99,6 +99,7 @@ def test_the_real_set_stands_beside_anchors_of_its_own_protocol(door, model):
         (["--device", "tpu"], 2, "error: --device tpu: expected auto, cpu, mps, cuda"),
         (["--dtype", "int8"], 2, "error: --dtype int8: expected auto, float32, bfloat16, float16"),
         (["--json", "."], 2, "error: --json .: this is a folder"),
+        (["-m", "runs/none", "--json", "own.jsonl/a"], 73, "error: cannot write own.jsonl/a: a file stands where"),
         (["--compare", "a.json", "b.json", "--resume"], 2, "error: --compare reads what --json wrote"),
         (["--compare", "a.json", "b.json"], 65, "error: a.json: no such file"),
         (["--data", "nowhere.jsonl"], 65, "error: nowhere.jsonl: no such file"),

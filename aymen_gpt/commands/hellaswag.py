@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING
 
 from aymen_gpt.commands import console
 from aymen_gpt.errors import UsageError
+from aymen_gpt.files import check_writable, write_whole
 from aymen_gpt.reporting.anchors import ANCHORS, CHANCE, Anchor, neighbours
 
 if TYPE_CHECKING:
@@ -106,6 +107,8 @@ def score(options: argparse.Namespace) -> None:
     if device.dtype == torch.float32:
         torch.set_float32_matmul_precision("highest")  # no TF32 for who asks for float32
     with process_group(ranks, device.place):
+        if options.json:
+            ranks.first(lambda: check_writable(options.json))
         found = ranks.first(lambda: hellaswag.load_examples(options.data))  # one download, not one a rank
         examples = hellaswag.evenly_spaced(found, options.limit)
         first = ranks.first if ranks.world_size > 1 else None
@@ -150,8 +153,6 @@ def partial_scores(
 
 
 def report(result: "Result", description: str, available: int, options: argparse.Namespace) -> None:
-    from aymen_gpt.files import write_whole
-
     print(f"HellaSwag of {description}")
     print(coverage(len(result.examples), available, options.data))
     print(table(result, published=options.data is None))
