@@ -62,7 +62,7 @@ PREPARED_SHAPE = {  # of one that fineweb.py wrote
     "source": {
         "repo": (str, None),
         "revision": (str, None),
-        "files": [{"name": str, "bytes": NUMBER, "sha256": (SHA256, None)}],
+        "files": [{"name": str, "bytes": NUMBER, "sha256": (SHA256, None), "modified_ns?": (NUMBER, None)}],
         "...": object,
     },
     "encoder?": (None, {"name": re.compile("gigatoken|tiktoken"), "version": str}),
