@@ -60,14 +60,14 @@ def beside(path: Path) -> Path:
 
 
 @contextmanager
-def whole_file(path: Path) -> Iterator[BinaryIO]:
+def whole_file(path: Path, *, follow: bool = False) -> Iterator[BinaryIO]:
     """A file to write that appears as ``path`` when the block ends well, complete and on the disk, or never.
 
-    CannotWrite when it cannot be written, what was there before stays. Links are followed; a device or a pipe
-    gets the bytes as they come.
+    CannotWrite when it cannot be written, what was there before stays. A link is replaced, or followed with
+    ``follow``; a device or a pipe gets the bytes as they come.
     """
     with writing(str(path), "choose another path, then run the same command again"):
-        final, replace = place_of(path)
+        final, replace = place_of(path) if follow or not path.is_symlink() else (path, True)
         if not replace:
             with path.open("wb") as file:
                 yield file
@@ -107,14 +107,14 @@ def check_writable(path: Path) -> None:
                     folder.rmdir()
 
 
-def write_whole(path: Path, content: bytes) -> None:
-    with whole_file(path) as file:
+def write_whole(path: Path, content: bytes, *, follow: bool = False) -> None:
+    with whole_file(path, follow=follow) as file:
         file.write(content)
 
 
-def replace_text(path: Path, text: str) -> None:
+def replace_text(path: Path, text: str, *, follow: bool = False) -> None:
     """Write a text file so that a reader sees the old or the new one, whole."""
-    write_whole(path, text.encode())
+    write_whole(path, text.encode(), follow=follow)
 
 
 def sync(path: Path) -> None:

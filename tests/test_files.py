@@ -34,7 +34,7 @@ def test_a_replacement_that_fails_keeps_the_old_file(tmp_path, monkeypatch):
 def test_a_link_stays_a_link_and_its_target_is_replaced(tmp_path):
     (tmp_path / "link").symlink_to("folder/new.txt")
     for text in ("first", "second"):
-        files.replace_text(tmp_path / "link", text)
+        files.replace_text(tmp_path / "link", text, follow=True)
         assert (tmp_path / "folder/new.txt").read_text() == text
     assert (tmp_path / "link").is_symlink()
     assert os.listdir(tmp_path / "folder") == ["new.txt"]
@@ -48,7 +48,7 @@ def test_a_pipe_is_written_through_and_stays_a_pipe(tmp_path, linked):
     reader = Thread(target=lambda: read.append((tmp_path / "pipe").read_text()), daemon=True)
     reader.start()
     files.check_writable(tmp_path / "pipe")  # which must neither block nor write
-    files.replace_text(tmp_path / ("link" if linked else "pipe"), "content")
+    files.replace_text(tmp_path / ("link" if linked else "pipe"), "content", follow=True)
     reader.join(10)
     assert read == ["content"]
     assert stat.S_ISFIFO((tmp_path / "pipe").stat().st_mode)

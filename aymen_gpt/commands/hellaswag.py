@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 
 from aymen_gpt.commands import console
 from aymen_gpt.errors import UsageError
-from aymen_gpt.files import check_writable, write_whole
+from aymen_gpt.files import check_writable, replace_text
 from aymen_gpt.reporting.anchors import ANCHORS, CHANCE, Anchor, neighbours
 
 if TYPE_CHECKING:
@@ -159,7 +159,7 @@ def report(result: "Result", description: str, available: int, options: argparse
     if options.json:
         step = re.search(r"/step-(\d{9})\b", description)  # of a checkpoint of ours
         record = {"model": options.model, "step": int(step[1]) if step else None} | result.as_dict(options.model)
-        write_whole(options.json, f"{json.dumps(record, allow_nan=False)}\n".encode())
+        replace_text(options.json, f"{json.dumps(record, allow_nan=False)}\n", follow=True)
         print(f"every answer: {options.json}")
 
 
