@@ -608,7 +608,9 @@ def test_a_damaged_file_is_named_and_the_shards_before_it_stay(options, workers)
     content = bytearray(path.read_bytes())
     content[4:3000] = bytes(2996)
     path.write_bytes(content)
-    with pytest.raises(DataError, match=r"b.parquet is damaged or cut off .*: delete it and get it again"):
+    with pytest.raises(
+        DataError, match=r"b.parquet is damaged or cut off .*: get it again or remove it, then type .* --restart"
+    ):
         prepare.prepare(replace(options, workers=workers), quiet)
     done = [record["file"] for record in shards.read_manifest(options.out)["shards"]]
     assert len(done) >= 2
@@ -622,7 +624,7 @@ def test_a_half_written_file_is_named_before_anything_is_written(options, kept):
     content = path.read_bytes()
     path.write_bytes(content[: int(kept * len(content)) if kept == 0.5 else kept])
     with pytest.raises(
-        DataError, match=r"b.parquet is damaged or cut off .*: delete it and get it again"
+        DataError, match=r"b.parquet is damaged or cut off .*: get it again or remove it, then type .* --restart"
     ) as caught:
         prepare.prepare(options, quiet)
     assert caught.value.exit_code == 65

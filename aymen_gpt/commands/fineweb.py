@@ -38,8 +38,8 @@ def parser() -> argparse.ArgumentParser:
         default=["hub"],
         metavar="WORD",
         help="`hub` (FineWeb-Edu from Hugging Face, the default), `builtin` (documentation installed with "
-        "Python), files and folders of .parquet, .jsonl, .jsonl.gz, .jsonl.zst, .txt; or what is tokens already: "
-        "`hub-tokens:OWNER/DATASET`, `tokens:FOLDER` (.bin of llm.c or nanoGPT, .npy)",
+        "Python), files and folders of .parquet, .jsonl, .jsonl.gz, .jsonl.zst, .txt, .md; or what is tokens "
+        "already: `hub-tokens:OWNER/DATASET`, `tokens:FOLDER` (.bin of llm.c or nanoGPT, .npy)",
     )
     text.add_argument(
         "--text-column", type=name, metavar="NAME", help="column or key of the text (default: text, else content)"

@@ -173,7 +173,7 @@ def _own_parts(
 ) -> Iterator[Part]:
     """The parts of the share from ``begin`` on; only files that hold some of them are opened or downloaded."""
     for number in range(begin.file, len(source.files)):
-        packed = source.files[number].name.endswith(tuple(sources.COMPRESSION))
+        packed = source.files[number].name.endswith(sources.COMPRESSED)
         owner = _owner(source, share, number, 0)
         if not owner <= share.number <= (owner if packed else _owner(source, share, number, 1)):
             continue
