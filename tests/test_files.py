@@ -91,7 +91,7 @@ def test_whatever_stops_the_writing_is_said_before_and_after_the_work(tmp_path, 
         files.check_writable(tmp_path / name)
     assert sorted(os.listdir(tmp_path)) == ["file", "folder", "gone", "loop"]
     with pytest.raises(CannotWrite, match=rf"cannot write .*: {reason}; choose another"):
-        files.replace_text(tmp_path / name, "text")
+        files.replace_text(tmp_path / name, "text", follow=True)
 
 
 def test_a_folder_that_goes_away_while_its_file_is_written_is_one_line(tmp_path):

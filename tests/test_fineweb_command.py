@@ -92,6 +92,8 @@ def test_verify_and_repair(door, texts, tmp_path):
         (["--workers", "-1"], 2, "error: --workers must be at least 0, got -1"),
         (["--max-tokens", "1.5"], 2, "invalid whole number value: '1.5'"),
         (["--verify", "--repair"], 2, "not allowed with argument"),
+        (["--verify", "--restart"], 2, "error: --restart begins anew, --verify does not"),
+        (["--repair", "--restart"], 2, "error: --restart begins anew, --repair does not"),
         (["--verify"], 65, "has no manifest.json"),
         (["--repair"], 65, "has no manifest.json"),
         pytest.param([], 69, "HF_HUB_OFFLINE is set", marks=pytest.mark.fault(45)),

@@ -25,7 +25,7 @@ from fake_hub import COMMIT, FakeHub, talk_to
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from aymen_gpt.data import encoder, fetch, prepare, shards, sources, tokenizer
+from aymen_gpt.data import encoder, fetch, prepare, shards, shares, sources, tokenizer
 from aymen_gpt.data.loader import TokenRows
 from aymen_gpt.data.prepare import PrepareOptions
 from aymen_gpt.errors import AymenError, CannotWrite, DataError, NetworkError, UsageError
@@ -512,13 +512,98 @@ def test_few_bad_rows_are_counted_and_skipped(tmp_path, reason):
 @pytest.mark.parametrize("reason", BAD_ROWS)
 def test_many_bad_rows_are_an_error_that_names_the_first(tmp_path, reason):
     options, _ = with_bad_rows(tmp_path, 2000, {1005, 1006, 1007}, reason)
-    message = (
-        r"3 of 2,000 rows have no usable text .more than 0.1%.; the first: bad.parquet, part 1, row 5: " + reason
-    )
+    message = r"3 of 2,000 rows have no usable text .more than 0.1%.: bad.parquet, part 1, row 5: " + reason
     with pytest.raises(DataError, match=message):
         prepare.prepare(options, quiet)
     with pytest.raises(DataError, match=message):  # and again, from where it stood
         prepare.prepare(options, quiet)
+
+
+@pytest.fixture
+def dead_end(tmp_path):
+    """A folder of texts with a bad row and a file in another encoding, prepared in vain; its good texts."""
+    folder = tmp_path / "in"
+    (write_jsonl(write_parquet(folder / "a.parquet", make_texts(300)).with_name("bad.jsonl"), ["no"])).write_text(
+        "{"
+    )
+    (folder / "latin.txt").write_bytes(b"caf\xe9")
+    options = PrepareOptions((str(folder),), tmp_path / "out", 500, workers=0)
+    bad = r"bad.jsonl, part 0, row 0: not JSON; in/latin.txt, part 0, row 0: not UTF-8"
+    with pytest.raises(DataError, match=rf"2 of 302 rows .*: in/{bad}; .* --restart, or .* with --skip-bad-rows"):
+        prepare.prepare(options, quiet)
+    return options, make_texts(300)
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_bad_rows_can_be_left_out(dead_end, workers):
+    options, good = dead_end
+    for chosen in (options, replace(options, out=options.out / "anew", workers=workers)):
+        summary = prepare.prepare(replace(chosen, skip_bad_rows=True), quiet)
+        assert summary.totals.skipped == {"not JSON": 1, "not UTF-8": 1}
+        assert joined(tokens_of(chosen.out)) == reference(good)
+    assert digest(options.out) == digest(options.out / "anew")
+
+
+def test_a_mended_source_is_prepared_anew_and_what_was_there_is_kept(dead_end):
+    options, good = dead_end
+    for name in ("bad.jsonl", "latin.txt"):
+        (Path(options.source[0]) / name).unlink()
+    with pytest.raises(DataError, match=r"in/bad.jsonl is gone, in/latin.txt is gone\): type .* with --restart"):
+        prepare.prepare(options, quiet)
+    before = digest(options.out)
+    (options.out / "notes").write_text("mine")
+    events = []
+    prepare.prepare(replace(options, restart=True), events.append)
+    assert f"{options.out}/earlier-1 holds what was there" in "".join(filter(lambda e: isinstance(e, str), events))
+    assert joined(tokens_of(options.out)) == reference(good)
+    assert digest(options.out / "earlier-1") == before
+    assert (options.out / "notes").read_text() == "mine"
+    assert prepare.prepare(options, quiet).already
+    shards.check_shards(options.out)
+    prepare.prepare(replace(options, restart=True, shard_tokens=700), quiet)
+    assert len(digest(options.out / "earlier-2")) == len(before)
+
+
+@pytest.mark.parametrize("point", [*range(1, 9, 3)])
+def test_a_restart_can_be_killed_and_typed_again(dead_end, point):
+    options, good = dead_end
+    before = digest(options.out)
+    again = replace(options, restart=True, skip_bad_rows=True)
+    assert killed(f"before:{point}:os.rename", lambda: prepare.prepare(again, quiet))
+    prepare.prepare(again, quiet)
+    assert joined(tokens_of(options.out)) == reference(good)
+    kept = [digest(folder) for folder in options.out.glob("earlier-*")]
+    assert {name: sha for found in kept for name, sha in found.items()} == before
+
+
+def test_restart_where_nothing_is_makes_no_earlier_folder(options):
+    prepare.prepare(replace(options, restart=True), quiet)
+    assert not list(options.out.glob("earlier-*"))
+
+
+@pytest.mark.parametrize("share", [None, shares.Share(1, 1)])
+def test_a_change_of_the_source_of_a_finished_folder_is_said(options, share):
+    def work(options):
+        return shares.prepare_share(options, share, quiet) if share else prepare.prepare(options, quiet)
+
+    work(options)
+    assert work(options).already
+    write_jsonl(Path(options.source[0]) / "d.jsonl", make_texts(10))
+    with pytest.raises(
+        DataError, match=r"has changed since .* was begun \(in/d.jsonl is new\): type .* --restart"
+    ):
+        work(options)
+    assert work(replace(options, restart=True)).totals.documents == 470
+    assert work(options).already
+
+
+def test_a_finished_folder_does_not_ask_whether_the_builtin_corpus_is_another_now(options, monkeypatch):
+    path = write_parquet(options.out.parent / "builtin-1.parquet", make_texts(20))
+    monkeypatch.setattr(sources.builtin, "build", lambda: path)
+    options = replace(options, source=("builtin", *options.source))
+    prepare.prepare(options, quiet)
+    monkeypatch.setattr(sources.builtin, "build", None)
+    assert prepare.prepare(options, quiet).already
 
 
 ODD_TEXTS = {  # what a document holds -> the text that its tokens are, None when it is skipped
@@ -555,7 +640,9 @@ def test_a_damaged_file_is_named_and_the_shards_before_it_stay(options, workers)
     content = bytearray(path.read_bytes())
     content[4:3000] = bytes(2996)
     path.write_bytes(content)
-    with pytest.raises(DataError, match=r"b.parquet is damaged or cut off .*: delete it and get it again"):
+    with pytest.raises(
+        DataError, match=r"b.parquet is damaged or cut off .*: get it again or remove it, then type .* --restart"
+    ):
         prepare.prepare(replace(options, workers=workers), quiet)
     done = [record["file"] for record in shards.read_manifest(options.out)["shards"]]
     assert len(done) >= 2
@@ -569,7 +656,7 @@ def test_a_half_written_file_is_named_before_anything_is_written(options, kept):
     content = path.read_bytes()
     path.write_bytes(content[: int(kept * len(content)) if kept == 0.5 else kept])
     with pytest.raises(
-        DataError, match=r"b.parquet is damaged or cut off .*: delete it and get it again"
+        DataError, match=r"b.parquet is damaged or cut off .*: get it again or remove it, then type .* --restart"
     ) as caught:
         prepare.prepare(options, quiet)
     assert caught.value.exit_code == 65

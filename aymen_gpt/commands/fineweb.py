@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from aymen_gpt.commands import console
+from aymen_gpt.errors import DataError, UsageError
 
 if TYPE_CHECKING:
     from aymen_gpt.data.prepare import Progress, Summary
@@ -37,8 +38,8 @@ def parser() -> argparse.ArgumentParser:
         default=["hub"],
         metavar="WORD",
         help="`hub` (FineWeb-Edu from Hugging Face, the default), `builtin` (documentation installed with "
-        "Python), files and folders of .parquet, .jsonl, .jsonl.gz, .jsonl.zst, .txt; or what is tokens already: "
-        "`hub-tokens:OWNER/DATASET`, `tokens:FOLDER` (.bin of llm.c or nanoGPT, .npy)",
+        "Python), files and folders of .parquet, .jsonl, .jsonl.gz, .jsonl.zst, .txt, .md; or what is tokens "
+        "already: `hub-tokens:OWNER/DATASET`, `tokens:FOLDER` (.bin of llm.c or nanoGPT, .npy)",
     )
     text.add_argument(
         "--text-column", type=name, metavar="NAME", help="column or key of the text (default: text, else content)"
@@ -50,6 +51,9 @@ def parser() -> argparse.ArgumentParser:
         help="of the dataset on the Hub (default of FineWeb-Edu: a pinned one)",
     )
     text.add_argument("--keep-source", action="store_true", help="keep downloaded files, in DIR/.source")
+    text.add_argument(
+        "--skip-bad-rows", action="store_true", help="leave out rows without usable text, however many there are"
+    )
     shards = p.add_argument_group("shards")
     shards.add_argument(
         "--out", type=folder, default=Path("edu_fineweb10B"), metavar="DIR", help="default: %(default)s"
@@ -58,6 +62,9 @@ def parser() -> argparse.ArgumentParser:
         "--shard-tokens", type=whole, default=10**8, metavar="N", help="tokens a shard (default: 1e8)"
     )
     shards.add_argument("--max-tokens", type=whole, metavar="N", help="stop after so many tokens (default: all)")
+    shards.add_argument(
+        "--restart", action="store_true", help="begin anew; what is in DIR is set aside in DIR/earlier-1, -2, ..."
+    )
     work = p.add_argument_group("work")
     work.add_argument(
         "--workers", type=whole, metavar="N", help="processes (default: one per CPU; 0: only this one)"
@@ -95,13 +102,15 @@ def folder(text: str) -> Path:
 
 def main(argv: list[str] | None = None) -> int:
     args = parser().parse_args(argv)
+    for mode in ("verify", "repair"):
+        if args.restart and getattr(args, mode):
+            raise UsageError(f"--restart begins anew, --{mode} does not: give one of them")
     if args.verify:
         return verify(args.out)
     if args.repair:
         return repair(args)
     from aymen_gpt.data import adopt, shares
     from aymen_gpt.data.prepare import PrepareOptions, prepare
-    from aymen_gpt.errors import UsageError
 
     for flag, least in (("shard_tokens", 1), ("max_tokens", 1), ("workers", 0)):
         value = getattr(args, flag)
@@ -126,7 +135,6 @@ def main(argv: list[str] | None = None) -> int:
 
 def verify(out: Path) -> int:
     from aymen_gpt.data import shards
-    from aymen_gpt.errors import DataError
 
     damaged = shards.verify(out)
     if damaged:

@@ -16,7 +16,7 @@ from pathlib import Path
 
 import numpy as np
 
-from aymen_gpt.data.shards import list_shards, open_shard, read_document_sources
+from aymen_gpt.data.shards import check_finished, list_shards, open_shard, read_document_sources
 from aymen_gpt.data.tokenizer import EOT
 from aymen_gpt.errors import DataError
 
@@ -50,13 +50,14 @@ class _Order:
 class TokenRows:
     """Rows of block_size + 1 tokens, in an order that is a pure function of (seed, epoch).
 
-    ``seed`` None keeps the order of the files, as validation does. DataError when there are no shards, or
-    too few tokens for one row.
+    ``seed`` None keeps the order of the files, as validation does. DataError when there are no shards, not
+    all of them yet, or too few tokens for one row.
     """
 
     def __init__(self, folder: Path, split: str, *, block_size: int, seed: int | None) -> None:
         self.block_size = block_size
         self.seed = seed
+        check_finished(folder)
         self.paths = list_shards(folder, split)
         if not self.paths:
             source = " --source builtin" if folder.name == "builtin" else ""

@@ -15,6 +15,7 @@ Shard 0 is the validation split. It has shard_tokens tokens, but at most a twent
 import itertools
 import multiprocessing
 import os
+import re
 import shutil
 import signal
 import threading
@@ -24,7 +25,7 @@ from collections.abc import Callable, Generator, Iterable, Iterator
 from concurrent.futures import Future, ProcessPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
 from contextlib import closing, contextmanager, suppress
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -43,6 +44,7 @@ SMALL_VAL = 10_000  # tokens of validation that a small corpus should have
 SAMPLE = 100  # one document in so many is encoded by tiktoken too
 BAD_ROWS = 1 / 1000  # more than this share of rows without usable text is an error
 NAMED = 5  # files that an error names at most
+OURS = re.compile(rf"{re.escape(shards.MANIFEST)}|{re.escape(shards.CHECKED)}|\w[\w.-]*_\d{{6}}\..+")
 SOURCE_FOLDER = ".source"  # in the output folder: files downloaded from the Hub
 
 
@@ -59,6 +61,8 @@ class PrepareOptions:
     workers: int | None = None  # processes; None: one for each CPU; 0: all work in this process
     keep_source: bool = False
     encoder: EncoderName = "gigatoken"  # where it is installed, else tiktoken
+    restart: bool = False  # set aside what is there and begin anew
+    skip_bad_rows: bool = False  # leave out rows without usable text however many there are
 
 
 class Inexact(AymenError):
@@ -83,7 +87,11 @@ class Totals:
     documents: int = 0
     bytes: int = 0  # of UTF-8 text
     skipped: dict[str, int] = field(default_factory=dict)  # rows without usable text, by reason
-    first_bad: str | None = None  # where the first of them is that is not merely empty
+    bad: dict[str, str] = field(default_factory=dict)  # file: its first row that is not merely empty, and why
+
+    @classmethod
+    def of(cls, manifest: dict[str, Any]) -> "Totals":
+        return cls(**{f.name: manifest["totals"][f.name] for f in fields(cls) if f.name in manifest["totals"]})
 
 
 @dataclass(frozen=True)
@@ -260,6 +268,8 @@ class TokenStream:
                 self._used, self._told = 0, 0
             self._batch = next(self._batches, None)
             if self._batch is None:
+                if self.part is not None:  # behind the skipped rows at the end, which are counted now
+                    self.position = Position(self.part.file, self.part.index + 1)
                 return None
             self.part = self._batch.part
         return self._batch
@@ -270,9 +280,9 @@ class TokenStream:
                 return
             self._told += 1
             self.totals.skipped[reason] = self.totals.skipped.get(reason, 0) + 1
-            if reason != "empty" and self.totals.first_bad is None:
-                name = self._source.files[batch.part.file].name
-                self.totals.first_bad = f"{name}, part {batch.part.index}, row {row}: {reason}"
+            name = self._source.files[batch.part.file].name
+            if reason != "empty" and len(self.totals.bad) < NAMED:
+                self.totals.bad.setdefault(name, f"part {batch.part.index}, row {row}: {reason}")
 
 
 def prepare(options: PrepareOptions, report: Report) -> Summary:
@@ -281,8 +291,9 @@ def prepare(options: PrepareOptions, report: Report) -> Summary:
     UsageError when the folder was begun with other options, DataError when the source is bad or too small,
     NetworkError, CannotWrite; after any of them the finished shards stay.
     """
-    with begun(options, lambda: find_text(options, report), val_tokens) as (manifest, source):
+    with begun(options, lambda: find_text(options, report), val_tokens, report) as (manifest, source):
         if source is None:
+            check_same_source(options, manifest, lambda options: find_text(options, report))
             shards.check_shards(options.out)
             return summary(options.out, manifest, already=True)
 
@@ -314,13 +325,18 @@ def held(out: Path) -> Iterator[None]:
 
 @contextmanager
 def begun(
-    options: PrepareOptions, find: Callable[[], Source], val_tokens: Callable[[PrepareOptions, Source], int]
+    options: PrepareOptions,
+    find: Callable[[], Source],
+    val_tokens: Callable[[PrepareOptions, Source], int],
+    report: Report,
 ) -> Iterator[tuple[dict[str, Any], Source | None]]:
     """Hold the folder: its manifest, new or as an earlier call left it, and its source; None when it is complete.
 
     UsageError when it was begun with other options, CannotWrite when another process holds it.
     """
     with held(options.out):
+        if options.restart:
+            set_aside(options.out, report)
         manifest = shards.read_manifest(options.out)
         if manifest is not None:
             check_same_options(options, manifest)
@@ -331,6 +347,21 @@ def begun(
         for leftover in options.out.glob(".*.tmp"):
             leftover.unlink()
         yield manifest or _new_manifest(options, source, val_tokens(options, source)), source
+
+
+def set_aside(out: Path, report: Report) -> None:
+    """Move all that a preparation left in a folder into ``out``/earlier-1, or -2, ...; nothing is deleted."""
+    ours = [path for path in out.iterdir() if OURS.fullmatch(path.name)]
+    if not ours:
+        return
+    number = 1 + max([int(p.name[8:]) for p in out.glob("earlier-*") if p.name[8:].isdigit()], default=0)
+    target = out / f"earlier-{number}"
+    target.mkdir()
+    for path in sorted(
+        ours, key=lambda path: path.name == shards.MANIFEST
+    ):  # without it the rest would be forgotten
+        path.rename(target / path.name)
+    report(f"{target} holds what was there; type the command without --restart should it be interrupted now")
 
 
 def finish(options: PrepareOptions, source: Source, manifest: dict[str, Any]) -> None:
@@ -446,7 +477,7 @@ def _append_shards(
 ) -> None:
     """Append shards to the manifest, saving it with each, until the source or max_tokens is exhausted."""
     done = manifest["shards"]
-    totals = Totals(**manifest["totals"])
+    totals = Totals.of(manifest)
     position = Position(**done[-1]["end"]) if done else Position()
     limit = options.max_tokens or 2**63
     before = list(itertools.accumulate((file.bytes for file in source.files), initial=0))
@@ -465,11 +496,11 @@ def _append_shards(
             room = min(manifest["shard_tokens"][split], limit - totals.tokens)
             done.append(_write_shard(stream, options.out / shards.shard_name(split, len(done)), room, tell))
             manifest["totals"] = asdict(totals)
-            _check_bad_rows(totals, at_least=100)
+            _check_bad_rows(options, totals, at_least=100)
             shards.write_manifest(options.out, manifest)
             drop_downloads(options, source, stream.position.file)
     manifest["totals"] = asdict(totals)
-    _check_bad_rows(totals, at_least=1)
+    _check_bad_rows(options, totals, at_least=1)
 
 
 def _write_shard(stream: TokenStream, path: Path, room: int, tell: Callable[[], None]) -> dict[str, Any]:
@@ -555,10 +586,30 @@ def open_source(
     if known and known.repo:
         return known
     source = find()
-    if known and (changed := changes(known.files, source.files, times=not to_repair)):
+    if known:
         way = "put back what it was made from" if to_repair else sources.RESTART
-        raise DataError(f"the source has changed since {options.out} was begun ({changed}): {way}")
+        _refuse_changes(options, changes(known.files, source.files, times=not to_repair), way)
     return source
+
+
+def check_same_source(
+    options: PrepareOptions, manifest: dict[str, Any], find: Callable[[PrepareOptions], Source]
+) -> None:
+    """DataError when the files that a finished folder was made from have changed. They need not be there any more.
+
+    What comes from the Hub is what it was, and the builtin corpus is another with every package that is renewed.
+    """
+    known = [file for file in described(manifest["source"]).files if file.modified_ns is not None]
+    words = tuple(word for word in options.source if word != "builtin")
+    if known:
+        with suppress(UsageError):
+            source = find(replace(options, source=words))
+            _refuse_changes(options, changes(known, source.files), sources.RESTART)
+
+
+def _refuse_changes(options: PrepareOptions, changed: str, way: str) -> None:
+    if changed:
+        raise DataError(f"the source has changed since {options.out} was begun ({changed}): {way}")
 
 
 def changes(before: Iterable[SourceFile], now: Iterable[SourceFile], *, times: bool = True) -> str:
@@ -637,13 +688,16 @@ def val_tokens(options: PrepareOptions, source: Source) -> int:
     return max(1, min(options.shard_tokens, max(estimate // 20, min(estimate // 4, SMALL_VAL))))
 
 
-def _check_bad_rows(totals: Totals, at_least: int) -> None:
+def _check_bad_rows(options: PrepareOptions, totals: Totals, at_least: int) -> None:
     skipped = sum(totals.skipped.values())
     bad, rows = skipped - totals.skipped.get("empty", 0), skipped + totals.documents
-    if bad >= at_least and bad > BAD_ROWS * rows:
-        share = f"{bad:,} of {rows:,} rows have no usable text (more than {BAD_ROWS:.1%})"
-        raise DataError(f"{share}; the first: {totals.first_bad}")
+    if bad >= at_least and bad > BAD_ROWS * rows and not options.skip_bad_rows:
+        first = "; ".join(f"{name}, {place}" for name, place in totals.bad.items())
+        raise DataError(
+            f"{bad:,} of {rows:,} rows have no usable text (more than {BAD_ROWS:.1%}): {first}; mend or remove "
+            "them and type the same command with --restart, or leave such rows out with --skip-bad-rows"
+        )
 
 
 def summary(folder: Path, manifest: dict[str, Any], *, already: bool) -> Summary:
-    return Summary(folder, len(manifest["shards"]), Totals(**manifest["totals"]), already)
+    return Summary(folder, len(manifest["shards"]), Totals.of(manifest), already)

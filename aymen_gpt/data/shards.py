@@ -334,6 +334,7 @@ def check_shards(folder: Path) -> None:
     """
     paths = list_shards(folder, "val") + list_shards(folder, "train")
     hashes: dict[str, str] = {}
+    check_finished(folder)
     if manifest := read_manifest(folder):
         _check_folder(folder, manifest, {path.name for path in paths})
         hashes = {shard["file"]: shard["sha256"] for shard in manifest["shards"]}
@@ -376,9 +377,13 @@ def _other_content(path: Path, sha256: str) -> str | None:
     return None if found == sha256 else f"sha256 {found[:12]}…, not {sha256[:12]}…"
 
 
-def _check_folder(folder: Path, manifest: dict[str, Any], present: set[str]) -> None:
-    if not manifest["complete"]:
+def check_finished(folder: Path) -> None:
+    """DataError when a preparation of the folder was interrupted."""
+    if (manifest := read_manifest(folder)) and not manifest["complete"]:
         raise DataError(f"{folder} is not finished: run the same fineweb.py command again")
+
+
+def _check_folder(folder: Path, manifest: dict[str, Any], present: set[str]) -> None:
     made_with = manifest["tokenizer"]
     if (made_with.get("vocabulary_sha256"), made_with.get("separator")) != (vocabulary_sha256(), EOT):
         name = f"{made_with.get('name')}, separator {made_with.get('separator')}"
