@@ -7,6 +7,7 @@ PATH                                      a checkpoint, or any folder with confi
 FILE.pt                                   a checkpoint of nanoGPT or build-nanogpt, see model/legacy.py
 """
 
+import hashlib
 import os
 from collections.abc import Callable
 from dataclasses import replace
@@ -66,6 +67,15 @@ def load_model(
         raise DataError(f"{description}: {bad} holds NaN or infinity; use another checkpoint")
     description += f", {model.config.n_params:,} parameters"
     return Loaded(model.to(device).eval(), description, path, step if isinstance(step, int) else None)
+
+
+def weights_sha256(model: GPT) -> str:
+    """The identity of a model's weights, whatever file they came in."""
+    h = hashlib.sha256(repr(model.config).encode())
+    for name, t in model.state_dict().items():
+        h.update(name.encode())
+        h.update(t.float().cpu().contiguous().numpy())
+    return h.hexdigest()
 
 
 def check(name: str, found: GPTConfig, shape: GPTConfig | None) -> None:
