@@ -2,7 +2,6 @@
 
 import argparse
 import json
-import re
 import sys
 import time
 from collections.abc import Callable, Iterator
@@ -155,7 +154,6 @@ def partial_scores(
 
 def report(result: "Result", scored: "Loaded", available: int, options: argparse.Namespace) -> None:
     from aymen_gpt.evaluation.load_model import weights_sha256
-    from aymen_gpt.files import write_whole
 
     print(f"HellaSwag of {scored.description}")
     print(coverage(len(result.examples), available, options.data))
