@@ -70,7 +70,7 @@ PREPARED_SHAPE = {  # of one that fineweb.py wrote
     "totals": {
         **dict.fromkeys(("tokens", "documents", "bytes"), NUMBER),
         "skipped": {"...": NUMBER},
-        "first_bad": (str, None),
+        "...": object,
     },
     "shards": [{"documents": NUMBER, "end": PLACE, "...": object}],
     "...": object,
