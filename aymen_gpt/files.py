@@ -1,15 +1,16 @@
-"""Files that are never half there: replace, sync, hash and lock. Every room may import this; it needs no torch."""
+"""Files that are never half there: replace, sync, hash, read, lock. Every room may import this; no torch."""
 
 import errno
 import hashlib
+import json
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import BinaryIO, TextIO
+from typing import Any, BinaryIO, TextIO
 
-from aymen_gpt.errors import CannotWrite
+from aymen_gpt.errors import CannotWrite, DataError
 
 try:
     import fcntl
@@ -69,6 +70,30 @@ def sync(path: Path) -> None:
 def sha256(path: Path) -> str:
     with path.open("rb") as f:
         return hashlib.file_digest(f, "sha256").hexdigest()
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """The JSON object in a file; DataError, naming the file and the reason, when there is none to read."""
+    try:
+        return json_object(path.read_bytes())
+    except (OSError, ValueError) as error:
+        reason = error.strerror if isinstance(error, OSError) else error
+        raise DataError(f"cannot read {path}: {reason}") from None
+
+
+def json_object(content: bytes) -> dict[str, Any]:
+    """The object that JSON in UTF-8 describes; ValueError, with the reason, for everything else."""
+    try:
+        value = json.loads(content.decode())
+    except UnicodeDecodeError as error:
+        raise ValueError(f"no UTF-8 at byte {error.start:,}") from None
+    except RecursionError:
+        raise ValueError("JSON nested too deep") from None
+    except ValueError as error:
+        raise ValueError(f"no JSON ({error})") from None
+    if not isinstance(value, dict):
+        raise ValueError(f"JSON of a {type(value).__name__}, not of an object")
+    return value
 
 
 def lock(folder: Path, option: str) -> TextIO:

@@ -8,7 +8,7 @@ import sys
 import pytest
 
 from aymen_gpt import files
-from aymen_gpt.errors import CannotWrite
+from aymen_gpt.errors import CannotWrite, DataError
 
 
 def test_a_replaced_file_is_whole_and_leaves_nothing_beside_it(tmp_path):
@@ -31,6 +31,28 @@ def test_a_replacement_that_fails_keeps_the_old_file(tmp_path, monkeypatch):
 def test_sha256_is_that_of_the_content(tmp_path):
     (tmp_path / "f").write_bytes(b"abc" * 100_000)
     assert files.sha256(tmp_path / "f") == hashlib.sha256(b"abc" * 100_000).hexdigest()
+
+
+def test_a_json_object_is_read(tmp_path):
+    (tmp_path / "a.json").write_bytes('{"ü": [1, null]}'.encode())
+    assert files.read_json(tmp_path / "a.json") == {"ü": [1, None]}
+
+
+@pytest.mark.parametrize(
+    ("content", "reason"),
+    [(None, "No such file or directory"), (b"", r"no JSON \(Expecting value"), (b'{"a": ', "no JSON"),
+     (b'{"a": "\xff"}', "no UTF-8 at byte 7"), (b"[1]", "JSON of a list, not of an object"), (b"null", "NoneType"),
+     (b"5", "int"), (b'{"a": ' + b"[" * 100_000, "nested too deep"), (b'{"a": ' + b"9" * 5000 + b"}", "no JSON")],
+    ids=range(9),
+)  # fmt: skip
+def test_anything_but_a_json_object_is_a_data_error_with_file_and_reason(tmp_path, content, reason):
+    path = tmp_path / "a.json"
+    if content is not None:
+        path.write_bytes(content)
+    with pytest.raises(DataError, match=rf"cannot read {path}: .*{reason}"):
+        files.read_json(path)
+    with pytest.raises(DataError, match="Is a directory"):
+        files.read_json(tmp_path)
 
 
 HOLD = """
