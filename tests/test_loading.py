@@ -33,7 +33,7 @@ def make_run(run, steps):
         folder = run / "checkpoints" / f"step-{step:09d}"
         models[step] = make_folder(folder, seed=step)
         found = {p.name: {"bytes": p.stat().st_size, "sha256": files.sha256(p)} for p in folder.iterdir()}
-        (folder / "manifest.json").write_text(json.dumps({"files": found}))
+        (folder / "manifest.json").write_text(json.dumps({"step": step, "files": found}))
     return models
 
 

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from aymen_gpt.errors import DataError, UsageError
-from aymen_gpt.model.folders import latest_valid, strangers
+from aymen_gpt.model.folders import latest_valid
 from aymen_gpt.training import checkpoint
 from aymen_gpt.training.config import TrainConfig, flag
 
@@ -38,7 +38,7 @@ def find_checkpoint(run: Path, mode: str) -> tuple[Path | None, list[str]]:
     notices = [f"removed {left} checkpoint{'s'[: left > 1]} of a save that was cut short"] if left else []
     if mode == "none":
         set_aside(run)
-    newest, problems = latest_valid(run)
+    newest, problems = latest_valid(run, checkpoint.unusable)
     if newest is None and problems:
         raise DataError(
             f"no checkpoint can be used: {'; '.join(problems)}. To start at step 0 with these files set aside: "
@@ -48,7 +48,6 @@ def find_checkpoint(run: Path, mode: str) -> tuple[Path | None, list[str]]:
         raise UsageError(f"--resume must: {run} has no checkpoint to continue from")
     if newest is not None:
         notices += [f"{line}; using {newest.name}" for line in problems]
-        notices += [f"{newest} also holds {name}, which is no part of it: ignored" for name in strangers(newest)]
     return newest, notices
 
 
