@@ -11,7 +11,7 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from aymen_gpt.errors import CannotWrite
+from aymen_gpt.errors import CannotWrite, UsageError
 from aymen_gpt.model.folders import TRAINING, checkpoints, latest_valid, problem
 from aymen_gpt.model.gpt import GPT, GPTConfig
 from aymen_gpt.training import checkpoint, optim
@@ -298,6 +298,21 @@ def test_a_state_of_another_shape_is_passed_over_although_its_hash_is_right(tmp_
     newest, notices = find_checkpoint(tmp_path, "auto")
     assert newest == good
     assert re.search(r"step-000000002: .*state.json\b.*; using step-000000001$", notices[0])
+
+
+def test_only_the_records_of_a_run_are_set_aside(tmp_path):
+    for name in ("earlier-\u00b2", "earlier-1", ".git", "code", "other-run"):
+        (tmp_path / name).mkdir()
+    for name in ("train.py", "config.json"):
+        (tmp_path / name).write_text("{}")
+    before = set(tmp_path.iterdir())
+    with pytest.raises(UsageError, match=r"is no run, it holds code, config.json, other-run and 1 more: .* --run"):
+        find_checkpoint(tmp_path, "none")
+    assert set(tmp_path.iterdir()) == before
+    save(tmp_path)
+    assert find_checkpoint(tmp_path, "none") == (None, [])
+    assert {p.name for p in (tmp_path / "earlier-2").iterdir()} == {"checkpoints", "config.json"}
+    assert set(tmp_path.iterdir()) == {*before, tmp_path / "earlier-2"} - {tmp_path / "config.json"}
 
 
 def test_the_card_may_be_edited_and_files_added(tmp_path):
