@@ -2,6 +2,7 @@
 
 import errno
 import hashlib
+import itertools
 import json
 import os
 import stat
@@ -115,6 +116,17 @@ def write_whole(path: Path, content: bytes, *, follow: bool = False) -> None:
 def replace_text(path: Path, text: str, *, follow: bool = False) -> None:
     """Write a text file so that a reader sees the old or the new one, whole."""
     write_whole(path, text.encode(), follow=follow)
+
+
+def free_name(path: Path) -> Path:
+    """The first of PATH-1, PATH-2, ... that nothing has."""
+    names = (path.with_name(f"{path.name}-{number}") for number in itertools.count(1))
+    return next(name for name in names if not os.path.lexists(name))
+
+
+def set_aside(path: Path) -> Path:
+    """Rename what cannot be used, so that it stays for a look at it: NAME.damaged-1, or -2, ...; the new path."""
+    return path.rename(free_name(path.with_name(f"{path.name}.damaged")))
 
 
 def sync(path: Path) -> None:
