@@ -32,8 +32,9 @@ CHUNK = 2**22  # tokens whose ids are looked at together
 READERS = 4  # shards that are read at the same time to be checked
 
 
-def shard_name(split: str, index: int) -> str:
-    return f"edufineweb_{split}_{index:06d}.bin"
+def shard_name(split: str, index: int, corpus: str = "edufineweb") -> str:
+    """The name that llm.c's loader finds by the pattern CORPUS_train_*.bin."""
+    return f"{corpus}_{split}_{index:06d}.bin"
 
 
 def write_shard(path: Path, tokens: np.ndarray | Iterable[np.ndarray]) -> int:
