@@ -48,7 +48,8 @@ def test_help_is_complete_and_needs_nothing_heavy():
 
 
 def test_text_becomes_shards_and_the_summary_says_what_happened(door, texts, tmp_path):
-    done = door("fineweb.py", "--source", texts, "--out", "my data", "--shard-tokens", "2e3", "--workers", 1)
+    words = ["--shard-tokens", "2e3", "--workers", 1]
+    done = door("fineweb.py", "--source", texts.name, "--out", "my data", *words)
     assert done.returncode == 0, done.stderr
     n_tokens = sum(map(len, tokens_of(tmp_path / "my data")))
     lines = done.stdout.splitlines()
@@ -57,7 +58,7 @@ def test_text_becomes_shards_and_the_summary_says_what_happened(door, texts, tmp
     assert lines[2].startswith(f"tokens     {n_tokens:,} (")
     assert lines[3].split() == ["skipped", "1", "empty"]
     assert lines[4] == "next       python pretrain.py --data 'my data'"
-    again = door("fineweb.py", "--source", texts, "--out", "my data", "--shard-tokens", "2_000")
+    again = door("fineweb.py", "--source", f"./{texts.name}", "--out", "my data/", "--shard-tokens", "2_000")
     assert again.stdout.startswith("already prepared: my data, ")
 
 
@@ -67,11 +68,11 @@ def test_verify_and_repair(door, texts, tmp_path):
     assert door(*words, "--source", texts, "--shard-tokens", 2000, "--workers", 0).returncode == 0
     assert door(*words, "--verify").stdout == "d: all shards are as the manifest says\n"
     before = digest(tmp_path / "d")
-    victim = tmp_path / "d/edufineweb_train_000002.bin"
+    victim = tmp_path / "d/shard_train_000002.bin"
     victim.write_bytes(victim.read_bytes()[:-2] + b"\x01\x00")
     broken = door(*words, "--verify")
     assert broken.returncode == 65
-    assert broken.stderr.startswith("error: 1 damaged shards in d (edufineweb_train_000002.bin: sha256 ")
+    assert broken.stderr.startswith("error: 1 damaged shards in d (shard_train_000002.bin: sha256 ")
     assert broken.stderr.endswith("): run fineweb.py --out d --repair\n")
     assert door(*words, "--repair", "--workers", 0).stdout.startswith("d: 1 shards rebuilt")
     assert digest(tmp_path / "d") == before
@@ -126,7 +127,8 @@ def test_a_second_preparation_is_refused_and_disturbs_neither_the_first_nor_read
         assert second.stderr.startswith(f"error: d is in use by pid {first.pid} since ")
         assert second.stderr.endswith(" UTC; stop it or use another --out\n")
         assert door("fineweb.py", "--out", "d", "--repair").returncode == 73
-        assert door("fineweb.py", "--out", "d", "--verify").returncode == 0
+        verified = door("fineweb.py", "--out", "d", "--verify")
+        assert verified.stdout.endswith("says; more are to come: run the same fineweb.py command again\n")
         assert [len(tokens) for tokens in tokens_of(tmp_path / "d")][1:] == [2000, 2000]
         assert digest(tmp_path / "d") == before
         first.send_signal(signal.SIGCONT)
@@ -142,7 +144,7 @@ def test_a_full_disk_is_exit_73_and_the_same_command_continues(texts, tmp_path):
     words = ["fineweb.py", "--source", texts, "--shard-tokens", 8000, "--workers", 0, "--out"]
     subprocess.run(door_command(*words, tmp_path / "whole"), check=True, capture_output=True)
 
-    largest = (tmp_path / "whole/edufineweb_val_000000.bin").stat().st_size
+    largest = (tmp_path / "whole/shard_val_000000.bin").stat().st_size
 
     def full():  # shard 0 (validation) fits, shard 1 does not
         resource.setrlimit(resource.RLIMIT_FSIZE, (largest, resource.RLIM_INFINITY))
@@ -150,8 +152,8 @@ def test_a_full_disk_is_exit_73_and_the_same_command_continues(texts, tmp_path):
     out = tmp_path / "full"
     done = subprocess.run(door_command(*words, out), preexec_fn=full, capture_output=True, text=True)
     assert done.returncode == 73, done.stderr
-    assert "edufineweb_train_000001.bin: File too large; make room" in done.stderr
-    assert [path.name for path in out.glob("*.bin")] == ["edufineweb_val_000000.bin"]
+    assert "shard_train_000001.bin: File too large; make room" in done.stderr
+    assert [path.name for path in out.glob("*.bin")] == ["shard_val_000000.bin"]
     assert not list(out.glob(".*.tmp"))
     subprocess.run(door_command(*words, out), check=True, capture_output=True)
     assert digest(out) == digest(tmp_path / "whole")

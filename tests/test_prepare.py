@@ -120,9 +120,7 @@ def test_the_shards_hold_every_document_behind_its_separator_in_source_order(opt
 def test_names_and_manifest_are_as_documented(options):
     prepare.prepare(options, quiet)
     manifest = json.loads((options.out / "manifest.json").read_text())
-    names = ["edufineweb_val_000000.bin"] + [
-        f"edufineweb_train_{i:06d}.bin" for i in range(1, len(manifest["shards"]))
-    ]
+    names = ["shard_val_000000.bin"] + [f"shard_train_{i:06d}.bin" for i in range(1, len(manifest["shards"]))]
     assert [record["file"] for record in manifest["shards"]] == names
     assert manifest["complete"] is True
     assert manifest["tokenizer"]["vocabulary_sha256"] == tokenizer.vocabulary_sha256()
@@ -347,6 +345,12 @@ def test_a_flipped_bit_of_the_manifest_is_found_or_does_no_harm(options, tmp_pat
         with contextlib.suppress(AymenError):
             prepare.prepare(replace(options, out=out), quiet)
         shutil.rmtree(out)
+
+
+def test_a_source_is_the_same_with_or_without_a_slash(options):
+    stop_after(replace(options, source=(f"{options.source[0]}/",)), 2)
+    prepare.prepare(options, quiet)
+    assert prepare.prepare(replace(options, source=(f"{options.source[0]}//",)), quiet).already
 
 
 def stop_after(options, n_shards):
@@ -766,6 +770,10 @@ def test_fineweb_edu_comes_from_the_hub_file_by_file_and_is_not_kept(hub, tmp_pa
     assert not (options.out / ".source").exists()
     manifest = shards.read_manifest(options.out)
     assert manifest["source"]["repo"] == "HuggingFaceFW/fineweb-edu"
+    assert [record["file"] for record in manifest["shards"]][:2] == [
+        "edufineweb_val_000000.bin",
+        "edufineweb_train_000001.bin",
+    ]
     assert manifest["source"]["revision"] == COMMIT
     assert f"GET /api/datasets/HuggingFaceFW/fineweb-edu/revision/{sources.REVISION}" in hub.requests
     assert (

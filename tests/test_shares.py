@@ -95,8 +95,8 @@ def test_repair_of_a_merged_folder_works_from_the_source(options):
     prepare_shares(options, 3)
     shares.merge(options, quiet)
     expected = digest(options.out)
-    (options.out / "edufineweb_train_000003.bin").unlink()
-    assert prepare.repair(options.out, quiet, workers=0) == ["edufineweb_train_000003.bin"]
+    (options.out / "shard_train_000003.bin").unlink()
+    assert prepare.repair(options.out, quiet, workers=0) == ["shard_train_000003.bin"]
     assert digest(options.out) == expected
 
 

@@ -140,7 +140,9 @@ def verify(out: Path) -> int:
     if damaged:
         listed = "; ".join(f"{name}: {why}" for name, why in damaged.items())
         raise DataError(f"{len(damaged)} damaged shards in {out} ({listed}): run fineweb.py --out {out} --repair")
-    print(f"{out}: all shards are as the manifest says")
+    finished = (shards.read_manifest(out) or {}).get("complete")
+    more = "" if finished else "; more are to come: run the same fineweb.py command again"
+    print(f"{out}: all shards are as the manifest says{more}")
     return 0
 
 

@@ -154,8 +154,13 @@ def show_batch(config: TrainConfig, step: int) -> int:
     rows = TokenRows(Path(config.data), "train", block_size=config.block_size, seed=config.seed)
     print("row\tshard\tdocument\tfirst_token\ttokens\tid\turl")
     for read in rows.documents((step - 1) * config.rows_per_step, config.rows_per_step):
-        print(*(("" if value is None else value) for value in vars(read).values()), sep="\t")
+        print(*map(cell, vars(read).values()), sep="\t")
     return 0
+
+
+def cell(value: str | int | None) -> str:
+    """A value for a table with tabs between its columns, with control characters escaped."""
+    return "" if value is None else "".join(c if c.isprintable() else repr(c)[1:-1] for c in str(value))
 
 
 def build(config: TrainConfig, device: "Device", ranks: "Ranks") -> "Trainer":

@@ -494,7 +494,8 @@ def _append_shards(
         while totals.tokens < limit and not stream.ended():
             split = "train" if done else "val"
             room = min(manifest["shard_tokens"][split], limit - totals.tokens)
-            done.append(_write_shard(stream, options.out / shards.shard_name(split, len(done)), room, tell))
+            name = shards.shard_name(split, len(done), "edufineweb" if source.repo else "shard")
+            done.append(_write_shard(stream, options.out / name, room, tell))
             manifest["totals"] = asdict(totals)
             _check_bad_rows(options, totals, at_least=100)
             shards.write_manifest(options.out, manifest)
@@ -640,7 +641,12 @@ def _description(source: Source) -> dict[str, Any]:
 def _deciding_options(options: PrepareOptions) -> dict[str, Any]:
     """The options that decide the bytes of the shards, as the manifest keeps them."""
     names = ("shard_tokens", "max_tokens", "text_column", "revision")
-    return {"source": list(options.source)} | {name: getattr(options, name) for name in names}
+    return {"source": _without_slashes(options.source)} | {name: getattr(options, name) for name in names}
+
+
+def _without_slashes(words: Iterable[str]) -> list[str]:
+    """The words of --source, the same for ``texts`` and ``./texts/``."""
+    return [str(Path(word)) for word in words]
 
 
 def recorded_options(out: Path, manifest: dict[str, Any]) -> PrepareOptions:
@@ -653,6 +659,8 @@ def check_same_options(options: PrepareOptions, manifest: dict[str, Any]) -> Non
         raise UsageError(f"{options.out} holds tokens that fineweb.py did not make: take another --out")
     for name, wanted in _deciding_options(options).items():
         found = manifest["options"][name]
+        if name == "source":
+            found = _without_slashes(found)
         if found != wanted:
             flag = "--" + name.replace("_", "-")
             raise UsageError(

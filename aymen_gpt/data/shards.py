@@ -78,8 +78,9 @@ PREPARED_SHAPE = {  # of one that fineweb.py wrote
 READERS = 4  # shards that are read at the same time to be checked
 
 
-def shard_name(split: str, index: int) -> str:
-    return f"edufineweb_{split}_{index:06d}.bin"
+def shard_name(split: str, index: int, corpus: str = "edufineweb") -> str:
+    """The name that llm.c's loader finds by the pattern CORPUS_train_*.bin."""
+    return f"{corpus}_{split}_{index:06d}.bin"
 
 
 def write_shard(path: Path, tokens: np.ndarray | Iterable[np.ndarray]) -> int:
