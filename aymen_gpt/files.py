@@ -5,6 +5,7 @@ import hashlib
 import itertools
 import json
 import os
+import re
 import stat
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
@@ -85,6 +86,26 @@ def whole_file(path: Path, *, follow: bool = False) -> Iterator[BinaryIO]:
         finally:
             with suppress(OSError):
                 temporary.unlink(missing_ok=True)
+
+
+def sweep(folder: Path) -> None:
+    """Delete what ``whole_file`` left in a folder in processes that are dead now."""
+    for path in folder.glob(".*.tmp"):
+        if (match := re.fullmatch(r"\..+\.(\d+)\.tmp", path.name)) and not _is_alive(int(match[1])):
+            path.unlink(missing_ok=True)
+
+
+def _is_alive(pid: int) -> bool:
+    """Whether another process has this number now; on Windows, which cannot say so cheaply, none has."""
+    if pid == os.getpid() or os.name == "nt":
+        return False
+    try:
+        os.kill(pid, 0)
+    except (ProcessLookupError, OverflowError):
+        return False
+    except PermissionError:
+        pass
+    return True
 
 
 def check_writable(path: Path) -> None:
@@ -183,9 +204,8 @@ def lock(folder: Path, option: str) -> TextIO:
                 fcntl.flock(f, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
             f.seek(0)
-            raise CannotWrite(
-                f"{folder} is in use by {f.read().strip()}; stop it or use another {option}"
-            ) from None
+            holder = f.read().strip() or "another process"
+            raise CannotWrite(f"{folder} is in use by {holder}; stop it or use another {option}") from None
         f.truncate(0)
         f.write(f"pid {os.getpid()} since {datetime.now(UTC):%Y-%m-%d %H:%M:%S} UTC")
         f.flush()
