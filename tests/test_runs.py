@@ -119,9 +119,10 @@ SCORED = [
         ({"step": "x", "n": "y", "completion": 3}, (20, 250, 0.3)),
     ],
 )
-def test_the_newest_and_largest_score_is_the_last(tmp_path, file, last):
+def test_the_newest_and_largest_score_counts(tmp_path, file, last):
     metrics = "".join(json.dumps(r) + "\n" for r in SCORED)
     run = read_run(write_run(tmp_path, metrics=metrics, hellaswag=file))
-    score = run.scores("completion")[-1]
+    score = run.score("completion")
     assert (score.step, score.n, score.value) == last
-    assert run.scores("harness") == []
+    assert [(s.step, s.value) for s in run.scores("completion")] == [(10, 0.25), (20, 0.3)]
+    assert run.score("harness") is None
