@@ -41,16 +41,18 @@ SMALL = {  # a command of README -> what is added to it here
     "python hellaswag.py -m runs/mine --json b.json": "--limit 4",
     "python hellaswag.py -m runs/mine --json b.json --resume": "--limit 4",
     "python hellaswag.py --compare a.json b.json": "",
+    "python -m aymen_gpt.commands.report runs/mine": "",
     "python -m aymen_gpt.commands.report runs/mine runs/tuned": "",
 }
 ELSEWHERE = {"make demo", "make test", "make report"}
 
 
 def commands():
-    """The lines of README's bash blocks, without their comments."""
-    blocks = re.findall(r"```bash\n(.*?)```", (ROOT / "README.md").read_text(), re.S)
+    """The lines of the bash blocks of README and docs/options.md, without their comments."""
+    pages = (ROOT / "README.md").read_text() + (ROOT / "docs/options.md").read_text()
+    blocks = re.findall(r"```bash\n(.*?)```", pages, re.S)
     lines = [re.sub(r"\s+#.*", "", line).strip() for block in blocks for line in block.splitlines()]
-    return [line for line in lines if line]
+    return list(dict.fromkeys(line for line in lines if line))
 
 
 def test_every_command_of_readme_is_known_here():
@@ -92,7 +94,9 @@ def write_gzip(path, texts):
 def test_the_published_scores_are_those_of_the_code():
     known = {(a.model, a.protocol, round(100 * a.value, 2)) for a in ANCHORS if a.metric == "acc_norm"}
     protocols = {"completion": "completion", "harness": "harness", "the paper's own": "gpt3-paper"}
-    rows = re.findall(r"\| (GPT-[^|]*?) \|[^|]*\| ([^|]*?) \| ([\d.]+) % \|", (ROOT / "README.md").read_text())
+    rows = re.findall(
+        r"\| (GPT-[^|]*?) \|[^|]*\| ([^|]*?) \| ([\d.]+) % \|", (ROOT / "docs/reproduce.md").read_text()
+    )
     assert len(rows) == 3
     for model, protocol, value in rows:
         short = model.removesuffix(" 125M")

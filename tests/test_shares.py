@@ -60,6 +60,14 @@ def test_merged_shares_are_the_single_run_manifest_and_all(options, tmp_path, co
     assert single.totals.skipped["empty"] >= 5
 
 
+def test_shares_in_a_folder_inside_the_source_are_no_source(options):
+    inside = replace(options, out=options.out.parent / "in/tokens")
+    prepare.prepare(options, quiet)
+    prepare_shares(inside, 2)
+    shares.merge(inside, quiet)
+    assert digest(inside.out) == digest(options.out)
+
+
 def test_shares_are_balanced_by_bytes(tmp_path):
     for name in "ab":
         write_parquet(tmp_path / f"in/{name}.parquet", make_texts(1000, ord(name)), rows=10)
@@ -87,8 +95,8 @@ def test_repair_of_a_merged_folder_works_from_the_source(options):
     prepare_shares(options, 3)
     shares.merge(options, quiet)
     expected = digest(options.out)
-    (options.out / "edufineweb_train_000003.bin").unlink()
-    assert prepare.repair(options.out, quiet, workers=0) == ["edufineweb_train_000003.bin"]
+    (options.out / "shard_train_000003.bin").unlink()
+    assert prepare.repair(options.out, quiet, workers=0) == ["shard_train_000003.bin"]
     assert digest(options.out) == expected
 
 
@@ -222,9 +230,7 @@ def test_too_many_bad_rows_are_found_at_the_merge(tmp_path):
     path = write_parquet(tmp_path / "a.parquet", [*make_texts(300), None, None, None, None, *make_texts(300)])
     options = PrepareOptions((str(path),), tmp_path / "out", 1000, workers=0)
     prepare_shares(options, 2)
-    with pytest.raises(
-        DataError, match=r"4 of \d+ rows have no usable text .*; the first: a.parquet, part 6, row 0"
-    ):
+    with pytest.raises(DataError, match=r"4 of \d+ rows have no usable text .*: a.parquet, part 6, row 0"):
         shares.merge(options, quiet)
 
 

@@ -42,7 +42,7 @@ def adopt(options: PrepareOptions, report: Report) -> Summary:
     Shards made by that call are compared with their sha256. UsageError when the folder was begun with other
     options, DataError when a file is no GPT-2 tokens or a split is missing, NetworkError, CannotWrite.
     """
-    with prepare.begun(options, lambda: _find(options), lambda options, _: options.shard_tokens) as begun:
+    with prepare.begun(options, lambda: _find(options), lambda options, _: options.shard_tokens, report) as begun:
         manifest, source = begun
         if source is None:
             shards.check_shards(options.out)
@@ -122,7 +122,7 @@ def _append(options: PrepareOptions, source: Source, manifest: dict[str, Any], r
 
     Training ends before that with the shard that reaches max_tokens; it has at least one.
     """
-    done, totals = manifest["shards"], Totals(**manifest["totals"])
+    done, totals = manifest["shards"], Totals.of(manifest)
     position = Position(**done[-1]["end"]) if done else Position()
     while position.file < len(source.files):
         trained = done and _split(source.files[done[-1]["begin"]["file"]]) == "train"

@@ -16,7 +16,7 @@ from pathlib import Path
 
 import numpy as np
 
-from aymen_gpt.data.shards import list_shards, open_shard, read_document_sources
+from aymen_gpt.data.shards import check_finished, list_shards, open_shard, read_document_sources
 from aymen_gpt.data.tokenizer import EOT
 from aymen_gpt.errors import DataError
 
@@ -50,13 +50,14 @@ class _Order:
 class TokenRows:
     """Rows of block_size + 1 tokens, in an order that is a pure function of (seed, epoch).
 
-    ``seed`` None keeps the order of the files, as validation does. DataError when there are no shards, or
-    too few tokens for one row.
+    ``seed`` None keeps the order of the files, as validation does. DataError when there are no shards, not
+    all of them yet, or too few tokens for one row.
     """
 
     def __init__(self, folder: Path, split: str, *, block_size: int, seed: int | None) -> None:
         self.block_size = block_size
         self.seed = seed
+        check_finished(folder)
         self.paths = list_shards(folder, split)
         if not self.paths:
             source = " --source builtin" if folder.name == "builtin" else ""
@@ -76,7 +77,9 @@ class TokenRows:
         self._tokens = lru_cache(KEPT)(self._map)
         self._begins = lru_cache(KEPT)(self._find_documents)
         self._order = lru_cache(KEPT)(self._order_documents)
-        self._sources = lru_cache(KEPT)(lambda shard: read_document_sources(self.paths[shard]))
+        self._sources = lru_cache(KEPT)(
+            lambda shard: read_document_sources(self.paths[shard], len(self._begins(shard)))
+        )
 
     def rows(self, start: int, count: int) -> np.ndarray:
         """Rows start to start + count of the run, over as many epochs as it takes.
@@ -92,7 +95,10 @@ class TokenRows:
         return out
 
     def documents(self, start: int, count: int) -> list[DocumentRead]:
-        """Which documents the rows start to start + count read, in reading order."""
+        """Which documents the rows start to start + count read, in reading order.
+
+        DataError when the table that names the documents of a shard is damaged.
+        """
         reads = []
         for row, (epoch, shard, place) in enumerate(self._places(start, count), start):
             sources = self._sources(shard)

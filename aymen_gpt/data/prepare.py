@@ -15,6 +15,7 @@ Shard 0 is the validation split. It has shard_tokens tokens, but at most a twent
 import itertools
 import multiprocessing
 import os
+import re
 import shutil
 import signal
 import threading
@@ -23,8 +24,8 @@ from collections import deque
 from collections.abc import Callable, Generator, Iterable, Iterator
 from concurrent.futures import Future, ProcessPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
-from contextlib import closing, contextmanager
-from dataclasses import asdict, dataclass, field, replace
+from contextlib import closing, contextmanager, suppress
+from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -42,6 +43,8 @@ BYTES_PER_TOKEN = 4  # of English text, for estimates
 SMALL_VAL = 10_000  # tokens of validation that a small corpus should have
 SAMPLE = 100  # one document in so many is encoded by tiktoken too
 BAD_ROWS = 1 / 1000  # more than this share of rows without usable text is an error
+NAMED = 5  # files that an error names at most
+OURS = re.compile(rf"{re.escape(shards.MANIFEST)}|{re.escape(shards.CHECKED)}|\w[\w.-]*_\d{{6}}\..+")
 SOURCE_FOLDER = ".source"  # in the output folder: files downloaded from the Hub
 
 
@@ -58,6 +61,8 @@ class PrepareOptions:
     workers: int | None = None  # processes; None: one for each CPU; 0: all work in this process
     keep_source: bool = False
     encoder: EncoderName = "gigatoken"  # where it is installed, else tiktoken
+    restart: bool = False  # set aside what is there and begin anew
+    skip_bad_rows: bool = False  # leave out rows without usable text however many there are
 
 
 class Inexact(AymenError):
@@ -82,7 +87,11 @@ class Totals:
     documents: int = 0
     bytes: int = 0  # of UTF-8 text
     skipped: dict[str, int] = field(default_factory=dict)  # rows without usable text, by reason
-    first_bad: str | None = None  # where the first of them is that is not merely empty
+    bad: dict[str, str] = field(default_factory=dict)  # file: its first row that is not merely empty, and why
+
+    @classmethod
+    def of(cls, manifest: dict[str, Any]) -> "Totals":
+        return cls(**{f.name: manifest["totals"][f.name] for f in fields(cls) if f.name in manifest["totals"]})
 
 
 @dataclass(frozen=True)
@@ -259,6 +268,8 @@ class TokenStream:
                 self._used, self._told = 0, 0
             self._batch = next(self._batches, None)
             if self._batch is None:
+                if self.part is not None:  # behind the skipped rows at the end, which are counted now
+                    self.position = Position(self.part.file, self.part.index + 1)
                 return None
             self.part = self._batch.part
         return self._batch
@@ -269,9 +280,9 @@ class TokenStream:
                 return
             self._told += 1
             self.totals.skipped[reason] = self.totals.skipped.get(reason, 0) + 1
-            if reason != "empty" and self.totals.first_bad is None:
-                name = self._source.files[batch.part.file].name
-                self.totals.first_bad = f"{name}, part {batch.part.index}, row {row}: {reason}"
+            name = self._source.files[batch.part.file].name
+            if reason != "empty" and len(self.totals.bad) < NAMED:
+                self.totals.bad.setdefault(name, f"part {batch.part.index}, row {row}: {reason}")
 
 
 def prepare(options: PrepareOptions, report: Report) -> Summary:
@@ -280,8 +291,9 @@ def prepare(options: PrepareOptions, report: Report) -> Summary:
     UsageError when the folder was begun with other options, DataError when the source is bad or too small,
     NetworkError, CannotWrite; after any of them the finished shards stay.
     """
-    with begun(options, lambda: find_text(options, report), val_tokens) as (manifest, source):
+    with begun(options, lambda: find_text(options, report), val_tokens, report) as (manifest, source):
         if source is None:
+            check_same_source(options, manifest, lambda options: find_text(options, report))
             shards.check_shards(options.out)
             return summary(options.out, manifest, already=True)
 
@@ -297,14 +309,34 @@ def prepare(options: PrepareOptions, report: Report) -> Summary:
 
 
 @contextmanager
+def held(out: Path) -> Iterator[None]:
+    """Keep a folder, made if need be, from other processes; one that stays empty is removed again."""
+    new = [folder for folder in (out, *out.parents) if not os.path.lexists(folder)]
+    with files.lock(out, "--out"):
+        try:
+            yield
+        finally:
+            with suppress(OSError):
+                if os.listdir(out) == [".lock"]:
+                    (out / ".lock").unlink()
+                    for folder in new:
+                        folder.rmdir()
+
+
+@contextmanager
 def begun(
-    options: PrepareOptions, find: Callable[[], Source], val_tokens: Callable[[PrepareOptions, Source], int]
+    options: PrepareOptions,
+    find: Callable[[], Source],
+    val_tokens: Callable[[PrepareOptions, Source], int],
+    report: Report,
 ) -> Iterator[tuple[dict[str, Any], Source | None]]:
     """Hold the folder: its manifest, new or as an earlier call left it, and its source; None when it is complete.
 
     UsageError when it was begun with other options, CannotWrite when another process holds it.
     """
-    with files.lock(options.out, "--out"):
+    with held(options.out):
+        if options.restart:
+            set_aside(options.out, report)
         manifest = shards.read_manifest(options.out)
         if manifest is not None:
             check_same_options(options, manifest)
@@ -312,9 +344,23 @@ def begun(
                 yield manifest, None
                 return
         source = open_source(options, manifest, find)
-        for leftover in options.out.glob(".*.tmp"):
-            leftover.unlink()
+        files.sweep(options.out)
         yield manifest or _new_manifest(options, source, val_tokens(options, source)), source
+
+
+def set_aside(out: Path, report: Report) -> None:
+    """Move all that a preparation left in a folder into ``out``/earlier-1, or -2, ...; nothing is deleted."""
+    ours = [path for path in out.iterdir() if OURS.fullmatch(path.name)]
+    if not ours:
+        return
+    number = 1 + max([int(p.name[8:]) for p in out.glob("earlier-*") if p.name[8:].isdigit()], default=0)
+    target = out / f"earlier-{number}"
+    target.mkdir()
+    for path in sorted(
+        ours, key=lambda path: path.name == shards.MANIFEST
+    ):  # without it the rest would be forgotten
+        path.rename(target / path.name)
+    report(f"{target} holds what was there; type the command without --restart should it be interrupted now")
 
 
 def finish(options: PrepareOptions, source: Source, manifest: dict[str, Any]) -> None:
@@ -376,19 +422,23 @@ def repair(
     keep_source: bool = False,
     encoder: EncoderName = "gigatoken",
 ) -> list[str]:
-    """Rebuild the damaged shards of a folder from their source rows; returns their names."""
-    with files.lock(out, "--out"):
+    """Rebuild the damaged files of a folder from their source rows; returns their names."""
+    with held(out):
+        files.sweep(out)
         damaged = shards.verify(out)
         manifest = shards.read_manifest(out)
         if not damaged or manifest is None:
             return []
+        if "options" not in manifest or not all("begin" in record for record in manifest["shards"]):
+            raise DataError(f"{out} cannot be repaired, {', '.join(damaged)}: get its files again")
         options = recorded_options(out, manifest)
         options = replace(options, workers=workers, keep_source=keep_source, encoder=encoder)
-        source = open_source(options, manifest, lambda: find_text(options, report))
+        source = open_source(options, manifest, lambda: find_text(options, report), to_repair=True)
         _choose_encoder(options, manifest, report)
         for record in manifest["shards"]:
-            if record["file"] in damaged:
-                report(f"rebuilding {record['file']} ({damaged[record['file']]})")
+            names = {record["file"], shards.sources_path(Path(record["file"])).name} & damaged.keys()
+            if names:
+                report("rebuilding " + ", ".join(f"{name} ({damaged[name]})" for name in sorted(names)))
                 _rebuild(options, source, manifest, record, report)
         drop_downloads(options, source, len(source.files))
         return list(damaged)
@@ -405,6 +455,9 @@ def _rebuild(
     if found["sha256"] != record["sha256"]:
         path.unlink()
         raise DataError(f"{path} cannot be rebuilt: its source or its tokenizer gives other tokens now")
+    if found["documents_sha256"] != record.get("documents_sha256"):  # the same rows as another pyarrow writes them
+        record["documents_sha256"] = found["documents_sha256"]
+        shards.write_manifest(options.out, manifest)
 
 
 def write_shards(
@@ -428,7 +481,7 @@ def _append_shards(
 ) -> None:
     """Append shards to the manifest, saving it with each, until the source or max_tokens is exhausted."""
     done = manifest["shards"]
-    totals = Totals(**manifest["totals"])
+    totals = Totals.of(manifest)
     position = Position(**done[-1]["end"]) if done else Position()
     limit = options.max_tokens or 2**63
     before = list(itertools.accumulate((file.bytes for file in source.files), initial=0))
@@ -445,13 +498,14 @@ def _append_shards(
         while totals.tokens < limit and not stream.ended():
             split = "train" if done else "val"
             room = min(manifest["shard_tokens"][split], limit - totals.tokens)
-            done.append(_write_shard(stream, options.out / shards.shard_name(split, len(done)), room, tell))
+            name = shards.shard_name(split, len(done), "edufineweb" if source.repo else "shard")
+            done.append(_write_shard(stream, options.out / name, room, tell))
             manifest["totals"] = asdict(totals)
-            _check_bad_rows(totals, at_least=100)
+            _check_bad_rows(options, totals, at_least=100)
             shards.write_manifest(options.out, manifest)
             drop_downloads(options, source, stream.position.file)
     manifest["totals"] = asdict(totals)
-    _check_bad_rows(totals, at_least=1)
+    _check_bad_rows(options, totals, at_least=1)
 
 
 def _write_shard(stream: TokenStream, path: Path, room: int, tell: Callable[[], None]) -> dict[str, Any]:
@@ -472,6 +526,7 @@ def _write_shard(stream: TokenStream, path: Path, room: int, tell: Callable[[], 
     n_tokens = shards.write_shard(path, pieces())
     shards.write_document_sources(path, ids, urls)
     counts = {"file": path.name, "tokens": n_tokens, "documents": len(ids), "sha256": files.sha256(path)}
+    counts["documents_sha256"] = files.sha256(shards.sources_path(path))
     return counts | {"begin": asdict(begin), "end": asdict(stream.position)}
 
 
@@ -517,20 +572,61 @@ def drop_downloads(options: PrepareOptions, source: Source, count: int) -> None:
 def find_text(options: PrepareOptions, report: Report) -> Source:
     if "builtin" in options.source:
         report("gathering the documentation that is installed with Python (half a minute the first time)")
-    return sources.open_source(options.source, revision=options.revision, text_column=options.text_column)
+    return sources.open_source(
+        options.source, revision=options.revision, text_column=options.text_column, out=options.out
+    )
 
 
-def open_source(options: PrepareOptions, manifest: dict[str, Any] | None, find: Callable[[], Source]) -> Source:
-    """The source that ``find`` finds; for a folder already begun, the one it was begun with."""
-    known = manifest["source"] if manifest else None
-    if known and known["repo"]:
-        return described(known, options.text_column or "text")
+def open_source(
+    options: PrepareOptions,
+    manifest: dict[str, Any] | None,
+    find: Callable[[], Source],
+    *,
+    to_repair: bool = False,
+) -> Source:
+    """The source that ``find`` finds. DataError unless it is the one that the folder was begun with.
+
+    To repair, files of the same names and sizes are enough: the hash of the shard is what decides.
+    """
+    known = described(manifest["source"], options.text_column or "text") if manifest else None
+    if known and known.repo:
+        return known
     source = find()
-    if known and _description(source)["files"] != known["files"]:
-        raise UsageError(
-            f"the files of --source are not those that {options.out} was begun with: take another --out"
-        )
+    if known:
+        way = "put back what it was made from" if to_repair else sources.RESTART
+        _refuse_changes(options, changes(known.files, source.files, times=not to_repair), way)
     return source
+
+
+def check_same_source(
+    options: PrepareOptions, manifest: dict[str, Any], find: Callable[[PrepareOptions], Source]
+) -> None:
+    """DataError when the files that a finished folder was made from have changed. They need not be there any more.
+
+    What comes from the Hub is what it was, and the builtin corpus is another with every package that is renewed.
+    """
+    known = [file for file in described(manifest["source"]).files if file.modified_ns is not None]
+    words = tuple(word for word in options.source if word != "builtin")
+    if known:
+        with suppress(UsageError):
+            source = find(replace(options, source=words))
+            _refuse_changes(options, changes(known, source.files), sources.RESTART)
+
+
+def _refuse_changes(options: PrepareOptions, changed: str, way: str) -> None:
+    if changed:
+        raise DataError(f"the source has changed since {options.out} was begun ({changed}): {way}")
+
+
+def changes(before: Iterable[SourceFile], now: Iterable[SourceFile], *, times: bool = True) -> str:
+    """How the files of a source differ, in words; "" when they do not. ``times`` counts modification times too."""
+    old, new = ({file.name: (file.bytes, times and file.modified_ns) for file in files} for files in (before, now))
+    differ = sorted(name for name in old | new if old.get(name) != new.get(name))
+    words = [
+        f"{name} {'is new' if name not in old else 'is gone' if name not in new else 'is not the same'}"
+        for name in differ
+    ]
+    return ", ".join(words[:NAMED]) + f" and {len(words) - NAMED:,} more" * (len(words) > NAMED)
 
 
 def described(known: dict[str, Any], text_column: str | None = None) -> Source:
@@ -542,14 +638,20 @@ def described(known: dict[str, Any], text_column: str | None = None) -> Source:
 
 
 def _description(source: Source) -> dict[str, Any]:
-    listed = [{"name": file.name, "bytes": file.bytes, "sha256": file.sha256} for file in source.files]
+    names = ("name", "bytes", "sha256", "modified_ns")
+    listed = [{name: getattr(file, name) for name in names} for file in source.files]
     return {"repo": source.repo, "revision": source.revision, "files": listed}
 
 
 def _deciding_options(options: PrepareOptions) -> dict[str, Any]:
     """The options that decide the bytes of the shards, as the manifest keeps them."""
     names = ("shard_tokens", "max_tokens", "text_column", "revision")
-    return {"source": list(options.source)} | {name: getattr(options, name) for name in names}
+    return {"source": _without_slashes(options.source)} | {name: getattr(options, name) for name in names}
+
+
+def _without_slashes(words: Iterable[str]) -> list[str]:
+    """The words of --source, the same for ``texts`` and ``./texts/``."""
+    return [str(Path(word)) for word in words]
 
 
 def recorded_options(out: Path, manifest: dict[str, Any]) -> PrepareOptions:
@@ -558,8 +660,12 @@ def recorded_options(out: Path, manifest: dict[str, Any]) -> PrepareOptions:
 
 
 def check_same_options(options: PrepareOptions, manifest: dict[str, Any]) -> None:
+    if "options" not in manifest:
+        raise UsageError(f"{options.out} holds tokens that fineweb.py did not make: take another --out")
     for name, wanted in _deciding_options(options).items():
         found = manifest["options"][name]
+        if name == "source":
+            found = _without_slashes(found)
         if found != wanted:
             flag = "--" + name.replace("_", "-")
             raise UsageError(
@@ -595,13 +701,16 @@ def val_tokens(options: PrepareOptions, source: Source) -> int:
     return max(1, min(options.shard_tokens, max(estimate // 20, min(estimate // 4, SMALL_VAL))))
 
 
-def _check_bad_rows(totals: Totals, at_least: int) -> None:
+def _check_bad_rows(options: PrepareOptions, totals: Totals, at_least: int) -> None:
     skipped = sum(totals.skipped.values())
     bad, rows = skipped - totals.skipped.get("empty", 0), skipped + totals.documents
-    if bad >= at_least and bad > BAD_ROWS * rows:
-        share = f"{bad:,} of {rows:,} rows have no usable text (more than {BAD_ROWS:.1%})"
-        raise DataError(f"{share}; the first: {totals.first_bad}")
+    if bad >= at_least and bad > BAD_ROWS * rows and not options.skip_bad_rows:
+        first = "; ".join(f"{name}, {place}" for name, place in totals.bad.items())
+        raise DataError(
+            f"{bad:,} of {rows:,} rows have no usable text (more than {BAD_ROWS:.1%}): {first}; mend or remove "
+            "them and type the same command with --restart, or leave such rows out with --skip-bad-rows"
+        )
 
 
 def summary(folder: Path, manifest: dict[str, Any], *, already: bool) -> Summary:
-    return Summary(folder, len(manifest["shards"]), Totals(**manifest["totals"]), already)
+    return Summary(folder, len(manifest["shards"]), Totals.of(manifest), already)

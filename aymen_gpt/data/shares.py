@@ -63,10 +63,12 @@ def prepare_share(options: PrepareOptions, share: Share, report: Report) -> Summ
 
     Errors as ``prepare.prepare``; rows without usable text are judged when all shares are merged.
     """
-    options = replace(options, out=share.folder(options.out))
-    with prepare.begun(options, lambda: prepare.find_text(options, report), prepare.val_tokens) as begun:
+    whole, options = options, replace(options, out=share.folder(options.out))
+    with prepare.begun(options, lambda: prepare.find_text(whole, report), prepare.val_tokens, report) as begun:
         manifest, source = begun
-        if source is not None:
+        if source is None:
+            prepare.check_same_source(whole, manifest, lambda options: prepare.find_text(options, report))
+        else:
             manifest = prepare.exactly(
                 options, source, manifest, report, lambda new: _append_bundles(options, source, share, new, report)
             )
@@ -84,6 +86,7 @@ def merge(options: PrepareOptions, report: Report) -> Summary:
         options,
         lambda: prepare.described(finished()[0].manifest["source"]),
         lambda *_: finished()[0].manifest["shard_tokens"]["val"],
+        report,
     ) as (manifest, source):
         if source is None:
             shards.check_shards(options.out)
@@ -139,7 +142,7 @@ def _append_bundles(
     options: PrepareOptions, source: Source, share: Share, manifest: dict[str, Any], report: Report
 ) -> dict[str, Any]:
     """Append bundles to the manifest, saving it with each, until the share or max_tokens is exhausted."""
-    done, totals = manifest["shards"], Totals(**manifest["totals"])
+    done, totals = manifest["shards"], Totals.of(manifest)
     begin = Position(**done[-1]["end"]) if done else Position()
     limit = options.max_tokens or 2**63  # no share needs more, whatever stands before it
 
@@ -170,7 +173,7 @@ def _own_parts(
 ) -> Iterator[Part]:
     """The parts of the share from ``begin`` on; only files that hold some of them are opened or downloaded."""
     for number in range(begin.file, len(source.files)):
-        packed = source.files[number].name.endswith(tuple(sources.COMPRESSION))
+        packed = source.files[number].name.endswith(sources.COMPRESSED)
         owner = _owner(source, share, number, 0)
         if not owner <= share.number <= (owner if packed else _owner(source, share, number, 1)):
             continue

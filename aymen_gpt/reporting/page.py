@@ -18,7 +18,6 @@ from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from markupsafe import Markup
 from matplotlib.figure import Figure
 
-from aymen_gpt.errors import CannotWrite
 from aymen_gpt.files import replace_text
 from aymen_gpt.reporting import plots
 from aymen_gpt.reporting.runs import Run, Series, number, read_run
@@ -39,20 +38,15 @@ MAX_ROWS = 400  # of the table of validations
 
 def write_report(folder: Path, out: Path | None = None) -> Path:
     """Write the page of the run in ``folder`` to its report.html, or to ``out``, whole or not at all; its path."""
-    return _write(out or Path(folder) / "report.html", build_page(read_run(Path(folder))))
+    path = out or Path(folder) / "report.html"
+    replace_text(path, build_page(read_run(Path(folder))), follow=out is not None)
+    return path
 
 
 def write_comparison(folders: Sequence[Path], out: Path) -> Path:
     """Write one page with the curves of several runs on shared axes, and what differs between them."""
-    return _write(out, build_comparison([read_run(Path(folder)) for folder in folders]))
-
-
-def _write(path: Path, page: str) -> Path:
-    try:
-        replace_text(path, page)
-    except OSError as error:
-        raise CannotWrite(f"cannot write {path}: {error.strerror or error}") from error
-    return path
+    replace_text(out, build_comparison([read_run(Path(folder)) for folder in folders]), follow=True)
+    return out
 
 
 def render(template: str, **values: Any) -> str:

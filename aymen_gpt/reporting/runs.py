@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from aymen_gpt.errors import DataError
+from aymen_gpt.files import read_json
 
 Row = dict[str, Any]
 Series = list[tuple[float, float | None]]  # (step, value), None where the value was NaN or infinite
@@ -149,19 +150,15 @@ def _read_text(path: Path) -> str | None:
 
 
 def read_object(path: Path, problems: list[str] | None = None) -> dict[str, Any]:
-    """The JSON object in ``path``; {} when there is none, which ``problems`` is told unless no file is there."""
-    text = _read_text(path)
-    if text is None:
+    """The JSON object in ``path``, {} where there is none; ``problems`` gets a line if a file is there."""
+    if not path.is_file():
         return {}
     try:
-        value = json.loads(text)
-    except (ValueError, RecursionError):
-        value = None
-    if not isinstance(value, dict):
+        return read_json(path)
+    except DataError as error:
         if problems is not None:
-            problems.append(f"{path.name} is not a JSON object and is left out.")
+            problems.append(f"{error}; left out here.")
         return {}
-    return value
 
 
 def read_lines(path: Path, problems: list[str]) -> list[Row]:
