@@ -27,8 +27,10 @@ def human(value: float) -> str:
     return f"{value:.3g}"
 
 
-def percent(share: float, error: float | None = None, *, digits: int = 2) -> str:
-    """0.2955 -> "29.55 %"; with its standard error 0.261, 0.0139 -> "26.10 % ± 1.39"."""
+def percent(share: float | None, error: float | None = None, *, digits: int = 2) -> str:
+    """0.2955 -> "29.55 %"; with its standard error 0.261, 0.0139 -> "26.10 % ± 1.39"; None -> "-"."""
+    if share is None:
+        return "-"
     text = f"{100 * share:.{digits}f} %"
     return text if error is None else f"{text} ± {100 * error:.{digits}f}"
 
