@@ -10,6 +10,7 @@ from conftest import ROOT
 
 from aymen_gpt.reporting import plots
 from aymen_gpt.reporting.runs import read_run
+from benchmarks import five_kills
 
 NAN = float("nan")
 
@@ -168,3 +169,14 @@ def test_the_colours_are_those_of_the_light_page():
     dark = set(re.findall(r"--(\w+):#", css.split("prefers-color-scheme:dark")[1].split("}")[0]))
     assert {name: light[name] for name in plots.COLOURS} == plots.COLOURS
     assert plots.COLOURS.keys() <= dark
+
+
+def test_the_picture_of_five_kills_shows_them_and_one_curve():
+    found = json.loads(five_kills.FOUND.read_text())
+    curves, zoom = five_kills.draw(found).axes
+    marks = [line.get_xdata()[0] for line in curves.lines if line.get_color() == plots.BAD]
+    assert marks == found["killed_after_step"]
+    alone, killed = (line for line in zoom.lines if line.get_label() in ("left alone", "killed five times"))
+    assert list(alone.get_ydata()) == list(killed.get_ydata())
+    with pytest.raises(AssertionError):
+        five_kills.draw(found | {"steps_that_differ": [7]})

@@ -87,22 +87,28 @@ def smooth(x: np.ndarray, y: np.ndarray, limit: int = POINTS // 2) -> Curve:
 
 
 def frame(size: Size, unit: str, *, left: float = 46, right: float = 14) -> tuple[Figure, Axes]:
-    """An empty figure: hairlines, a base line, quiet labels, and the x axis' unit below its right end."""
+    """An empty figure with one ``quiet`` panel."""
     width, height = size
     figure = Figure(figsize=(width / 72, height / 72), facecolor="white")
     box = (left / width, 44 / height, (width - left - right) / width, (height - 44 - 12) / height)
     axes = figure.add_axes(box, facecolor="none")
+    quiet(axes, unit)
+    return figure, axes
+
+
+def quiet(axes: Axes, unit: str) -> None:
+    """Hairlines, a base line, grey numbers without strokes, and the x axis' unit below its right end."""
+    width, height = (float(side) * 0.72 for side in axes.get_window_extent().size)  # of 100 dots an inch
     axes.spines[["top", "right", "left"]].set_visible(False)
     axes.spines["bottom"].set(color=SOFT, linewidth=0.8)
     axes.tick_params(length=0, pad=7, labelsize=TEXT, labelcolor=SOFT)
     axes.tick_params(axis="x", length=4, width=0.8, color=SOFT, pad=4)
     axes.grid(axis="y", color=GRID, linewidth=1)
     axes.set_axisbelow(True)
-    axes.xaxis.set_major_locator(MaxNLocator(8 if width > 600 else 4, steps=[1, 2, 2.5, 5, 10]))
+    axes.xaxis.set_major_locator(MaxNLocator(8 if width > 540 else 4, steps=[1, 2, 2.5, 5, 10]))
     axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: human(value)))
-    axes.yaxis.set_major_locator(MaxNLocator(6 if height > 220 else 4, steps=[1, 2, 2.5, 5, 10]))
+    axes.yaxis.set_major_locator(MaxNLocator(6 if height > 164 else 4, steps=[1, 2, 2.5, 5, 10]))
     axes.set_xlabel(unit, loc="right", labelpad=4, size=TEXT, color=SOFT)
-    return figure, axes
 
 
 def unit(run: Run) -> str:
