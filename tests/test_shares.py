@@ -306,5 +306,3 @@ def test_the_commands_in_any_order_and_killed_by_kill_minus_nine(tmp_path):
     assert tokens_of(tmp_path / "d")
     both = run("d", "--part", "1/2", "--merge")
     assert (both.returncode, "not allowed with" in both.stderr) == (2, True)
-    tokens = run("e", "--part", "1/2", "--source", "tokens:d")
-    assert (tokens.returncode, tokens.stderr[:46]) == (2, "error: --part and --merge are for text; --sour")

@@ -358,3 +358,12 @@ def test_the_true_reason_is_said_why_a_file_cannot_be_read(tmp_path, monkeypatch
 def test_the_pinned_revision_is_a_commit():
     assert len(sources.REVISION) == 40
     assert set(sources.REVISION) <= set("0123456789abcdef")
+
+
+@pytest.mark.parametrize("with_text", [False, True])
+def test_token_shards_are_never_mistaken_for_text(shards, with_text):
+    if with_text:
+        (shards / "a.jsonl").write_text('"some text"')
+    for word in (shards, shards / "edufineweb_val_000000.bin"):
+        with pytest.raises(UsageError, match=rf"no text; pretrain.py --data {shards} trains on them"):
+            sources.open_source([str(word)])

@@ -149,21 +149,11 @@ def _open_bin(path: Path) -> np.ndarray:
     return np.memmap(path, "<u2", "r", offset=offset, shape=(n_tokens,))
 
 
-def is_llmc(path: Path) -> bool:
-    with path.open("rb") as file:
-        return file.read(4) == MAGIC.to_bytes(4, "little")
-
-
-def map_tokens(path: Path) -> np.ndarray:
-    """The tokens of a shard as its file has them, memory-mapped: (n_tokens,) of any integer type.
-
-    DataError as ``open_shard``; ids are not looked at.
-    """
-    return _map_npy(path) if path.suffix == ".npy" else open_shard(path)
-
-
 def _map_npy(path: Path) -> np.ndarray:
-    """No pickle and no archive. numpy reads the header only: asked to map the file, with some it crashes."""
+    """The tokens as the file has them: (n_tokens,) of any integer type; no pickle, no archive.
+
+    numpy reads only the header: asked to map a file itself, it crashes with some headers.
+    """
     with path.open("rb") as file:
         try:
             version = np.lib.format.read_magic(file)

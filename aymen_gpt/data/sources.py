@@ -8,8 +8,6 @@ order, so (file, part, row) names a document for good; rows are counted in the p
     hub              FineWeb-Edu's sample-10BT from the Hugging Face Hub (the default)
     builtin          the documentation on this machine (builtin.py)
     PATH             a file or a folder of .parquet, .jsonl, .jsonl.gz, .jsonl.zst, .txt or .md files
-
-What is tokens already (hub-tokens:OWNER/DATASET, tokens:FOLDER) is adopt.py's.
 """
 
 import functools
@@ -135,7 +133,7 @@ def _files_of(word: str, out: Path | None) -> list[SourceFile]:
     if stat.S_ISDIR(_status(path).st_mode):
         return _files_in(path, out)
     if path.suffix in (".bin", ".npy"):
-        raise UsageError(f"--source {word}: tokens, no text; take its folder, --source tokens:{path.parent}")
+        raise UsageError(f"--source {word}: tokens, no text; pretrain.py --data {path.parent} trains on them")
     if not path.name.endswith(SUFFIXES):
         raise UsageError(f"--source {word}: cannot read this kind of file, only {', '.join(SUFFIXES)}")
     return [_file(path.name, path)]
@@ -145,7 +143,7 @@ def _files_in(folder: Path, out: Path | None) -> list[SourceFile]:
     """The files of a folder in the order of their names, without hidden ones and what lies in ``out``."""
     if shards.list_shards(folder, "train") or shards.list_shards(folder, "val"):
         raise UsageError(
-            f"--source {folder}: the folder holds token shards, no text; take --source tokens:{folder}"
+            f"--source {folder}: it holds token shards, no text; pretrain.py --data {folder} trains on them"
         )
     out = out and out.resolve()
     if out == folder.resolve():
