@@ -10,11 +10,11 @@ from aymen_gpt.files import free_name
 from aymen_gpt.model.folders import checkpoints, latest_valid
 from aymen_gpt.training import checkpoint
 from aymen_gpt.training.config import TrainConfig, flag
+from aymen_gpt.training.runlog import FILES
 
 MODES = ("auto", "must", "none")
 SURE = ["metrics.jsonl", "status.json"]  # a folder with one of them is a run
-RECORDS = ["checkpoints", "config.json", "log.txt", "samples.md", "samples.jsonl", "failure.json", "report.html",
-           "hellaswag.json", "tensorboard", "wandb", *SURE]  # fmt: skip
+RECORDS = ["checkpoints", "tensorboard", "wandb", "hellaswag.json", *sorted(FILES, key=SURE.__contains__)]
 OVERRIDABLE = ("seed", "data", "tokens_per_step")
 
 
