@@ -2,6 +2,7 @@
 
 import json
 import os
+from datetime import datetime
 
 import pytest
 
@@ -115,6 +116,19 @@ def test_samples_of_steps_done_again_are_replaced(tmp_path):
     text = (tmp_path / "samples.md").read_text()
     assert [line for line in text.splitlines() if line.startswith("## ")] == ["## step 0", "## step 5"]
     assert text.count("text of 5") == 1
+
+
+def test_each_part_of_a_run_keeps_its_own_command_and_times(tmp_path):
+    for step, command, started in ((None, "one", "t1"), (3, "two", "t2")):
+        with RunLog(tmp_path, steps=10) as log:
+            log.start({"command": [command], "started": started}, step)
+    config = json.loads((tmp_path / "config.json").read_text())
+    first, second = config["history"]
+    assert (config["started"], config["command"]) == ("t1", ["two"])
+    assert [part["command"] for part in (first, second)] == [["one"], ["two"]]
+    assert [part["started"] for part in (first, second)] == ["t1", "t2"]
+    assert datetime.fromisoformat(first["ended"])
+    assert "ended" not in second  # that is status.json's
 
 
 APPENDED = {

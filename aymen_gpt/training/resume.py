@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from aymen_gpt.errors import DataError, UsageError
-from aymen_gpt.files import free_name
+from aymen_gpt.files import free_name, read_json
 from aymen_gpt.model.folders import checkpoints, latest_valid
 from aymen_gpt.training import checkpoint
 from aymen_gpt.training.config import TrainConfig, flag
@@ -53,6 +53,15 @@ def find_checkpoint(run: Path, mode: str) -> tuple[Path | None, list[str]]:
     if newest is not None:
         notices += [f"{line}; using {newest.name}" for line in problems]
     return newest, notices
+
+
+def is_finished(run: Path, step: int) -> bool:
+    """Whether the run ended well at ``step``, with all its records written."""
+    try:
+        status = read_json(run / "status.json")
+    except DataError:
+        return False
+    return status.get("state") == "done" and status.get("step") == step
 
 
 def set_aside(run: Path) -> None:

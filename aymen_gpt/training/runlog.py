@@ -18,6 +18,7 @@ import re
 import sys
 import time
 from collections.abc import Callable, Iterable
+from contextlib import suppress
 from datetime import UTC, datetime
 from pathlib import Path
 from threading import Thread
@@ -113,7 +114,10 @@ class RunLog:
         history = self._history()
         if step is None:
             history = []
-        history.append({"step": self.step, "started": config.get("started"), "changed": changed or {}})
+        if history:
+            history[-1].setdefault("ended", self._last_updated())
+        now = {key: config.get(key) for key in ("started", "command")}
+        history.append({"step": self.step, **now, "changed": changed or {}})
         first = history[0].get("started") or config.get("started")
         config = config | {"started": first, "history": history}
         self._replace("config.json", redact(json.dumps(config, indent=2)) + "\n")
@@ -145,6 +149,11 @@ class RunLog:
             self._set_aside(path.name, error)
             return []
         return history
+
+    def _last_updated(self) -> Any:
+        """When the part of the run before this one gave its last sign of life."""
+        with suppress(DataError):
+            return read_json(self.folder / "status.json").get("updated")
 
     def _set_aside(self, name: str, why: object, content: bytes | None = None) -> None:
         """Keep what cannot be used under another name: the file itself, or its ``content`` beside it."""

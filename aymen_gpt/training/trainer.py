@@ -20,7 +20,7 @@ from torch import Tensor
 
 from aymen_gpt.data import tokenizer
 from aymen_gpt.data.loader import TokenRows, deal
-from aymen_gpt.errors import AymenError, CannotWrite, Stopped, UsageError
+from aymen_gpt.errors import AymenError, CannotWrite, DataError, Stopped, UsageError
 from aymen_gpt.model import cpu_attention
 from aymen_gpt.model.generation import generate
 from aymen_gpt.model.gpt import GPT
@@ -33,7 +33,15 @@ from aymen_gpt.training.distributed import Ranks
 from aymen_gpt.training.gradients import GradientSum
 from aymen_gpt.training.guard import Guard
 from aymen_gpt.training.plan import dealt
-from aymen_gpt.training.resume import Resume, changes, check_identity, find_checkpoint, identity, options
+from aymen_gpt.training.resume import (
+    Resume,
+    changes,
+    check_identity,
+    find_checkpoint,
+    identity,
+    is_finished,
+    options,
+)
 from aymen_gpt.training.runlog import RunLog
 from aymen_gpt.training.schedule import learning_rate
 
@@ -247,7 +255,10 @@ class Trainer:
         continuation = generate(
             self.model, prompt, 64, temperature=0.8, top_k=50, seed=self.config.seed, stop=tokenizer.EOT
         )
-        text = encoding.decode(list(continuation))
+        try:
+            text = encoding.decode(list(continuation))
+        except DataError as error:  # a sample does not end a run, what spoiled the weights will
+            text = f"({error})"
         return f"\n> {encoding.decode(prompt).strip().replace(chr(10), ' ')}\n\n````text\n{text}\n````\n"
 
     def snapshot(self, row: Row) -> checkpoint.Snapshot:
@@ -283,7 +294,8 @@ class Trainer:
         changed = check_identity(saved.identity, now, folder, how)
         checkpoint.restore(newest, self.model, self.optimizer)
         self.guard.restore(saved.guard)
-        self.scaler.load_state_dict(saved.scaler)
+        if saved.scaler:  # none where the steps before were not in float16
+            self.scaler.load_state_dict(saved.scaler)
         self.origin = (saved.step, saved.rows)
         return saved.metrics, changed | changes(saved.settings, self.all_settings())
 
@@ -304,18 +316,23 @@ class Trainer:
     ) -> None:
         """Train to ``config.steps``, from wherever the folder's newest checkpoint is. ``log`` is the first rank's.
 
-        Raises Stopped, with everything saved, when a signal came to any rank; AymenError after ``max_skips``
-        steps in a row without a finite loss and gradient; CannotWrite when no checkpoint could be saved.
+        A finished run stays as it is. Raises Stopped, with everything saved, when a signal came to any rank;
+        AymenError after ``max_skips`` steps in a row without a finite loss and gradient; CannotWrite when no
+        checkpoint could be saved.
         """
         c = self.config
         row, changed = self.resume(folder, log, how or Resume())
         step = 0 if row is None else row["step"]
+        if step >= c.steps and self.ranks.first(lambda: is_finished(folder, step)):
+            if log:
+                log.say(f"{folder} is finished, at step {step}: to train on, raise --steps")
+            return
         if not c.micro_batch:
             self.fit_micro_batch()
         if log:
             log.start(describe(), None if row is None else step, changed)
         if row is None:
-            self.report(log, {"step": 0, "tokens": 0, "val_loss": self.validation_loss()})
+            self.report(log, {"step": 0, "tokens": 0, "val_loss": finite(self.validation_loss())})
         elif self.ranks.broadcast(log is not None and log.last_step() < step):
             self.report(log, row)  # killed between the checkpoint and its row
         warn = log.say if log else print
