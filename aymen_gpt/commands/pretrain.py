@@ -9,6 +9,7 @@ from collections.abc import Callable
 from contextlib import nullcontext
 from dataclasses import Field, asdict, fields
 from datetime import UTC, datetime
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -313,10 +314,11 @@ def git_commit() -> str | None:
 
 
 def closing(folder: Path) -> str:
-    from aymen_gpt.model.folders import checkpoints
+    from aymen_gpt.model.folders import latest_valid, problem
 
+    newest, _ = latest_valid(folder, partial(problem, remember=True))
     return (
-        f"checkpoint  {checkpoints(folder)[0]}\n"
+        f"checkpoint  {newest}\n"
         f"curve       {folder}/report.html (numbers: metrics.jsonl)\n"
         f"samples     {folder}/samples.jsonl\n"
         f'next        python hellaswag.py -m {folder}   or   python generate.py -m {folder} "Once upon a time"'
