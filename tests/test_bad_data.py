@@ -1,11 +1,14 @@
 """Bad shards end training before it begins: exit code 65, the shard and what is wrong with it, nothing changed."""
 
+import os
 import re
+import shutil
+import subprocess
 import warnings
 
 import numpy as np
 import pytest
-from conftest import make_shards
+from conftest import door_command, make_shards
 from test_shards import flip, llmc_bytes
 
 from aymen_gpt import files
@@ -79,7 +82,11 @@ SPOILT = {
         lambda f: replaced(f, NPY, b""),
         "is not a readable .npy array (",
     ),
-    "objects": (33, lambda f: replaced(f, NPY, np.array([1, "a"], object)), "is not a readable .npy array ("),
+    "objects": (
+        33,
+        lambda f: replaced(f, NPY, np.array([1, "a"], object)),
+        "holds (2,) object; a shard is a row of",
+    ),
     "page": (33, lambda f: replaced(f, TRAIN, b"<!doctype html>" * 99), "not with llm.c's magic number"),
     "page in .npy": (33, lambda f: replaced(f, NPY, b"<html>" * 99), "is not a readable .npy array ("),
     "bit": (34, lambda f: flip(f / TRAIN, 5000), "rebuild it with fineweb.py --out"),
@@ -130,6 +137,24 @@ def test_the_command_says_it_in_one_line_and_makes_no_run_folder(door, folder, t
         done.stderr,
     )
     assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.fault(33)
+@pytest.mark.skipif(
+    os.geteuid() == 0 and not shutil.which("setpriv"), reason="root may read all; setpriv forbids it"
+)
+@pytest.mark.parametrize("name", [TRAIN, "manifest.json", "."])
+def test_what_we_may_not_read_is_one_line_with_the_reason(folder, name):
+    caps = [f"--{kind}=-dac_override,-dac_read_search" for kind in ("inh-caps", "bounding-set")]
+    unprivileged = [] if os.geteuid() else ["setpriv", *caps]
+    (folder / name).chmod(0)
+    for words in (["fineweb.py", "--verify", "--out"], ["pretrain.py", "--preset", "tiny", "--data"]):
+        done = subprocess.run([*unprivileged, *door_command(*words, folder)], capture_output=True, text=True)
+        assert done.returncode == 65, done.stderr
+        assert re.fullmatch(
+            rf"error: cannot read {folder / name}(/manifest.json)?: Permission denied: [^\n]*\n", done.stderr
+        )
+    (folder / name).chmod(0o700)
 
 
 class Alone(Ranks):

@@ -22,7 +22,9 @@ def test_every_stated_result_has_its_artefact(checkout):
     assert problems(checkout) == []
 
 
-@pytest.mark.parametrize("name", ["config.json", "metrics.jsonl", "hellaswag.json", "status.json", "samples.md"])
+@pytest.mark.parametrize(
+    "name", ["config.json", "metrics.jsonl", "hellaswag.json", "status.json", "samples.jsonl"]
+)
 def test_deleting_an_artefact_is_found(checkout, name):
     (checkout / DEMO / name).unlink()
     assert any("no artefact shows it" in line for line in problems(checkout))

@@ -1,10 +1,12 @@
 """prepare.py: the shards are the documents, whoever tokenized them and however often it was interrupted."""
 
+import contextlib
 import gzip
 import hashlib
 import json
 import os
 import re
+import shutil
 import threading
 import time
 from collections import Counter
@@ -319,6 +321,36 @@ def test_a_source_is_the_same_with_or_without_a_slash(options):
     stop_after(replace(options, source=(f"{options.source[0]}/",)), 2)
     prepare.prepare(options, quiet)
     assert prepare.prepare(replace(options, source=(f"{options.source[0]}//",)), quiet).already
+
+
+@pytest.mark.fault(34)
+@pytest.mark.parametrize("checksum", [True, False])
+def test_a_flipped_bit_of_the_manifest_is_found_or_does_no_harm(options, tmp_path, checksum):
+    """Manifests of earlier versions have no checksum; what their numbers say is compared with the shards."""
+    prepare.prepare(options, quiet)
+    if not checksum:
+        manifest = json.loads((options.out / "manifest.json").read_bytes())
+        (options.out / "manifest.json").write_text(
+            json.dumps({k: manifest[k] for k in manifest if k != "checksum"})
+        )
+    text = (options.out / "manifest.json").read_bytes()
+    whole, out = shards.read_manifest(options.out), tmp_path / "copy"
+    for bit in range(0, 8 * len(text), 3 if checksum else 61):
+        flipped = bytearray(text)
+        flipped[bit // 8] ^= 1 << bit % 8
+        (options.out / "manifest.json").write_bytes(flipped)
+        try:
+            found = shards.read_manifest(options.out)
+        except DataError:
+            continue
+        assert found == whole or not checksum, bit
+        shutil.copytree(options.out, out, ignore=shutil.ignore_patterns(".*"))
+        for use in (shards.check_shards, shards.verify, lambda out: prepare.repair(out, quiet, workers=0)):
+            with contextlib.suppress(AymenError):
+                use(out)
+        with contextlib.suppress(AymenError):
+            prepare.prepare(replace(options, out=out), quiet)
+        shutil.rmtree(out)
 
 
 def stop_after(options, n_shards):

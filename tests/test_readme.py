@@ -46,10 +46,11 @@ ELSEWHERE = {"make demo", "make test", "make report"}
 
 
 def commands():
-    """The lines of README's bash blocks, without their comments."""
-    blocks = re.findall(r"```bash\n(.*?)```", (ROOT / "README.md").read_text(), re.S)
+    """The lines of the bash blocks of README and docs/options.md, without their comments."""
+    pages = (ROOT / "README.md").read_text() + (ROOT / "docs/options.md").read_text()
+    blocks = re.findall(r"```bash\n(.*?)```", pages, re.S)
     lines = [re.sub(r"\s+#.*", "", line).strip() for block in blocks for line in block.splitlines()]
-    return [line for line in lines if line]
+    return list(dict.fromkeys(line for line in lines if line))
 
 
 def test_every_command_of_readme_is_known_here():
@@ -78,6 +79,7 @@ def test_the_journey_of_readme_works_as_written(door, tmp_path):
     assert (tmp_path / "runs/gpt2/checkpoints/step-000000006/model.safetensors").exists()  # 8 GPUs went on
     assert (tmp_path / "runs/gpt2/earlier-1/metrics.jsonl").exists()
     assert (tmp_path / "runs/tuned/report.html").exists()
+    assert json.loads((tmp_path / "a.json").read_text())["step"] == 6  # of runs/gpt2
     assert (tmp_path / "runs/mine/report.html").exists()
     assert (tmp_path / "data/edu10B/manifest.json").exists()
 
@@ -89,7 +91,9 @@ def write_gzip(path, texts):
 def test_the_published_scores_are_those_of_the_code():
     known = {(a.model, a.protocol, round(100 * a.value, 2)) for a in ANCHORS if a.metric == "acc_norm"}
     protocols = {"completion": "completion", "harness": "harness", "the paper's own": "gpt3-paper"}
-    rows = re.findall(r"\| (GPT-[^|]*?) \|[^|]*\| ([^|]*?) \| ([\d.]+) % \|", (ROOT / "README.md").read_text())
+    rows = re.findall(
+        r"\| (GPT-[^|]*?) \|[^|]*\| ([^|]*?) \| ([\d.]+) % \|", (ROOT / "docs/reproduce.md").read_text()
+    )
     assert len(rows) == 3
     for model, protocol, value in rows:
         short = model.removesuffix(" 125M")

@@ -51,7 +51,8 @@ def run(tmp_path):
     (folder / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     (folder / "status.json").write_text(json.dumps({"state": "done", "step": 40, "steps": 40}))
     (folder / "hellaswag.json").write_text(json.dumps(score))
-    (folder / "samples.md").write_text(f"## step 40\n\n> {HOSTILE}\n\n````text\n{HOSTILE} und schön ש\n````\n")
+    sample = {"step": 40, "prompt": HOSTILE, "text": f"{HOSTILE} und schön ש"}
+    (folder / "samples.jsonl").write_text(json.dumps(sample) + "\n")
     return folder
 
 

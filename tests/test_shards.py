@@ -162,6 +162,57 @@ def test_an_array_that_is_no_row_of_ids_is_refused(tmp_path, array):
         shards.open_shard(tmp_path / "x_train_000001.npy")
 
 
+def npy(descr="'<u2'", fortran="False", shape="(4,)", header=None, version=1):
+    """The bytes of a .npy file, whatever its header says."""
+    text = header or f"{{'descr': {descr}, 'fortran_order': {fortran}, 'shape': {shape}, }}"
+    size = len(text).to_bytes(2 if version == 1 else 4, "little")
+    return b"\x93NUMPY" + bytes([version, 0]) + size + text.encode() + bytes(8)
+
+
+ODD_HEADERS = [
+    *(
+        npy(descr)
+        for descr in ("'|V0'", "'|S0'", "'|O'", "'<m8'", "'<M8[s]'", "[('a','<u2')]", "('<u2',(2,))", "''")
+    ),
+    *(npy(shape=shape) for shape in ("()", "(-1,)", "(0,)", "(2,2)", "4", "None", "(1e3,)", "(10**3,)", "(99,)")),
+    *(npy(shape=shape) for shape in (f"({2**63 - 1},)", f"({2**62},)", f"({10**23},)", "[4]")),
+    *(npy(header=header) for header in ("{" * 300, "(" * 5000, "-" * 5000 + "1", "{}", "1", "\0", "'\\N{x}'")),
+    *(npy(version=version) for version in (2, 3, 4, 255)),
+]
+
+
+@pytest.mark.fault(33)
+@pytest.mark.parametrize("content", ODD_HEADERS, ids=range(len(ODD_HEADERS)))
+def test_an_odd_header_of_an_array_is_one_line(tmp_path, content):
+    path = tmp_path / "x_train_000001.npy"
+    path.write_bytes(content)
+    if content == npy(version=2):
+        assert shards.open_shard(path).tolist() == [0, 0, 0, 0]
+        return
+    with pytest.raises(DataError, match=r"^shard [^\n]*x_train_000001.npy [^\n]*$"):
+        shards.open_shard(path)
+
+
+def test_one_row_of_numpys_other_order_is_a_row(tmp_path):
+    (tmp_path / "x_train_000001.npy").write_bytes(npy(fortran="True"))
+    assert shards.open_shard(tmp_path / "x_train_000001.npy").tolist() == [0, 0, 0, 0]
+
+
+@pytest.mark.fault(33)
+@pytest.mark.parametrize("name", ["edufineweb_train_000001.bin", "manifest.json"])
+def test_a_folder_in_place_of_a_file_is_one_line(folder, name):
+    (folder / name).unlink()
+    (folder / name).mkdir()
+    for read in (
+        shards.check_shards,
+        shards.verify,
+        lambda folder: TokenRows(folder, "train", block_size=1, seed=1),
+    ):
+        if name != "manifest.json" or read in (shards.check_shards, shards.verify):
+            with pytest.raises(DataError, match=rf"^cannot read [^\n]*{name}: Is a directory: [^\n]*$"):
+                read(folder)
+
+
 @pytest.mark.fault(33)
 def test_a_cut_array_and_a_missing_shard_are_refused(tmp_path):
     np.save(tmp_path / "a.npy", TOKENS)
@@ -339,23 +390,87 @@ def test_verify_finds_a_flipped_bit_and_a_missing_file(folder):
 @pytest.mark.fault(53)
 @pytest.mark.parametrize("name", ["../outside.bin", "/etc/passwd", "a/b.bin", "", ".hidden.bin", "..", "x.txt"])
 def test_a_manifest_cannot_name_a_file_outside_its_folder(folder, name):
-    change(folder, shards=[{"file": name, "tokens": 1, "sha256": ""}])
+    change(folder, shards=[{"file": name, "tokens": 1, "sha256": "0" * 64}])
     with pytest.raises(DataError, match="unsafe path"):
         shards.verify(folder)
 
 
-@pytest.mark.parametrize(
-    "text", ["", "{", "[]", '{"format": 1}', '{"format": "x", "shards": []}', '{"shards": {}}']
-)
-def test_a_damaged_manifest_is_named(folder, text):
-    (folder / "manifest.json").write_text(text)
-    with pytest.raises(DataError, match=r"manifest.json (is damaged|says 'x')"):
-        shards.read_manifest(folder)
+def put(manifest, place, value):
+    """The manifest with another value in one place, as "shards 0 sha256"; without that key for DROPPED."""
+    *way, last = (int(word) if word.isdigit() else word for word in place.split())
+    inner = manifest
+    for word in way:
+        inner = inner[word]
+    inner[last] = value
+    if value is DROPPED:
+        del inner[last]
+    return manifest
+
+
+DROPPED = object()
+RIGHT = {
+    "source": {"repo": None, "revision": None, "files": [{"name": "a.txt", "bytes": 9, "sha256": None}]},
+    "options": {
+        "source": ["a.txt"],
+        "shard_tokens": 7,
+        "max_tokens": None,
+        "text_column": None,
+        "revision": None,
+    },
+    "encoder": {"name": "tiktoken", "version": "0"},
+    "shard_tokens": {"val": 7, "train": 7},
+    "totals": {"tokens": 14, "documents": 4, "bytes": 50, "skipped": {"empty": 1}, "first_bad": None},
+}
+MISFITS = {
+    "format": [1, DROPPED, "x"],
+    "complete": [DROPPED, 1, None],
+    "tokenizer": [[], None],
+    "shards": [{}, None, [3]],
+    "shards 0 file": [DROPPED, 5],
+    "shards 0 tokens": [DROPPED, 7.0, -1, True, "7", 2**63],
+    "shards 1 sha256": [DROPPED, "", "g" * 64, 7, None],
+    "shards 1 documents": ["2", -1],
+    "shards 1 documents_sha256": [3],
+    "shards 1 begin": [0, {"file": 0, "part": 0, "row": 0}, {"file": 0, "part": 0, "row": 0, "tokem": 0}],
+    "shards 1 end": [DROPPED, []],
+    "options source": ["a.txt", DROPPED, [1]],
+    "options shard_tokens": [None, DROPPED],
+    "options max_tokens": ["1", DROPPED],
+    "source": [None, DROPPED, {}],
+    "source files 0": [
+        {},
+        1,
+        {"name": "a.txt", "bytes": "9", "sha256": None},
+        {"name": "a", "bytes": 9, "more": 1},
+    ],
+    "encoder": ["gigatoken", {"name": "other", "version": "0"}],
+    "shard_tokens train": [0, DROPPED],
+    "totals": [{}, None],
+    "totals skipped": [None, {"empty": "1"}],
+}
+
+
+@pytest.mark.fault(34)
+@pytest.mark.parametrize(("place", "value"), [(place, value) for place in MISFITS for value in MISFITS[place]])
+def test_a_manifest_of_another_shape_is_named_with_the_place(folder, place, value):
+    where = {name: dict.fromkeys(("file", "part", "row", "token"), 0) for name in ("begin", "end")}
+    right = shards.read_manifest(folder) | json.loads(json.dumps(RIGHT))
+    right["shards"] = [record | where for record in right["shards"]]
+    shards.write_manifest(folder, right)
+    assert shards.read_manifest(folder) == right
+    shards.write_manifest(folder, put(right, place, value))
+    for read in (shards.check_shards, shards.verify, shards.manifest_hash):
+        with pytest.raises(
+            DataError, match=r"^[^\n]*manifest.json (is damaged \(|says ('x'|1);)[^\n]*$"
+        ) as caught:
+            read(folder)
+        if "damaged" in str(caught.value):
+            assert place.split()[-1] in str(caught.value) or place.split()[0] in str(caught.value)
 
 
 def test_the_manifest_hash_follows_the_tokens_and_nothing_else(folder):
     before = shards.manifest_hash(folder)
-    change(folder, note="elsewhere")
+    change(folder, complete=False)
     assert shards.manifest_hash(folder) == before
     records = shards.read_manifest(folder)["shards"]
     change(folder, shards=[records[0] | {"sha256": "f" * 64}, records[1]])

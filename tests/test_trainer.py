@@ -10,14 +10,13 @@ import torch
 from conftest import make_shards
 from safetensors.torch import load_file, save_file
 
-from aymen_gpt.commands.pretrain import build, introduction
+from aymen_gpt.commands.pretrain import build
 from aymen_gpt.errors import AymenError, DataError, Stopped, UsageError
-from aymen_gpt.model import cpu_attention, gpt
 from aymen_gpt.model.folders import checkpoint_folder, checkpoints, latest_valid
 from aymen_gpt.model.huggingface import load_pretrained
 from aymen_gpt.training.checkpoint import capture, read_snapshot, restore
 from aymen_gpt.training.config import resolve
-from aymen_gpt.training.device import attention_kernel, choose_device
+from aymen_gpt.training.device import choose_device
 from aymen_gpt.training.distributed import Ranks
 from aymen_gpt.training.resume import Resume
 from aymen_gpt.training.runlog import RunLog
@@ -73,17 +72,6 @@ def test_the_loss_falls(shards, tmp_path):
     found = losses(tmp_path / "run")
     assert found[0] == pytest.approx(10.83, abs=0.1)  # ln(50257): nothing known yet
     assert found[-1] < found[0] - 0.5
-
-
-@pytest.mark.parametrize(
-    ("dtype", "context", "ours"), [("float32", 64, False), ("bfloat16", 64, True), ("bfloat16", 1024, False)]
-)
-def test_the_introduction_names_the_attention_in_use(shards, dtype, context, ours):
-    config = resolve({"preset": "tiny", "data": str(shards), "tokens_per_step": 2048, "block_size": context})
-    t = build(config, choose_device("cpu", dtype), Ranks())
-    used = [block.attn.attention for block in t.model.h]
-    assert used == [cpu_attention.attention if ours else gpt.attention] * len(used)
-    assert f"attention {'matrix products' if ours else attention_kernel(t.device, 2, 16)}," in introduction(t)
 
 
 def test_the_losses_are_those_of_the_day_this_was_written(shards, tmp_path):
@@ -240,7 +228,6 @@ def test_a_step_that_is_not_finite_is_skipped_and_its_documents_named(
     reads = t.train_rows.documents(first, documents)
     assert row["documents"] == list(dict.fromkeys(f"{r.shard} document {r.document}" for r in reads))
     assert f"warning: {reason} at step 3 (documents {row['documents'][0]}" in capsys.readouterr().err
-    assert ("3 train nan" in (run / "log.txt").read_text()) == (what == "loss")
     assert all(row["loss"] for row in rows(run)[4:])
     assert read_snapshot(checkpoints(run)[0]).updates == 5  # of 6 steps
     assert latest_valid(run)[1] == []
@@ -251,10 +238,10 @@ def test_the_weights_after_a_skipped_step_are_those_before_it(shards, tmp_path):
     t = trainer(shards, micro_batch=4)
     poison(t, {1})
     before = [p.clone() for p in t.parameters]
-    row, *_ = t.train_step(0, t.batches(t.train_rows, 0, 8))
+    row = t.train_step(0, t.batches(t.train_rows, 0, 8)).row()
     assert row["skipped"] == "non-finite loss"
     assert all(torch.equal(p, q) for p, q in zip(t.parameters, before, strict=True))
-    row, *_ = t.train_step(1, t.batches(t.train_rows, 8, 8))
+    row = t.train_step(1, t.batches(t.train_rows, 8, 8)).row()
     assert "skipped" not in row
     assert not torch.equal(t.parameters[0], before[0])
 
@@ -285,7 +272,7 @@ def test_a_spike_is_logged_and_only_skipped_when_asked(shards, tmp_path, monkeyp
             t.train_step(step, t.batches(t.train_rows, 8 * step, 8))
         before = [p.clone() for p in t.parameters]
         t.batch_loss = lambda tokens, honest=honest: 3 * honest(tokens)
-        row, *_ = t.train_step(4, t.batches(t.train_rows, 32, 8))
+        row = t.train_step(4, t.batches(t.train_rows, 32, 8)).row()
         assert (row.get("spike"), row.get("skipped")) == ((None, "spike") if skip else (True, None))
         assert all(torch.equal(p, q) for p, q in zip(t.parameters, before, strict=True)) == skip
 
@@ -426,7 +413,7 @@ def test_a_float16_overflow_lowers_the_scale_and_is_no_failure(shards, tmp_path)
     t = build(resolve({"preset": "tiny", "data": str(shards), "micro_batch": 4, "max_skips": 0}), half, Ranks())
     poison(t, {1}, "gradient")
     scale = t.scaler.get_scale()
-    row, *_ = t.train_step(0, t.batches(t.train_rows, 0, 8))
+    row = t.train_step(0, t.batches(t.train_rows, 0, 8)).row()
     assert row["skipped"] == "float16 overflow"
     assert t.scaler.get_scale() == scale / 2
     assert t.guard.skipped == 0
@@ -436,12 +423,10 @@ def test_a_run_can_start_from_another_models_weights(shards, tmp_path):
     first = fit(shards, tmp_path / "first")
     t = trainer(shards, init_from=str(tmp_path / "first"))
     with RunLog(tmp_path / "second", 6) as log:
-        t.report = lambda log, row: row["step"] or states.append([p.clone() for p in t.parameters])
+        t.report = lambda log, row: row.step or states.append([p.clone() for p in t.parameters])
         states = []
         t.fit(tmp_path / "second", log, Stop(), dict)
     assert all(torch.equal(p, q) for p, q in zip(states[0], first.parameters, strict=True))
-    with pytest.raises(UsageError, match="--init-from .*first is GPTConfig.*this run is GPTConfig"):
-        fit(shards, tmp_path / "third", preset="demo", init_from=str(tmp_path / "first"))
 
 
 @pytest.mark.fault(11)

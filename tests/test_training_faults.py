@@ -325,7 +325,6 @@ def test_a_disk_full_for_the_log_keeps_its_lines_in_memory(disk, tmp_path, capsy
             log.write({"step": step, "loss": 5.0, "lr": 1e-3, "grad_norm": 1.0, "step_seconds": 0.5,
                        "tokens_per_second": 1.0, "note": "x" * 300})  # fmt: skip
     assert logged_steps(folder) == list(range(1, 401))
-    assert len((folder / "run/log.txt").read_text().splitlines()) == 400
     assert capsys.readouterr().err.count("warning: cannot write") == 1
 
 

@@ -24,7 +24,7 @@ from aymen_gpt.training.config import RECIPES, TrainConfig, resolve
 ROOT = Path(aymen_gpt.__file__).parent.parent
 PAPER = "research-report.tex"
 PACKAGES = "latexmk texlive-latex-base texlive-latex-recommended texlive-pictures lmodern"
-KEPT = ("config.json", "metrics.jsonl", "status.json", "samples.md")  # of a run, in its digest
+KEPT = ("config.json", "metrics.jsonl", "status.json", "samples.jsonl")  # of a run, in its digest
 CLAIMED_HOURS = 7  # the first version's README, for 40B tokens on eight A100
 A100_PEAK = 312e12  # bf16 FLOP/s, NVIDIA's data sheet
 ROWS = 1500  # of metrics.jsonl in a digest

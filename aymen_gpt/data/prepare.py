@@ -429,6 +429,8 @@ def repair(
         manifest = shards.read_manifest(out)
         if not damaged or manifest is None:
             return []
+        if "options" not in manifest or not all("begin" in record for record in manifest["shards"]):
+            raise DataError(f"{out} cannot be repaired, {', '.join(damaged)}: get its files again")
         options = recorded_options(out, manifest)
         options = replace(options, workers=workers, keep_source=keep_source, encoder=encoder)
         source = open_source(options, manifest, lambda: find_text(options, report), to_repair=True)
@@ -653,6 +655,8 @@ def recorded_options(out: Path, manifest: dict[str, Any]) -> PrepareOptions:
 
 
 def check_same_options(options: PrepareOptions, manifest: dict[str, Any]) -> None:
+    if "options" not in manifest:
+        raise UsageError(f"{options.out} holds tokens that fineweb.py did not make: take another --out")
     for name, wanted in _deciding_options(options).items():
         found = manifest["options"][name]
         if name == "source":

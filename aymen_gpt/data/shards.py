@@ -10,18 +10,19 @@ import hashlib
 import json
 import re
 import warnings
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import suppress
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from aymen_gpt import files
+from aymen_gpt.data import fetch
 from aymen_gpt.data.tokenizer import EOT, VOCAB_SIZE, vocabulary_sha256
 from aymen_gpt.errors import CannotWrite, DataError
-from aymen_gpt.files import whole_file, write_whole
+from aymen_gpt.files import read_json, whole_file, write_whole
 
 MAGIC, VERSION = 20240520, 1
 HEADER_BYTES = 256 * 4
@@ -29,6 +30,51 @@ MANIFEST = "manifest.json"
 FORMAT = "aymen-gpt shards, version 1"
 CHECKED = ".checked.json"  # in a folder of shards: which files check_shards has read and found right
 CHUNK = 2**22  # tokens whose ids are looked at together
+NUMBER, SHA256 = range(2**63), re.compile("[0-9a-f]{64}")
+PLACE = dict.fromkeys(("file", "part", "row", "token"), NUMBER)
+SHAPE = {  # of any manifest; see misfit
+    "format": str,
+    "complete": bool,
+    "tokenizer": dict,
+    "shards": [
+        {
+            "file": str,
+            "tokens": NUMBER,
+            "sha256": SHA256,
+            "documents?": NUMBER,
+            "documents_sha256?": SHA256,
+            "begin?": PLACE,
+            "end?": PLACE,
+            "...": object,
+        }
+    ],
+    **dict.fromkeys(("options?", "source?", "encoder?", "shard_tokens?", "totals?", "checksum?"), object),
+}
+PREPARED_SHAPE = {  # of one that fineweb.py wrote
+    "options": {
+        "source": [str],
+        "shard_tokens": NUMBER,
+        "max_tokens": (NUMBER, None),
+        "text_column": (str, None),
+        "revision": (str, None),
+        "...": object,
+    },
+    "source": {
+        "repo": (str, None),
+        "revision": (str, None),
+        "files": [{"name": str, "bytes": NUMBER, "sha256": (SHA256, None), "modified_ns?": (NUMBER, None)}],
+        "...": object,
+    },
+    "encoder?": (None, {"name": re.compile("gigatoken|tiktoken"), "version": str}),
+    "shard_tokens": dict.fromkeys(("val", "train"), range(1, 2**63)),
+    "totals": {
+        **dict.fromkeys(("tokens", "documents", "bytes"), NUMBER),
+        "skipped": {"...": NUMBER},
+        "first_bad": (str, None),
+    },
+    "shards": [{"documents": NUMBER, "end": PLACE, "...": object}],
+    "...": object,
+}
 READERS = 4  # shards that are read at the same time to be checked
 
 
@@ -60,9 +106,23 @@ def open_shard(path: Path) -> np.ndarray:
 
     DataError names the file, what was found and what was expected.
     """
-    if not path.is_file():
-        raise _damaged(path, "is missing")
-    return _open_npy(path) if path.suffix == ".npy" else _open_bin(path)
+    with _readable(path):
+        return _open_npy(path) if path.suffix == ".npy" else _open_bin(path)
+
+
+@contextmanager
+def _readable(path: Path) -> Iterator[None]:
+    """Turn what the system says of a file of the folder into a DataError."""
+    try:
+        yield
+    except FileNotFoundError:
+        raise _damaged(path, "is missing") from None
+    except OSError as error:
+        raise _unreadable(path, error) from None
+
+
+def _unreadable(path: Path, error: OSError) -> DataError:
+    return DataError(f"cannot read {path}: {error.strerror or error}: make it readable, or move it away")
 
 
 def _damaged(path: Path, why: str) -> DataError:
@@ -103,13 +163,25 @@ def map_tokens(path: Path) -> np.ndarray:
 
 
 def _map_npy(path: Path) -> np.ndarray:
-    try:
-        tokens = np.lib.format.open_memmap(path, mode="r")  # .npy and nothing else: no pickles, no archives
-    except (ValueError, EOFError) as error:
-        raise _damaged(path, f"is not a readable .npy array ({error})") from None
-    if tokens.ndim != 1 or not len(tokens) or not np.issubdtype(tokens.dtype, np.integer):
-        raise DataError(f"shard {path} holds {tokens.shape} {tokens.dtype}; a shard is a row of uint16")
-    return tokens
+    """No pickle and no archive. numpy reads the header only: asked to map the file, with some it crashes."""
+    with path.open("rb") as file:
+        try:
+            version = np.lib.format.read_magic(file)
+            read = {(1, 0): np.lib.format.read_array_header_1_0, (2, 0): np.lib.format.read_array_header_2_0}[
+                version
+            ]
+            shape, _, dtype = read(file)
+        except OSError:
+            raise
+        except Exception as error:  # ValueError, TypeError, RecursionError, MemoryError, tokenize's own, ...
+            reason = fetch.one_line(f"{type(error).__name__}: {error}")
+            raise _damaged(path, f"is not a readable .npy array ({reason})") from None
+        offset, size = file.tell(), path.stat().st_size
+    if len(shape) != 1 or shape[0] < 1 or dtype.kind not in "iu":
+        raise DataError(f"shard {path} holds {shape} {dtype}; a shard is a row of uint16")
+    if (expected := offset + shape[0] * dtype.itemsize) != size:
+        raise _damaged(path, f"is not a readable .npy array ({size:,} bytes, not {expected:,})")
+    return np.memmap(path, dtype, "r", offset=offset, shape=shape)
 
 
 def _open_npy(path: Path) -> np.ndarray:
@@ -137,7 +209,9 @@ def list_shards(folder: Path, split: str) -> list[Path]:
     """
     pattern = re.compile(rf"\w[\w.-]*_{split}_(\d{{6}})\.(?:bin|npy)")
     found: dict[int, Path] = {}
-    for path in sorted(folder.iterdir()) if folder.is_dir() else []:
+    with _readable(folder):
+        inside = sorted(folder.iterdir()) if folder.is_dir() else []
+    for path in inside:
         if match := pattern.fullmatch(path.name):
             index = int(match[1])
             if index in found:
@@ -173,26 +247,70 @@ def read_document_sources(shard: Path) -> list[tuple[str | None, str | None]] | 
 
 
 def write_manifest(folder: Path, manifest: dict[str, Any]) -> None:
-    write_whole(folder / MANIFEST, (json.dumps(manifest, indent=1) + "\n").encode())
+    content = manifest | {"checksum": _checksum(manifest)}
+    write_whole(folder / MANIFEST, (json.dumps(content, indent=1) + "\n").encode())
 
 
 def read_manifest(folder: Path) -> dict[str, Any] | None:
-    """The folder's manifest, None when it has none; DataError when it cannot be used."""
+    """The folder's manifest, None when it has none; DataError when it cannot be used.
+
+    It has the shape that docs/data-format.md describes. Manifests of earlier versions have no checksum.
+    """
     path = folder / MANIFEST
     try:
-        manifest = json.loads(path.read_bytes())
-        found = manifest["format"]
-        names = [shard["file"] for shard in manifest["shards"]]
-    except FileNotFoundError:
+        path.open("rb").close()
+    except (FileNotFoundError, NotADirectoryError):
         return None
-    except (ValueError, KeyError, TypeError) as error:
-        raise DataError(f"{path} is damaged ({type(error).__name__}: {error})") from None
-    if found != FORMAT:
-        raise DataError(f"{path} says {found!r}; this version reads {FORMAT!r}")
-    for name in names:
-        if not re.fullmatch(r"\w[\w.-]*\.(bin|npy)", name):
-            raise DataError(f"{path} lists the unsafe path {name!r}")
+    except OSError as error:
+        raise _unreadable(path, error) from None
+    try:
+        return _checked_manifest(path)
+    except DataError as error:
+        again = "fineweb.py with the same options prepares the text anew, pretrain.py takes the shards as they are"
+        raise DataError(f"{error}: delete it, then {again}") from None
+
+
+def _checked_manifest(path: Path) -> dict[str, Any]:
+    manifest = read_json(path)
+    if manifest.get("format", FORMAT) != FORMAT:
+        raise DataError(f"{path} says {manifest['format']!r}; this version reads {FORMAT!r}")
+    wrong = misfit(manifest, SHAPE) or ("options" in manifest and misfit(manifest, PREPARED_SHAPE))
+    checksum = manifest.pop("checksum", None)
+    if wrong or checksum not in (None, _checksum(manifest)):
+        raise DataError(f"{path} is damaged ({wrong or 'checksum'} is not as it should be)")
+    for shard in manifest["shards"]:
+        if not re.fullmatch(r"\w[\w.-]*\.(bin|npy)", shard["file"]):
+            raise DataError(f"{path} lists the unsafe path {shard['file']!r}")
     return manifest
+
+
+def _checksum(manifest: dict[str, Any]) -> str:
+    return hashlib.sha256(json.dumps(manifest, sort_keys=True).encode()).hexdigest()
+
+
+def misfit(value: Any, shape: Any, place: str = "") -> str | None:
+    """Where a value of JSON first differs from its shape, as "shards 3 sha256"; None when it fits.
+
+    A shape is None, a type, a range, a pattern, a tuple of alternatives, a list of one shape, or a dict of shapes:
+    of keys that must be there, of keys that need not be (with a ? behind them), of all other keys ("...").
+    """
+    if isinstance(shape, tuple):
+        return None if any(misfit(value, one) is None for one in shape) else place
+    if isinstance(shape, dict | list) and type(value) is not type(shape):
+        return place
+    if isinstance(shape, dict):
+        missing = [key for key in shape if not key.endswith("?") and key not in (*value, "...")]
+        inner = {key: shape.get(key, shape.get(f"{key}?", shape.get("...", range(0)))) for key in value}
+        found = (misfit(value[key], inner[key], f"{place} {key}".lstrip()) for key in value)
+        return f"{place} {missing[0]}".lstrip() if missing else next(filter(None, found), None)
+    if isinstance(shape, list):
+        found = (misfit(item, shape[0], f"{place} {number}") for number, item in enumerate(value))
+        return next(filter(None, found), None)
+    if isinstance(shape, range):
+        return None if type(value) is int and value in shape else place
+    if isinstance(shape, re.Pattern):
+        return None if isinstance(value, str) and shape.fullmatch(value) else place
+    return None if value is shape or (shape is not None and isinstance(value, shape)) else place
 
 
 def manifest_hash(folder: Path) -> str:
@@ -219,7 +337,7 @@ def check_shards(folder: Path) -> None:
     hashes: dict[str, str] = {}
     check_finished(folder)
     if manifest := read_manifest(folder):
-        _check_manifest(folder, manifest, {path.name for path in paths})
+        _check_folder(folder, manifest, {path.name for path in paths})
         hashes = {shard["file"]: shard["sha256"] for shard in manifest["shards"]}
     elif paths:
         warnings.warn(f"{folder} has no {MANIFEST}: taking its ids for GPT-2's", stacklevel=2)
@@ -255,7 +373,8 @@ def _check_shard(path: Path, sha256: str | None) -> None:
 
 
 def _other_content(path: Path, sha256: str) -> str | None:
-    found = files.sha256(path)
+    with _readable(path):
+        found = files.sha256(path)
     return None if found == sha256 else f"sha256 {found[:12]}…, not {sha256[:12]}…"
 
 
@@ -265,7 +384,7 @@ def check_finished(folder: Path) -> None:
         raise DataError(f"{folder} is not finished: run the same fineweb.py command again")
 
 
-def _check_manifest(folder: Path, manifest: dict[str, Any], present: set[str]) -> None:
+def _check_folder(folder: Path, manifest: dict[str, Any], present: set[str]) -> None:
     made_with = manifest["tokenizer"]
     if (made_with.get("vocabulary_sha256"), made_with.get("separator")) != (vocabulary_sha256(), EOT):
         name = f"{made_with.get('name')}, separator {made_with.get('separator')}"
@@ -299,7 +418,7 @@ def verify(folder: Path) -> dict[str, str]:
     damaged = {}
     for shard in manifest["shards"]:
         path = folder / shard["file"]
-        if not path.is_file():
+        if not path.exists():
             damaged[path.name] = "missing"
         elif why := _other_content(path, shard["sha256"]):
             damaged[path.name] = why

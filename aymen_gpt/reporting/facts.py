@@ -105,7 +105,7 @@ CONFIG: dict[str, tuple[tuple[str, ...], Callable[[Any], str] | str]] = {
 
 def run_facts(run: Run) -> list[Fact]:
     """All facts of a run folder or of its digest (commands/report.py), named run.*"""
-    config, metrics, samples = (artefact(run, n) for n in ("config.json", "metrics.jsonl", "samples.md"))
+    config, metrics, samples = (artefact(run, n) for n in ("config.json", "metrics.jsonl", "samples.jsonl"))
     facts = [
         Fact(f"run.{name}", shown(run.get(*path), form), config, ".".join(path))
         for name, (path, form) in CONFIG.items()

@@ -362,7 +362,7 @@ def _levels(protocol: str, metric: str, best: float) -> list[Level]:
 
 def _hellaswag_chart(view: View, protocol: str) -> str:
     scores = view.run.scores(protocol)
-    measured = [(view.x(s.step), *_accuracy(s)[1:]) for s in scores]
+    measured = [(view.x(view.step if s.step is None else s.step), *_accuracy(s)[1:]) for s in scores]
     metric = _accuracy(scores[-1])[0]
     points: Series = [(x, value) for x, value, _ in measured]
     errors = [error for _, _, error in measured]
@@ -474,7 +474,7 @@ def _samples(view: View) -> str:
         found = by_step[step]
         body = "".join(_sample(s) for s in found[:MAX_SAMPLES])
         if len(found) > MAX_SAMPLES:
-            body += f'<p class="note">{len(found) - MAX_SAMPLES:,} more in samples.md</p>'
+            body += f'<p class="note">{len(found) - MAX_SAMPLES:,} more in samples.jsonl</p>'
         opening = f"{found[0].prompt} {found[0].text.removeprefix(found[0].prompt).strip()}"[:90]
         parts.append(
             f'<h3>{view.at(step)}</h3><div class="texts">{body}</div>'
@@ -482,7 +482,7 @@ def _samples(view: View) -> str:
             else f"<details><summary>{view.at(step)} <span>{escape(opening)}</span></summary>"
             f'<div class="texts">{body}</div></details>'
         )
-    some = f'<p class="note">{len(shown)} of {len(by_step):,} moments; all of them are in samples.md.</p>'
+    some = f'<p class="note">{len(shown)} of {len(by_step):,} moments; all of them are in samples.jsonl.</p>'
     return f"<section><h2>Samples</h2>{''.join(parts)}{some if len(shown) < len(by_step) else ''}</section>"
 
 
@@ -594,8 +594,8 @@ def build_page(run: Run) -> str:
         f"<title>{escape(run.name)} · Aymen-GPT</title>\n<style>{style}</style></head>\n<body><main>"
         f'{_header(view)}<dl class="tiles">{"".join(tile(view) for tile in tiles)}</dl>\n'
         f"{_charts(view)}\n{_samples(view)}\n{_configuration(view)}\n{_commands(run)}"
-        f"<footer>Aymen-GPT {escape(version)} · made from config.json, metrics.jsonl, status.json and samples.md "
-        "beside this file; it loads nothing else.</footer>"
+        f"<footer>Aymen-GPT {escape(version)} · made from config.json, metrics.jsonl, status.json and "
+        "samples.jsonl beside this file; it loads nothing else.</footer>"
         f"</main><script>{script}</script></body></html>\n"
     )
 

@@ -3,8 +3,7 @@
 runs/NAME/
     config.json     everything resolved: options, model, data, versions, machine
     metrics.jsonl   one object a step: step, tokens, loss, lr, grad_norm, ...; val_loss and hellaswag when measured
-    log.txt         the same as `step stream value` lines (train, val, hella), as the first version wrote them
-    samples.md      texts the model wrote at each validation
+    samples.jsonl   one object a text the model wrote at a validation: step, prompt, text
     status.json     running, stopped, done or failed, and at which step
     failure.json    only after too many skipped steps: the gradients and documents of the last one
     checkpoints/    see aymen_gpt/training/checkpoint.py
@@ -14,10 +13,9 @@ import errno
 import json
 import math
 import os
-import re
 import sys
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from datetime import UTC, datetime
 from pathlib import Path
 from threading import Thread
@@ -111,7 +109,7 @@ class RunLog:
         self._replace("config.json", redact(json.dumps(config, indent=2)) + "\n")
         last = -1 if step is None else step
         keep_up_to(self.folder / "metrics.jsonl", last, lambda line: json.loads(line)["step"])
-        keep_up_to(self.folder / "log.txt", last, lambda line: int(line.split()[0]))
+        keep_up_to(self.folder / "samples.jsonl", self.last_step(), lambda line: json.loads(line)["step"])
         self.status("running")
         if sys.stderr.isatty():
             self.bar = tqdm(total=self.steps, initial=self.step, unit="step", dynamic_ncols=True)
@@ -142,7 +140,6 @@ class RunLog:
         """Log one finished step: to the files, and to the console when it is due."""
         self.step = row["step"]
         self._append("metrics.jsonl", json.dumps(row, allow_nan=False) + "\n")
-        self._append("log.txt", "".join(f"{line}\n" for line in stream_lines(row)))
         if self.track:
             self.track(row)
         self._show(row)
@@ -150,12 +147,9 @@ class RunLog:
             self.status("running")
             self._draw()
 
-    def samples(self, step: int, section: str) -> None:
-        """Add a section to samples.md in place of any of this step or a later one."""
-        path = self.folder / "samples.md"
-        sections = re.split(r"(?m)^(?=## step \d+$)", path.read_text() if path.exists() else "# Samples\n\n")
-        kept = [s for s in sections if not s.startswith("## step ") or int(s.split()[2]) < step]
-        self._replace("samples.md", "".join(kept).rstrip("\n") + "\n\n" + section)
+    def samples(self, written: list[dict[str, Any]]) -> None:
+        """Log what the model wrote after a step; the row of that step is written next."""
+        self._append("samples.jsonl", "".join(json.dumps(sample) + "\n" for sample in written))
 
     def _draw(self) -> None:
         """Have the report drawn beside the training, unless the last drawing is still under way."""
@@ -226,20 +220,6 @@ def keep_up_to(path: Path, step: int, step_of: Any) -> None:
             break
         kept.append(line)
     replace_text(path, "".join(kept))
-
-
-def stream_lines(row: dict[str, Any]) -> Iterable[str]:
-    """A row of metrics.jsonl as lines of log.txt.
-
-    >>> list(stream_lines({"step": 250, "loss": 6.5, "val_loss": 6.4321}))
-    ['250 train 6.500000', '250 val 6.4321']
-    """
-    if "loss" in row:
-        yield f"{row['step']} train {number(row['loss']):.6f}"
-    if "val_loss" in row:
-        yield f"{row['step']} val {number(row['val_loss']):.4f}"
-    if "hellaswag" in row:
-        yield f"{row['step']} hella {row['hellaswag']['completion']['acc_norm']:.4f}"
 
 
 def number(value: float | None) -> float:
