@@ -2,8 +2,10 @@
 
 import errno
 import hashlib
+import itertools
 import json
 import os
+import re
 import stat
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
@@ -86,6 +88,26 @@ def whole_file(path: Path, *, follow: bool = False) -> Iterator[BinaryIO]:
                 temporary.unlink(missing_ok=True)
 
 
+def sweep(folder: Path) -> None:
+    """Delete what ``whole_file`` left in a folder in processes that are dead now."""
+    for path in folder.glob(".*.tmp"):
+        if (match := re.fullmatch(r"\..+\.(\d+)\.tmp", path.name)) and not _is_alive(int(match[1])):
+            path.unlink(missing_ok=True)
+
+
+def _is_alive(pid: int) -> bool:
+    """Whether another process has this number now; on Windows, which cannot say so cheaply, none has."""
+    if pid == os.getpid() or os.name == "nt":
+        return False
+    try:
+        os.kill(pid, 0)
+    except (ProcessLookupError, OverflowError):
+        return False
+    except PermissionError:
+        pass
+    return True
+
+
 def check_writable(path: Path) -> None:
     """Raise now the CannotWrite that ``whole_file`` would raise when the work is done. Leaves nothing behind."""
     with writing(str(path)):
@@ -115,6 +137,17 @@ def write_whole(path: Path, content: bytes, *, follow: bool = False) -> None:
 def replace_text(path: Path, text: str, *, follow: bool = False) -> None:
     """Write a text file so that a reader sees the old or the new one, whole."""
     write_whole(path, text.encode(), follow=follow)
+
+
+def free_name(path: Path) -> Path:
+    """The first of PATH-1, PATH-2, ... that nothing has."""
+    names = (path.with_name(f"{path.name}-{number}") for number in itertools.count(1))
+    return next(name for name in names if not os.path.lexists(name))
+
+
+def set_aside(path: Path) -> Path:
+    """Rename what cannot be used, so that it stays for a look at it: NAME.damaged-1, or -2, ...; the new path."""
+    return path.rename(free_name(path.with_name(f"{path.name}.damaged")))
 
 
 def sync(path: Path) -> None:
@@ -171,9 +204,8 @@ def lock(folder: Path, option: str) -> TextIO:
                 fcntl.flock(f, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
             f.seek(0)
-            raise CannotWrite(
-                f"{folder} is in use by {f.read().strip()}; stop it or use another {option}"
-            ) from None
+            holder = f.read().strip() or "another process"
+            raise CannotWrite(f"{folder} is in use by {holder}; stop it or use another {option}") from None
         f.truncate(0)
         f.write(f"pid {os.getpid()} since {datetime.now(UTC):%Y-%m-%d %H:%M:%S} UTC")
         f.flush()

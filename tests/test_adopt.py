@@ -344,7 +344,7 @@ def test_the_commands_adopt_verify_repair_and_train(door, tmp_path):
     assert trained.returncode == 0, trained.stderr
     (tmp_path / "d/edufineweb_train_000002.bin").unlink()
     assert door("fineweb.py", "--out", "d", "--verify").returncode == 65
-    assert door("fineweb.py", "--out", "d", "--repair").stdout.startswith("d: 1 shards rebuilt")
+    assert door("fineweb.py", "--out", "d", "--repair").stdout.startswith("d: 1 files rebuilt")
     assert door("fineweb.py", "--out", "d", "--verify").returncode == 0
     refused = door("fineweb.py", "--source", "tokens:d", "more.txt", "--out", "e")
     assert (refused.returncode, refused.stdout) == (2, "")

@@ -172,6 +172,13 @@ def test_a_folder_has_one_holder_and_a_dead_one_holds_nothing(tmp_path):
     files.lock(tmp_path / "run", "--run").close()
 
 
+def test_a_folder_whose_holder_has_not_written_its_name_yet_is_in_use_all_the_same(tmp_path):
+    with files.lock(tmp_path, "--run") as held:
+        held.truncate(0)
+        with pytest.raises(CannotWrite, match=r"is in use by another process; stop it or use another --run"):
+            files.lock(tmp_path, "--run")
+
+
 @pytest.mark.fault(22, 26)
 def test_a_full_or_read_only_folder_cannot_be_held_and_the_error_says_what_to_do(disk):
     with pytest.raises(

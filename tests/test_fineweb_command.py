@@ -66,15 +66,15 @@ def test_text_becomes_shards_and_the_summary_says_what_happened(door, texts, tmp
 def test_verify_and_repair(door, texts, tmp_path):
     words = ["fineweb.py", "--out", "d"]
     assert door(*words, "--source", texts, "--shard-tokens", 2000, "--workers", 0).returncode == 0
-    assert door(*words, "--verify").stdout == "d: all shards are as the manifest says\n"
+    assert door(*words, "--verify").stdout == "d: all files are as the manifest says\n"
     before = digest(tmp_path / "d")
     victim = tmp_path / "d/shard_train_000002.bin"
     victim.write_bytes(victim.read_bytes()[:-2] + b"\x01\x00")
     broken = door(*words, "--verify")
     assert broken.returncode == 65
-    assert broken.stderr.startswith("error: 1 damaged shards in d (shard_train_000002.bin: sha256 ")
+    assert broken.stderr.startswith("error: 1 damaged files in d (shard_train_000002.bin: sha256 ")
     assert broken.stderr.endswith("): run fineweb.py --out d --repair\n")
-    assert door(*words, "--repair", "--workers", 0).stdout.startswith("d: 1 shards rebuilt")
+    assert door(*words, "--repair", "--workers", 0).stdout.startswith("d: 1 files rebuilt")
     assert digest(tmp_path / "d") == before
 
 

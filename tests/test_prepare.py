@@ -48,6 +48,9 @@ WORDS = [
 ]
 
 
+REAL_WRITE = pq.write_table
+
+
 def quiet(event):
     pass
 
@@ -317,12 +320,6 @@ def test_a_folder_of_other_options_is_refused_and_left_alone(options, change, me
     assert digest(options.out) == before
 
 
-def test_a_source_is_the_same_with_or_without_a_slash(options):
-    stop_after(replace(options, source=(f"{options.source[0]}/",)), 2)
-    prepare.prepare(options, quiet)
-    assert prepare.prepare(replace(options, source=(f"{options.source[0]}//",)), quiet).already
-
-
 @pytest.mark.fault(34)
 @pytest.mark.parametrize("checksum", [True, False])
 def test_a_flipped_bit_of_the_manifest_is_found_or_does_no_harm(options, tmp_path, checksum):
@@ -351,6 +348,12 @@ def test_a_flipped_bit_of_the_manifest_is_found_or_does_no_harm(options, tmp_pat
         with contextlib.suppress(AymenError):
             prepare.prepare(replace(options, out=out), quiet)
         shutil.rmtree(out)
+
+
+def test_a_source_is_the_same_with_or_without_a_slash(options):
+    stop_after(replace(options, source=(f"{options.source[0]}/",)), 2)
+    prepare.prepare(options, quiet)
+    assert prepare.prepare(replace(options, source=(f"{options.source[0]}//",)), quiet).already
 
 
 def stop_after(options, n_shards):
@@ -618,6 +621,7 @@ ODD_TEXTS = {  # what a document holds -> the text that its tokens are, None whe
     "separator": ("<|endoftext|>a<|endoftext|>", "<|endoftext|>a<|endoftext|>"),
     "one letter for ever": ("a" * 10**6, "a" * 10**6),
     "one sign for ever": ("!" * 10**6, "!" * 10**6),
+    "a letter of Unicode 17": ("a \U000323b0's", "a \U000323b0's"),
     "blanks for ever": ("a" + " " * 10**6, "a" + " " * 10**6),
 }
 
@@ -728,6 +732,70 @@ def test_repair_rebuilds_only_what_is_damaged(options, tmp_path):
     assert digest(options.out) == expected
     assert others.items() <= {path.name: path.stat().st_mtime_ns for path in paths}.items()
     assert prepare.repair(options.out, quiet, workers=0) == []
+
+
+@pytest.mark.fault(34)
+@pytest.mark.parametrize("hashed", [True, False])
+def test_a_damaged_table_of_documents_is_found_and_repaired(options, hashed):
+    """Manifests of earlier versions have no hash of it: what is no table, or has other rows, is found."""
+    prepare.prepare(options, quiet)
+    manifest = shards.read_manifest(options.out)
+    tables = sorted(options.out.glob("*.documents.parquet"))
+    expected = digest(options.out)
+    if not hashed:
+        records = [{k: v for k, v in record.items() if k != "documents_sha256"} for record in manifest["shards"]]
+        shards.write_manifest(options.out, manifest | {"shards": records})
+        assert shards.verify(options.out) == {}
+    tables[1].write_bytes(tables[1].read_bytes()[:-9])
+    tables[2].write_bytes(b"")
+    shards.write_document_sources(options.out / shards.shard_name("train", 4), ["one"], ["only"])
+    if hashed:
+        content = bytearray(tables[4].read_bytes())
+        content[100] ^= 1
+        tables[4].write_bytes(content)
+        tables[5].unlink()
+    names = [path.name for path in (tables[1:6] if hashed else tables[1:4])]
+    assert sorted(shards.verify(options.out)) == names
+    assert sorted(prepare.repair(options.out, quiet, workers=0)) == names
+    found = digest(options.out)
+    changed = {name for name in expected if found[name] != expected[name]}
+    assert changed == (set() if hashed else {"manifest.json"})  # it has the hashes of the repaired tables now
+    assert shards.verify(options.out) == {}
+
+
+@pytest.mark.fault(34)
+def test_a_table_that_another_pyarrow_writes_otherwise_is_repaired_too(options, monkeypatch):
+    prepare.prepare(options, quiet)
+    next(options.out.glob("*_000002.documents.parquet")).unlink()
+    monkeypatch.setattr(pq, "write_table", lambda table, file, compression: REAL_WRITE(table, file))
+    assert prepare.repair(options.out, quiet, workers=0) == ["edufineweb_train_000002.documents.parquet"]
+    assert shards.verify(options.out) == {}
+    record = shards.read_manifest(options.out)["shards"][2]
+    assert shards.read_document_sources(options.out / record["file"], record["documents"])
+
+
+@pytest.mark.fault(49)
+def test_repair_killed_again_and_again_keeps_what_it_repaired_and_leaves_no_pile(options):
+    prepare.prepare(options, quiet)
+    expected = digest(options.out)
+    paths = sorted(options.out.glob("*.bin"))[2:5]
+    for path in paths:
+        path.unlink()
+    foreign, live = options.out / ".mine.tmp", options.out / f".checked.json.{os.getppid()}.tmp"
+    foreign.touch()
+    live.touch()
+    there = []
+    for point in ["before:1:os.replace"] * 3 + ["before:2:os.replace"] * 3:
+        assert killed(point, lambda: prepare.repair(options.out, quiet, workers=0))
+        assert len(list(options.out.glob(".edufineweb_*.tmp"))) == 1
+        there.append([path.exists() for path in paths].count(True))
+    assert there == [0, 0, 0, 1, 2, 3]
+    prepare.repair(options.out, quiet, workers=0)
+    assert foreign.exists()
+    assert live.exists()
+    foreign.unlink()
+    live.unlink()
+    assert digest(options.out) == expected
 
 
 def test_repair_from_a_source_with_other_content_is_refused(options):

@@ -7,6 +7,8 @@ from collections import Counter
 from itertools import chain
 
 import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 
 from aymen_gpt import files
@@ -481,10 +483,39 @@ def test_the_manifest_hash_follows_the_tokens_and_nothing_else(folder):
 
 def test_document_sources_are_kept_beside_the_shard(tmp_path):
     path = tmp_path / shards.shard_name("train", 1)
-    assert shards.read_document_sources(path) is None
+    assert shards.read_document_sources(path, 2) is None
     shards.write_document_sources(path, ["a", None], ["u", "v"])
-    assert shards.read_document_sources(path) == [("a", "u"), (None, "v")]
+    assert shards.read_document_sources(path, 2) == [("a", "u"), (None, "v")]
     assert shards.list_shards(tmp_path, "train") == []
+
+
+@pytest.mark.fault(33)
+@pytest.mark.parametrize("content", [b"", b"<html>", "cut", "folder", "other columns", "one row", "no text"])
+def test_a_damaged_table_of_documents_is_one_line(tmp_path, content):
+    """A step's documents cannot be told then; training never reads the table."""
+    path = tmp_path / shards.shard_name("train", 1)
+    shards.write_shard(path, np.tile(TOKENS, 4))
+    shards.write_document_sources(path, ["a"] * 8, ["u"] * 8)
+    rows = TokenRows(tmp_path, "train", block_size=4, seed=1)
+    assert {(read.id, read.url) for read in rows.documents(0, 6)} == {("a", "u")}
+    table = shards.sources_path(path)
+    whole = table.read_bytes()
+    table.unlink()
+    if content == "folder":
+        table.mkdir()
+    elif content == "one row":
+        shards.write_document_sources(path, ["a"], ["u"])
+    elif content in ("other columns", "no text"):
+        columns = (
+            {"id": pa.array([b"\xff"] * 8), "url": pa.array([b""] * 8)} if content == "no text" else {"x": [1]}
+        )
+        pq.write_table(pa.table(columns), table)
+    else:
+        table.write_bytes(whole[:-9] if content == "cut" else content)
+    rows = TokenRows(tmp_path, "train", block_size=4, seed=1)
+    with pytest.raises(DataError, match=rf"^[^\n]*{table.name}[^\n]*: [^\n]*$"):
+        rows.documents(0, 6)
+    assert len(rows.rows(0, 6)) == 6
 
 
 def test_the_manifest_is_json_that_people_can_read(folder):

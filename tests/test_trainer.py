@@ -338,14 +338,6 @@ def test_resume_must_and_none(shards, tmp_path):
         Resume("never")
 
 
-@pytest.mark.fault(16)
-def test_a_stranger_in_a_checkpoint_is_ignored_with_a_warning(shards, tmp_path, capsys):
-    fit(shards, tmp_path / "run", steps=2)
-    (checkpoints(tmp_path / "run")[0] / "notes.txt").write_text("mine")
-    fit(shards, tmp_path / "run", steps=4)
-    assert "also holds notes.txt, which is no part of it" in capsys.readouterr().err
-
-
 @pytest.mark.fault(56)
 def test_the_micro_batch_is_halved_until_it_fits_and_changes_nothing(shards, tmp_path, monkeypatch):
     fit(shards, tmp_path / "whole", micro_batch=8)

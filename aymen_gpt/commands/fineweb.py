@@ -83,10 +83,8 @@ def parser() -> argparse.ArgumentParser:
         help="prepare only the I-th of N shares of the source, on this machine of many",
     )
     what.add_argument("--merge", action="store_true", help="make the shards from all N shares in DIR/parts")
-    what.add_argument("--verify", action="store_true", help="compare every shard in DIR with its recorded sha256")
-    what.add_argument(
-        "--repair", action="store_true", help="verify, then rebuild damaged shards from their source"
-    )
+    what.add_argument("--verify", action="store_true", help="compare every file in DIR with its recorded sha256")
+    what.add_argument("--repair", action="store_true", help="verify, then rebuild damaged files from their source")
     return p
 
 
@@ -139,10 +137,10 @@ def verify(out: Path) -> int:
     damaged = shards.verify(out)
     if damaged:
         listed = "; ".join(f"{name}: {why}" for name, why in damaged.items())
-        raise DataError(f"{len(damaged)} damaged shards in {out} ({listed}): run fineweb.py --out {out} --repair")
+        raise DataError(f"{len(damaged)} damaged files in {out} ({listed}): run fineweb.py --out {out} --repair")
     finished = (shards.read_manifest(out) or {}).get("complete")
     more = "" if finished else "; more are to come: run the same fineweb.py command again"
-    print(f"{out}: all shards are as the manifest says{more}")
+    print(f"{out}: all files are as the manifest says{more}")
     return 0
 
 
@@ -157,7 +155,7 @@ def repair(args: argparse.Namespace) -> int:
             rebuilt = prepare.repair(
                 args.out, reporter, workers=args.workers, keep_source=args.keep_source, encoder=args.encoder
             )
-    print(f"{args.out}: {len(rebuilt)} shards rebuilt, all are as the manifest says")
+    print(f"{args.out}: {len(rebuilt)} files rebuilt, all are as the manifest says")
     return 0
 
 

@@ -77,7 +77,9 @@ class TokenRows:
         self._tokens = lru_cache(KEPT)(self._map)
         self._begins = lru_cache(KEPT)(self._find_documents)
         self._order = lru_cache(KEPT)(self._order_documents)
-        self._sources = lru_cache(KEPT)(lambda shard: read_document_sources(self.paths[shard]))
+        self._sources = lru_cache(KEPT)(
+            lambda shard: read_document_sources(self.paths[shard], len(self._begins(shard)))
+        )
 
     def rows(self, start: int, count: int) -> np.ndarray:
         """Rows start to start + count of the run, over as many epochs as it takes.
@@ -93,7 +95,10 @@ class TokenRows:
         return out
 
     def documents(self, start: int, count: int) -> list[DocumentRead]:
-        """Which documents the rows start to start + count read, in reading order."""
+        """Which documents the rows start to start + count read, in reading order.
+
+        DataError when the table that names the documents of a shard is damaged.
+        """
         reads = []
         for row, (epoch, shard, place) in enumerate(self._places(start, count), start):
             sources = self._sources(shard)

@@ -344,8 +344,7 @@ def begun(
                 yield manifest, None
                 return
         source = open_source(options, manifest, find)
-        for leftover in options.out.glob(".*.tmp"):
-            leftover.unlink()
+        files.sweep(options.out)
         yield manifest or _new_manifest(options, source, val_tokens(options, source)), source
 
 
@@ -423,8 +422,9 @@ def repair(
     keep_source: bool = False,
     encoder: EncoderName = "gigatoken",
 ) -> list[str]:
-    """Rebuild the damaged shards of a folder from their source rows; returns their names."""
+    """Rebuild the damaged files of a folder from their source rows; returns their names."""
     with held(out):
+        files.sweep(out)
         damaged = shards.verify(out)
         manifest = shards.read_manifest(out)
         if not damaged or manifest is None:
@@ -436,8 +436,9 @@ def repair(
         source = open_source(options, manifest, lambda: find_text(options, report), to_repair=True)
         _choose_encoder(options, manifest, report)
         for record in manifest["shards"]:
-            if record["file"] in damaged:
-                report(f"rebuilding {record['file']} ({damaged[record['file']]})")
+            names = {record["file"], shards.sources_path(Path(record["file"])).name} & damaged.keys()
+            if names:
+                report("rebuilding " + ", ".join(f"{name} ({damaged[name]})" for name in sorted(names)))
                 _rebuild(options, source, manifest, record, report)
         drop_downloads(options, source, len(source.files))
         return list(damaged)
@@ -454,6 +455,9 @@ def _rebuild(
     if found["sha256"] != record["sha256"]:
         path.unlink()
         raise DataError(f"{path} cannot be rebuilt: its source or its tokenizer gives other tokens now")
+    if found["documents_sha256"] != record.get("documents_sha256"):  # the same rows as another pyarrow writes them
+        record["documents_sha256"] = found["documents_sha256"]
+        shards.write_manifest(options.out, manifest)
 
 
 def write_shards(
@@ -522,6 +526,7 @@ def _write_shard(stream: TokenStream, path: Path, room: int, tell: Callable[[], 
     n_tokens = shards.write_shard(path, pieces())
     shards.write_document_sources(path, ids, urls)
     counts = {"file": path.name, "tokens": n_tokens, "documents": len(ids), "sha256": files.sha256(path)}
+    counts["documents_sha256"] = files.sha256(shards.sources_path(path))
     return counts | {"begin": asdict(begin), "end": asdict(stream.position)}
 
 

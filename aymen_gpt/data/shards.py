@@ -70,7 +70,7 @@ PREPARED_SHAPE = {  # of one that fineweb.py wrote
     "totals": {
         **dict.fromkeys(("tokens", "documents", "bytes"), NUMBER),
         "skipped": {"...": NUMBER},
-        "first_bad": (str, None),
+        "...": object,
     },
     "shards": [{"documents": NUMBER, "end": PLACE, "...": object}],
     "...": object,
@@ -128,7 +128,7 @@ def _unreadable(path: Path, error: OSError) -> DataError:
 def _damaged(path: Path, why: str) -> DataError:
     has_manifest = (path.parent / MANIFEST).is_file()
     way_out = f"rebuild it with fineweb.py --out {path.parent} --repair" if has_manifest else "get it again"
-    return DataError(f"shard {path} {why}: {way_out}")
+    return DataError(f"{'' if path.suffix == '.parquet' else 'shard '}{path} {why}: {way_out}")
 
 
 def _open_bin(path: Path) -> np.ndarray:
@@ -235,15 +235,24 @@ def write_document_sources(shard: Path, ids: list[str | None], urls: list[str | 
         pq.write_table(table, file, compression="zstd")
 
 
-def read_document_sources(shard: Path) -> list[tuple[str | None, str | None]] | None:
-    """(id, url) of each document of a shard, None when nobody recorded them."""
+def read_document_sources(shard: Path, n_documents: int) -> list[tuple[str | None, str | None]] | None:
+    """(id, url) of each document of a shard, None when nobody recorded them. DataError for a damaged table."""
+    import pyarrow as pa
     import pyarrow.parquet as pq
 
     path = sources_path(shard)
-    if not path.is_file():
+    if not path.exists():
         return None
-    table = pq.read_table(path)
-    return list(zip(table["id"].to_pylist(), table["url"].to_pylist(), strict=True))
+    with _readable(path):
+        content = path.read_bytes()
+    try:
+        table = pq.read_table(pa.BufferReader(content), columns=["id", "url"])
+        rows = list(zip(table["id"].to_pylist(), table["url"].to_pylist(), strict=True))
+    except (pa.ArrowException, OSError, ValueError, LookupError) as error:
+        raise _damaged(path, f"is damaged ({fetch.one_line(str(error))})") from None
+    if len(rows) != n_documents or {field.type for field in table.schema} != {pa.string()}:
+        raise _damaged(path, f"is damaged (it does not name {n_documents:,} documents)")
+    return rows
 
 
 def write_manifest(folder: Path, manifest: dict[str, Any]) -> None:
@@ -411,15 +420,24 @@ def check_ids(path: Path, tokens: np.ndarray, start: int) -> None:
 
 
 def verify(folder: Path) -> dict[str, str]:
-    """Read every byte of every shard in the manifest; what is damaged, and why, by file name."""
+    """Read every byte of every file in the manifest; what is damaged, and why, by file name."""
     manifest = read_manifest(folder)
     if manifest is None:
         raise DataError(f"{folder} has no {MANIFEST}, so there is nothing to compare its shards with")
-    damaged = {}
-    for shard in manifest["shards"]:
-        path = folder / shard["file"]
-        if not path.exists():
-            damaged[path.name] = "missing"
-        elif why := _other_content(path, shard["sha256"]):
-            damaged[path.name] = why
-    return damaged
+    return {name: why for shard in manifest["shards"] for name, why in _damage(folder, shard)}
+
+
+def _damage(folder: Path, shard: dict[str, Any]) -> Iterator[tuple[str, str]]:
+    """(file, what is wrong with it) of a shard and its table of documents."""
+    path = folder / shard["file"]
+    table = sources_path(path)
+    for file, sha256 in ((path, shard["sha256"]), (table, shard.get("documents_sha256"))):
+        if sha256 and not file.exists():
+            yield file.name, "missing"
+        elif sha256 and (why := _other_content(file, sha256)):
+            yield file.name, why
+    if "documents_sha256" not in shard and "documents" in shard:
+        try:
+            read_document_sources(path, shard["documents"])
+        except DataError:
+            yield table.name, "damaged"

@@ -21,7 +21,7 @@ from torch import Tensor
 
 from aymen_gpt.data import tokenizer
 from aymen_gpt.data.loader import TokenRows, deal
-from aymen_gpt.errors import AymenError, CannotWrite, Stopped, UsageError
+from aymen_gpt.errors import AymenError, CannotWrite, DataError, Stopped, UsageError
 from aymen_gpt.model import cpu
 from aymen_gpt.model.generation import generate
 from aymen_gpt.model.gpt import GPT
@@ -205,11 +205,11 @@ class Trainer:
         places = self.micro_batches(self.first_row(step), self.config.rows_per_step)
         bad = [place for place, loss in zip(places, losses, strict=True) if not torch.isfinite(loss)]
         suspects = [tuple(p) for of_rank in self.ranks.gather(bad) for p in of_rank]
-        reads = [
-            read
-            for first, n in suspects or [(self.first_row(step), self.config.rows_per_step)]
-            for read in self.train_rows.documents(first, n)
-        ]
+        rows = suspects or [(self.first_row(step), self.config.rows_per_step)]
+        try:
+            reads = [read for first, n in rows for read in self.train_rows.documents(first, n)]
+        except DataError as error:  # no reason to stop training
+            return [str(error)]
         return list(dict.fromkeys(read.id or f"{read.shard} document {read.document}" for read in reads))
 
     def _measure_speed(self, result: StepResult, seconds: float) -> None:
