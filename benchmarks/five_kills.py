@@ -1,8 +1,9 @@
 """Trains the demo twice, once whole and once through five kill -9, and compares every loss. Draws what it found.
 
     python benchmarks/five_kills.py              # about ten minutes on two cores; needs data/builtin (make demo)
+    python benchmarks/five_kills.py --draw       # the picture again, from what was found
 
-Writes docs/results/five-kills.json and docs/images/five-kills.svg.
+Writes docs/results/five-kills.json and docs/images/five-kills.png.
 """
 
 import argparse
@@ -14,10 +15,15 @@ import time
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+from matplotlib.figure import Figure
+
+from aymen_gpt.reporting import plots
 from aymen_gpt.training.config import resolve
 from aymen_gpt.training.device import cpu_name
 
 ROOT = Path(__file__).parent.parent
+FOUND = ROOT / "docs/results/five-kills.json"
 
 
 def rows(run: Path) -> list[dict[str, Any]]:
@@ -49,13 +55,23 @@ def main() -> None:
     p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     p.add_argument("--runs", type=Path, default=ROOT / "runs", help="where the two runs go")
     p.add_argument("--steps", type=int, default=resolve({"preset": "demo"}).steps)
+    p.add_argument("--draw", action="store_true", help="train nothing, draw docs/results/five-kills.json")
     args = p.parse_args()
+    if not args.draw:
+        compare(args.runs, args.steps)
+    draw(json.loads(FOUND.read_text())).savefig(
+        ROOT / "docs/images/five-kills.png", dpi=144, metadata={"Software": ""}
+    )
+
+
+def compare(runs: Path, steps: int) -> None:
+    """Train both runs and write what was found; SystemExit when a step differs."""
     random.seed(0)
-    options = ["--hellaswag-every", "0", "--resume", "auto", "--steps", str(args.steps)]
-    whole, killed = args.runs / "whole", args.runs / "killed"
+    options = ["--hellaswag-every", "0", "--resume", "auto", "--steps", str(steps)]
+    whole, killed = runs / "whole", runs / "killed"
     if any(run.exists() for run in (whole, killed)):
         raise SystemExit(f"{whole} or {killed} is there already: remove both first")
-    moments = sorted(random.sample(range(args.steps // 20, args.steps * 19 // 20), 5))
+    moments = sorted(random.sample(range(steps // 20, steps * 19 // 20), 5))
     kills = [train(killed, options, moment) for moment in moments]
     train(killed, options)
     train(whole, options)
@@ -63,16 +79,42 @@ def main() -> None:
     measured = ("loss", "grad_norm", "val_loss")
     different = [a["step"] for a, b in pairs if any(a.get(key) != b.get(key) for key in measured)]
     found = {
-        "steps": args.steps,
+        "steps": steps,
         "killed_after_step": kills,
         "steps_that_differ": different,
         "machine": cpu_name(),
         "loss": [a.get("loss") for a, _ in pairs],
         "val_loss": {a["step"]: a["val_loss"] for a, _ in pairs if "val_loss" in a},
     }
-    (ROOT / "docs/results/five-kills.json").write_text(json.dumps(found) + "\n")
+    FOUND.write_text(json.dumps(found) + "\n")
     print(f"killed after steps {kills}: {len(different)} of {len(pairs)} steps differ from the run that was not")
-    raise SystemExit(bool(different))
+    if different:
+        raise SystemExit(1)
+
+
+def draw(found: dict[str, Any]) -> Figure:
+    """The loss of both runs, and each of its steps around the second and third kill. The two are one curve."""
+    assert not found["steps_that_differ"]
+    steps, loss = np.arange(len(found["loss"])), np.array([np.nan if v is None else v for v in found["loss"]])
+    kills = found["killed_after_step"]
+    figure, axes = plots.frame((1056, 400), "steps", right=420)
+    plots.noisy(axes, steps[1:], loss[1:])
+    axes.set(xlim=(0, found["steps"]), ylim=plots.loss_limits((steps, loss)))
+    zoom = figure.add_axes((690 / 1056, 44 / 400, 352 / 1056, 344 / 400), facecolor="none")
+    plots.quiet(zoom, "steps")
+    first, last = kills[1] - 12, kills[2] + 12
+    near = (steps >= first) & (steps <= last)
+    plots.line(zoom, steps[near], loss[near], linewidth=7, alpha=0.25, label="left alone")
+    plots.line(zoom, steps[near], loss[near], linewidth=1.2, marker="o", markersize=2.5, label="killed five times")
+    low, high = loss[near].min(), loss[near].max()
+    zoom.set(xlim=(first, last), ylim=(low - 0.05 * (high - low), high + 0.45 * (high - low)))
+    for panel, marks, text in ((axes, kills, "kill -9, five times"), (zoom, kills[1:3], "kill -9")):
+        for step in marks:
+            panel.axvline(step, 0, 0.8, color=plots.BAD, linewidth=1.2, dashes=(3, 2))
+        place = {"of": ("data", "axes fraction"), "color": plots.BAD, "va": "bottom"}
+        plots.say(panel, text, marks[0], 0.81, -4, **place)
+        panel.legend(loc="upper right", frameon=False, fontsize=plots.TEXT, labelcolor=plots.SOFT)
+    return figure
 
 
 if __name__ == "__main__":

@@ -64,13 +64,13 @@ def test_both_protocols_are_printed_and_every_answer_is_written(door, model, dat
     assert [row["ind"] for row in found["examples"]] == list(range(100, 100 + N))
     for protocol, line in scores(done).items():
         s = found[protocol]
-        assert f"{100 * s['acc']:.2f}% ± {100 * s['acc_stderr']:.2f}" in line
-        assert f"{100 * s['acc_norm']:.2f}% ± {100 * s['acc_norm_stderr']:.2f}" in line
+        assert f"{100 * s['acc']:.2f} % ± {100 * s['acc_stderr']:.2f}" in line
+        assert f"{100 * s['acc_norm']:.2f} % ± {100 * s['acc_norm_stderr']:.2f}" in line
         right = [row[protocol]["choice_norm"] == row["label"] for row in found["examples"]]
         assert s["acc_norm"] == sum(right) / N
     assert scores(done).keys() == {"completion", "harness"}
     assert f"all {N} examples of {data}" in done.stdout
-    assert re.search(r"^chance +25\.00% +25\.00%$", done.stdout, re.MULTILINE)
+    assert re.search(r"^chance +25\.00 % +25\.00 %$", done.stdout, re.MULTILINE)
     assert "published" not in done.stdout  # own data compares with nothing
     assert f"{2 * N} of {2 * N} scored" in done.stderr
     assert "scored" not in done.stdout
@@ -103,8 +103,8 @@ def test_the_real_set_stands_beside_anchors_of_its_own_protocol(door, model):
     assert done.returncode == 0, done.stderr
     assert "a subset: 6 of 10,042 validation examples" in done.stdout
     published = done.stdout.partition("published")[2]
-    assert "29.55%" in published  # GPT-2 124M by completion
-    assert "31.14%" not in published  # the same by harness
+    assert "29.55 %" in published  # GPT-2 124M by completion
+    assert "31.14 %" not in published  # the same by harness
 
 
 @pytest.mark.parametrize(
@@ -211,7 +211,9 @@ def test_two_scorings_are_compared(door, model, data, tmp_path):
     done = door("hellaswag.py", "--compare", tmp_path / "a.json", tmp_path / "b.json")
     assert done.returncode == 0, done.stderr
     assert f"the same {N} examples" in done.stdout
-    lines = re.findall(r"^(completion|harness) +(acc\w*) +([\d.]+)% +([\d.]+)% +([-+][\d.]+) ", done.stdout, re.M)
+    lines = re.findall(
+        r"^(completion|harness) +(acc\w*) +([\d.]+) % +([\d.]+) % +([-+][\d.]+) ", done.stdout, re.M
+    )
     assert len(lines) == 4
     assert f"A  {model}\nB  {other}\n" in done.stdout
     assert done.stdout.splitlines()[-1].startswith("By harness, ")

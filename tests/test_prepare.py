@@ -748,7 +748,7 @@ def test_a_damaged_table_of_documents_is_found_and_repaired(options, hashed):
         assert shards.verify(options.out) == {}
     tables[1].write_bytes(tables[1].read_bytes()[:-9])
     tables[2].write_bytes(b"")
-    shards.write_document_sources(options.out / shards.shard_name("train", 4), ["one"], ["only"])
+    shards.write_document_sources(next(options.out.glob("*_000004.bin")), ["one"], ["only"])
     if hashed:
         content = bytearray(tables[4].read_bytes())
         content[100] ^= 1
@@ -768,7 +768,7 @@ def test_a_table_that_another_pyarrow_writes_otherwise_is_repaired_too(options, 
     prepare.prepare(options, quiet)
     next(options.out.glob("*_000002.documents.parquet")).unlink()
     monkeypatch.setattr(pq, "write_table", lambda table, file, compression: REAL_WRITE(table, file))
-    assert prepare.repair(options.out, quiet, workers=0) == ["edufineweb_train_000002.documents.parquet"]
+    assert prepare.repair(options.out, quiet, workers=0) == ["shard_train_000002.documents.parquet"]
     assert shards.verify(options.out) == {}
     record = shards.read_manifest(options.out)["shards"][2]
     assert shards.read_document_sources(options.out / record["file"], record["documents"])
@@ -787,7 +787,7 @@ def test_repair_killed_again_and_again_keeps_what_it_repaired_and_leaves_no_pile
     there = []
     for point in ["before:1:os.replace"] * 3 + ["before:2:os.replace"] * 3:
         assert killed(point, lambda: prepare.repair(options.out, quiet, workers=0))
-        assert len(list(options.out.glob(".edufineweb_*.tmp"))) == 1
+        assert len(list(options.out.glob(".shard_*.tmp"))) == 1
         there.append([path.exists() for path in paths].count(True))
     assert there == [0, 0, 0, 1, 2, 3]
     prepare.repair(options.out, quiet, workers=0)

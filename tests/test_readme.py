@@ -41,6 +41,8 @@ SMALL = {  # a command of README -> what is added to it here
     "python hellaswag.py -m runs/mine --json b.json": "--limit 4",
     "python hellaswag.py -m runs/mine --json b.json --resume": "--limit 4",
     "python hellaswag.py --compare a.json b.json": "",
+    "python -m aymen_gpt.commands.report runs/mine": "",
+    "python -m aymen_gpt.commands.report runs/mine runs/tuned": "",
 }
 ELSEWHERE = {"make demo", "make test", "make report"}
 
@@ -81,6 +83,7 @@ def test_the_journey_of_readme_works_as_written(door, tmp_path):
     assert (tmp_path / "runs/tuned/report.html").exists()
     assert json.loads((tmp_path / "a.json").read_text())["step"] == 6  # of runs/gpt2
     assert (tmp_path / "runs/mine/report.html").exists()
+    assert (tmp_path / "compare.html").exists()
     assert (tmp_path / "data/edu10B/manifest.json").exists()
 
 

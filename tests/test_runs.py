@@ -1,6 +1,7 @@
 """Reading a run folder: whatever state it is in, what can be read is read and the rest is said."""
 
 import json
+import re
 
 import pytest
 
@@ -92,7 +93,8 @@ def test_number_takes_finite_numbers_only(value, expected):
 def test_a_damaged_file_is_said_and_the_rest_is_read(tmp_path, name):
     run = read_run(write_run(tmp_path, **{name: '{"run": ', "metrics": '{"step": 1, "loss": 9.0}\n'}))
     assert getattr(run, name) == {}
-    assert run.problems == [f"{name}.json is not a JSON object and is left out."]
+    (problem,) = run.problems
+    assert re.fullmatch(rf"cannot read .*{name}\.json: no JSON .*; left out here\.", problem)
     assert run.last("loss") == 9.0
 
 
@@ -119,9 +121,10 @@ SCORED = [
         ({"step": "x", "n": "y", "completion": 3}, (20, 250, 0.3)),
     ],
 )
-def test_the_newest_and_largest_score_is_the_last(tmp_path, file, last):
+def test_the_newest_and_largest_score_counts(tmp_path, file, last):
     metrics = "".join(json.dumps(r) + "\n" for r in SCORED)
     run = read_run(write_run(tmp_path, metrics=metrics, hellaswag=file))
-    score = run.scores("completion")[-1]
+    score = run.score("completion")
     assert (score.step, score.n, score.value) == last
-    assert run.scores("harness") == []
+    assert [(s.step, s.value) for s in run.scores("completion")] == [(10, 0.25), (20, 0.3)]
+    assert run.score("harness") is None

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 
 from aymen_gpt.commands import console
 from aymen_gpt.errors import DataError, UsageError
+from aymen_gpt.wording import duration
 
 if TYPE_CHECKING:
     from aymen_gpt.data.prepare import Progress, Summary
@@ -210,21 +211,6 @@ class Reporter:
             self.bar.set_description_str(line)
         else:
             self._print(f"{progress.fraction:4.0%}  {line}")
-
-
-def duration(seconds: float) -> str:
-    """
-    >>> duration(59), duration(3700)
-    ('59 s', '1 h 01 min')
-    """
-    minutes = round(seconds / 60)
-    return (
-        f"{seconds:.0f} s"
-        if seconds < 60
-        else f"{minutes // 60} h {minutes % 60:02} min"
-        if minutes > 59
-        else f"{minutes} min"
-    )
 
 
 def closing(summary: "Summary", share: str | None = None) -> str:

@@ -13,6 +13,7 @@ from aymen_gpt.commands import console
 from aymen_gpt.errors import UsageError
 from aymen_gpt.files import check_writable, replace_text
 from aymen_gpt.reporting.anchors import ANCHORS, CHANCE, Anchor, neighbours
+from aymen_gpt.wording import percent
 
 if TYPE_CHECKING:
     import torch
@@ -232,9 +233,9 @@ def table(result: "Result", *, published: bool) -> str:
     lines = [f"{'protocol':<12}{'acc':<16}{'acc_norm':<16}{'n':>6}"]
     for protocol in result.answers:
         s = result.tally(protocol).as_dict()
-        acc, norm = share(s["acc"], s["acc_stderr"]), share(s["acc_norm"], s["acc_norm_stderr"])
+        acc, norm = percent(s["acc"], s["acc_stderr"]), percent(s["acc_norm"], s["acc_norm_stderr"])
         lines.append(f"{protocol:<12}{acc:<16}{norm:<16}{len(result.examples):>6,}")
-    lines.append(f"{'chance':<12}{share(CHANCE):<16}{share(CHANCE)}")
+    lines.append(f"{'chance':<12}{percent(CHANCE):<16}{percent(CHANCE)}")
     if published:
         lines += ["", "published, on all 10,042:"]
         for protocol in result.answers:
@@ -253,15 +254,9 @@ def anchor_lines(anchors: list[Anchor]) -> list[str]:
     lines = []
     for model, by_metric in models.items():
         one = next(iter(by_metric.values()))
-        acc, norm = (share(by_metric[m].value) if m in by_metric else "-" for m in ("acc", "acc_norm"))
+        acc, norm = (percent(by_metric[m].value if m in by_metric else None) for m in ("acc", "acc_norm"))
         lines.append(f"{one.protocol:<12}{acc:<16}{norm:<16}{model:<13} {one.source}")
     return lines
-
-
-def share(p: float | None, error: float | None = None) -> str:
-    """0.2955, 0.0046 -> '29.55% ± 0.46'."""
-    text = f"{100 * (p or 0.0):5.2f}%"
-    return text if error is None else f"{text} ± {100 * error:.2f}"
 
 
 def comparison_table(report: "Report") -> str:
@@ -278,7 +273,7 @@ def comparison_table(report: "Report") -> str:
     for c in report.comparisons:
         interval = f"{100 * c.low:+.2f} to {100 * c.high:+.2f}"
         lines.append(
-            f"{c.protocol:<12}{c.measure:<10}{share(c.right_a / c.n):>8}{share(c.right_b / c.n):>9}"
+            f"{c.protocol:<12}{c.measure:<10}{percent(c.right_a / c.n):>8}{percent(c.right_b / c.n):>9}"
             f"{100 * c.difference:>+9.2f}  {interval:<19}{c.only_a:>13,}{c.only_b:>14,}{c.p:>10.2g}"
         )
     lines += ["", "p: how often two models that are equally good differ at least so much (McNemar's test, exact);"]

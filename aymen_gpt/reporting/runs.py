@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from aymen_gpt.errors import DataError
+from aymen_gpt.files import read_json
 
 Row = dict[str, Any]
 Series = list[tuple[float, float | None]]  # (step, value), None where the value was NaN or infinite
@@ -38,6 +39,7 @@ class Score:
     step: int | None
     protocol: str
     n: int | None
+    file: str  # that says so
     acc: float | None
     acc_stderr: float | None
     acc_norm: float | None
@@ -101,14 +103,18 @@ class Run:
         return next((v for v in values if v is not None), None)
 
     def scores(self, protocol: str) -> list[Score]:
-        """The HellaSwag measurements by ``protocol``, the newest last, and of one step that of most examples.
+        """The HellaSwag measurements by ``protocol`` made while training, in order of their step."""
+        found = (_score(row["step"], row["hellaswag"], protocol) for row in self.rows if "hellaswag" in row)
+        return [score for score in found if score is not None]
+
+    def score(self, protocol: str) -> Score | None:
+        """The newest measurement, and of one step that of most examples: of training or of hellaswag.json.
 
         A hellaswag.json that does not name its step counts as the last step's.
         """
-        found = [_score(row["step"], row["hellaswag"], protocol) for row in self.rows if "hellaswag" in row]
-        found.append(_score(whole(self.hellaswag.get("step")), self.hellaswag, protocol))
-        known = [score for score in found if score is not None]
-        return sorted(known, key=lambda s: (self.step if s.step is None else s.step, s.n or 0))
+        file = _score(whole(self.hellaswag.get("step")), self.hellaswag, protocol, "hellaswag.json")
+        known = self.scores(protocol) + ([file] if file else [])
+        return max(known, key=lambda s: (self.step if s.step is None else s.step, s.n or 0), default=None)
 
 
 def number(value: Any) -> float | None:
@@ -125,13 +131,13 @@ def whole(value: Any) -> int | None:
     return value if isinstance(value, int) and not isinstance(value, bool) and 0 <= value < 2**63 else None
 
 
-def _score(step: int | None, found: Any, protocol: str) -> Score | None:
+def _score(step: int | None, found: Any, protocol: str, file: str = "metrics.jsonl") -> Score | None:
     """A part of {"n": 250, "completion": {"acc": ...}, "harness": {...}}."""
     part = found.get(protocol) if isinstance(found, dict) else None
     if not isinstance(part, dict):
         return None
     values = (number(part.get(key)) for key in ("acc", "acc_stderr", "acc_norm", "acc_norm_stderr"))
-    score = Score(step, protocol, whole(found.get("n")), *values)
+    score = Score(step, protocol, whole(found.get("n")), file, *values)
     return None if score.acc_norm is None and score.acc is None else score
 
 
@@ -144,19 +150,15 @@ def _read_text(path: Path) -> str | None:
 
 
 def read_object(path: Path, problems: list[str] | None = None) -> dict[str, Any]:
-    """The JSON object in ``path``; {} when there is none, which ``problems`` is told unless no file is there."""
-    text = _read_text(path)
-    if text is None:
+    """The JSON object in ``path``, {} where there is none; ``problems`` gets a line if a file is there."""
+    if not path.is_file():
         return {}
     try:
-        value = json.loads(text)
-    except (ValueError, RecursionError):
-        value = None
-    if not isinstance(value, dict):
+        return read_json(path)
+    except DataError as error:
         if problems is not None:
-            problems.append(f"{path.name} is not a JSON object and is left out.")
+            problems.append(f"{error}; left out here.")
         return {}
-    return value
 
 
 def read_lines(path: Path, problems: list[str]) -> list[Row]:
