@@ -29,6 +29,7 @@ def write(folder, first, last, resume_at=None):
     with RunLog(folder, steps=10) as log:
         log.start({}, resume_at)
         for step in range(first, last + 1):
+            log.samples([{"step": step}])
             log.write(row(step))
 
 

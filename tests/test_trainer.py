@@ -284,7 +284,7 @@ def test_weights_beyond_all_bounds_end_a_run_by_the_guard_and_not_by_its_samples
     with pytest.raises(AymenError, match="6 steps in a row were skipped, the last for a non-finite loss"):
         fit(shards, run, steps=20, learning_rate=1e30, val_every=3)
     assert rows(run)[3]["val_loss"] is None
-    assert "logits that are not finite" in (run / "samples.md").read_text()
+    assert "logits that are not finite" in (run / "samples.jsonl").read_text()
 
 
 @pytest.mark.fault(29)
