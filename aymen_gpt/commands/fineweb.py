@@ -133,7 +133,7 @@ def verify(out: Path) -> int:
     damaged = shards.verify(out)
     if damaged:
         listed = "; ".join(f"{name}: {why}" for name, why in damaged.items())
-        raise DataError(f"{len(damaged)} damaged files in {out} ({listed}): run fineweb.py --out {out} --repair")
+        raise DataError(f"{len(damaged)} damaged files in {out} ({listed}): {shards.way_out(out)}")
     finished = (shards.read_manifest(out) or {}).get("complete")
     more = "" if finished else "; more are to come: run the same fineweb.py command again"
     print(f"{out}: all files are as the manifest says{more}")

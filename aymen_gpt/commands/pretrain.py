@@ -166,21 +166,20 @@ def cell(value: str | int | None) -> str:
 
 def build(config: TrainConfig, device: "Device", ranks: "Ranks") -> "Trainer":
     from aymen_gpt.data.loader import TokenRows
-    from aymen_gpt.data.shards import check_shards, manifest_hash
+    from aymen_gpt.data.shards import check_shards
     from aymen_gpt.training.trainer import Trainer
 
     data = Path(config.data)
     train = TokenRows(data, "train", block_size=config.block_size, seed=config.seed)
     val = TokenRows(data, "val", block_size=config.block_size, seed=None)
-    if ranks.is_first:
-        check_shards(data)
+    identity = ranks.first(lambda: check_shards(data))
     return Trainer(
         config,
         device,
         ranks,
         train,
         val,
-        manifest_hash(data),
+        identity,
         score=scorer(config, device, ranks),
         initial=initial_model(config, ranks) if config.init_from else None,
         settings=machine(device),

@@ -221,11 +221,7 @@ class Preparation:
             "complete": False,
             "options": self.options.record(),
             "source": self.source.record(),
-            "tokenizer": {
-                "name": "gpt2",
-                "vocabulary_sha256": tokenizer.vocabulary_sha256(),
-                "separator": tokenizer.EOT,
-            },
+            "tokenizer": shards.TOKENIZER,
             "encoder": None,
             "shard_tokens": {"val": val_tokens, "train": self.options.shard_tokens},
             "totals": asdict(Totals()),
