@@ -31,7 +31,13 @@ UNITS = {  # of config.json's keys, where the name does not say it
     "flops_per_token": "FLOP", "train_tokens": "tokens", "val_tokens": "tokens", "memory_gb": "GB",
     "peak_tflops": "TFLOP/s", "cores": "cores",
 }  # fmt: skip
-WHOLE, HALF, THIRD, PHONE = (1056, 400), (508, 300), (326, 190), (354, 290)  # sizes of charts, in CSS pixels
+WHOLE, HALF, FLAT, THIRD, PHONE = (
+    (1056, 400),
+    (508, 300),
+    (508, 200),
+    (326, 190),
+    (354, 290),
+)  # sizes of charts, in CSS pixels
 MAX_SECTIONS, MAX_SAMPLES, MAX_CHARS = 24, 6, 2000  # samples shown: steps, per step, characters each
 MAX_ROWS = 400  # of the table of validations
 
@@ -156,8 +162,10 @@ def loss_chart(run: Run) -> Chart:
         return Chart("Loss", note="No loss yet: the first update will put a point here.")
     said = [f"{name} {found[-1]:.3f}" for name, found in (("training", loss), ("validation", measured)) if found]
     label = f"Loss by {plots.unit(run)}, now: {', '.join(said)}."
-    top, peak = plots.loss_limits(plots.curve(run, "loss"), plots.curve(run, "val_loss"))[1], max(loss + measured)
-    note = f"The run begins at {peak:.2f}, above the frame." if peak > top else ""
+    top = plots.loss_limits(plots.curve(run, "loss"), plots.curve(run, "val_loss"))[1]
+    above = {"begins at": max(loss[:1] + measured[:1]), "reaches": max(loss + measured)}
+    word = next((word for word, value in above.items() if value > top), "")
+    note = f"The run {word} {above[word]:.2f}, above the frame." if word else ""
     return Chart("Loss", "nats per token", drawings("loss", label, partial(plots.loss, run), WHOLE), note)
 
 
@@ -189,11 +197,11 @@ def small_charts(run: Run) -> list[Chart]:
         "tokens_per_second": ("Throughput", "tokens/s"),
         "mfu": ("MFU", "of peak FLOP/s"),
     }
-    charts = []
+    charts, size = [], FLAT if run.last("mfu") is not None else THIRD
     for key, (title, unit) in named.items():
         values = finite(run.series(key))
         label = f"{title} by {plots.unit(run)}, now {human(values[-1])}." if values else ""
-        drawn = drawings(key, label, partial(plots.small, run, key), THIRD) if values else ()
+        drawn = drawings(key, label, partial(plots.small, run, key), size) if values else ()
         if drawn or key != "mfu":
             charts.append(Chart(title, unit, drawn, "" if drawn else "Not measured yet."))
     return charts

@@ -169,7 +169,7 @@ def loss(run: Run, size: Size = (1056, 400)) -> Figure:
         axes.axvline(step * per_step, 0, 0.62, color=SOFT, linewidth=1, dashes=(2, 3))
         if i == 0:
             text = "stopped here and continued" + (f", {len(starts)} times" if len(starts) > 1 else "")
-            side, shift = ("left", 5) if step < 0.6 * run.step else ("right", -5)
+            side, shift = ("left", 5) if step < (0.6 if size[0] > 500 else 0.4) * run.step else ("right", -5)
             say(axes, text, step * per_step, 0.62, shift, of=("data", "axes fraction"), va="top", ha=side)
     if "fineweb-edu" in str(run.get("data", "source", "repo")).lower():
         axes.axhline(GPT2_FINEWEB_EDU, color=INK, linewidth=1, dashes=(6, 4), label="GPT-2 124M, validation")
@@ -182,27 +182,23 @@ def loss(run: Run, size: Size = (1056, 400)) -> Figure:
 
 
 def validation(axes: Axes, x: np.ndarray, y: np.ndarray, top: float, **look: Any) -> None:
-    """Measured points, joined by a thin line that may leave the frame; a point does not."""
-    axes.plot(x, y, **look, linewidth=1.2, alpha=0.6)
-    inside, size = y < top, 5.5 if len(x) < 60 else 3
-    dots: dict[str, Any] = {
-        "linestyle": "",
-        "markersize": size,
-        "label": "validation",
-        "clip_on": False,
-        "zorder": 5,
-    }
-    axes.plot(x[inside], y[inside], "o", **look | dots)
+    """Measured points, joined by a thin line that may leave the frame; a point does not. Many are a line alone."""
+    many = len(x) > 60
+    axes.plot(x, y, **look, linewidth=1.2, alpha=1 if many else 0.6, label="validation" if many else None)
+    if not many:
+        dots: dict[str, Any] = {"linestyle": "", "marker": "o", "markersize": 5.5, "clip_on": False, "zorder": 5}
+        axes.plot(x[y < top], y[y < top], label="validation", **look | dots)
 
 
 def loss_limits(*curves: Curve, leave_out: float = 0.02) -> tuple[float, float]:
     """The range of a loss chart, fitted to what follows the first ``leave_out`` of a long run.
 
-    That part falls from 11 to 5 and would press all that follows into the lowest third.
+    That part falls from 11 to 5 and would press all that follows into the lowest third. So would a rare spike: it
+    leaves the frame.
     """
     begin = max((x[int(leave_out * len(x))] for x, _ in curves if len(x) >= 1000), default=0.0)
     shown = np.concatenate([y[(x >= begin) & ~np.isnan(y)] for x, y in curves])
-    lo, hi = (shown.min(), shown.max()) if len(shown) else (0.0, 1.0)
+    lo, hi = (shown.min(), np.quantile(shown, 0.999)) if len(shown) else (0.0, 1.0)
     margin = max(0.05 * (hi - lo), 0.01 * abs(hi), 1e-6)
     return lo - margin, hi + margin
 
@@ -236,7 +232,7 @@ def small(run: Run, key: str, size: Size = (326, 190)) -> Figure:
 
 def hellaswag(run: Run, protocol: str, size: Size = (508, 300)) -> Figure:
     """The scores of a run while it was trained, with one standard error, between chance and published models."""
-    figure, axes = frame(size, unit(run), left=50, right=128)
+    figure, axes = frame(size, unit(run), left=50, right=134)
     found, per_step = run.scores(protocol), run.tokens_per_step or 1.0
     x, y = [(s.step or 0) * per_step for s in found], [100 * s.value for s in found]
     errors = [100 * (s.error or 0.0) for s in found]

@@ -70,6 +70,7 @@ class Run:
     samples: list[Sample]
     hellaswag: dict[str, Any] = field(default_factory=dict)
     problems: list[str] = field(default_factory=list)
+    _series: dict[str, Series] = field(default_factory=dict, repr=False)
 
     @property
     def name(self) -> str:
@@ -95,7 +96,9 @@ class Run:
 
     def series(self, key: str) -> Series:
         """(step, value) of every row that has ``key``; None where the value is not a finite number."""
-        return [(row["step"], number(row[key])) for row in self.rows if key in row]
+        if key not in self._series:  # a page asks a dozen times, a long run has 100,000 rows
+            self._series[key] = [(row["step"], number(row[key])) for row in self.rows if key in row]
+        return self._series[key]
 
     def last(self, key: str) -> float | None:
         """The latest finite value of ``key``."""
