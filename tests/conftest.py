@@ -12,6 +12,7 @@ import pytest
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ["HF_HUB_OFFLINE"] = "1"
 ROOT = Path(__file__).parent.parent
+sys.path.append(str(ROOT))  # for paper/ and tools/, which are not installed
 
 
 @pytest.fixture
@@ -95,4 +96,4 @@ def door_command(script, *words, processes=None):
     torchrun = (
         ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}"] if processes else []
     )
-    return [sys.executable, *torchrun, str(ROOT / script), *map(str, words)]
+    return [sys.executable, *torchrun, script if script == "-m" else str(ROOT / script), *map(str, words)]

@@ -11,16 +11,15 @@ from aymen_gpt.errors import DataError
 from aymen_gpt.evaluation import compare
 
 
-def record(choices, *, labels=None, protocols=("completion", "harness"), model="m"):
+def record(choices, *, labels=None, protocols=("completion", "harness"), model="m", questions="abc"):
     """What --json writes of a model that chose ``choices``, by sum and by length alike."""
-    answer = {"log_likelihoods": [-1.0] * 4, "token_counts": [3, 4, 5, 6]}
     return {
         "model": model,
+        "step": None,
         "n": len(choices),
-        **{protocol: {"acc": 0.5} for protocol in protocols},
+        **{protocol: {"acc": 0.5, "questions_sha256": f"{questions} {protocol}"} for protocol in protocols},
         "examples": [
-            {"ind": 10 + i, "label": label}
-            | {protocol: answer | {"choice": c, "choice_norm": c} for protocol in protocols}
+            {"ind": 10 + i, "label": label} | {protocol: {"choice": c, "choice_norm": c} for protocol in protocols}
             for i, (c, label) in enumerate(zip(choices, labels or [0] * len(choices), strict=True))
         ],
     }
@@ -36,7 +35,7 @@ def files(tmp_path, *records):
 def test_counts_are_those_of_the_examples(tmp_path):
     a = [0, 0, 0, 1, 1, 0, 2, 0]
     b = [0, 1, 0, 0, 0, 0, 2, 3]
-    found = compare.compare_files(*files(tmp_path, record(a), record(b)))
+    found = compare.compare_files(*files(tmp_path, record(a), record(b))).comparisons
     assert [(c.protocol, c.measure) for c in found] == [
         (protocol, measure) for protocol in ("completion", "harness") for measure in ("acc", "acc_norm")
     ]
@@ -80,51 +79,76 @@ def test_a_real_difference_is_seen_and_luck_is_not(tmp_path):
     rng = np.random.default_rng(0)
     base = rng.integers(0, 4, 1000).tolist()
     better = [0 if rng.random() < 0.1 else c for c in base]
-    c = compare.compare_files(*files(tmp_path, record(base), record(better)))[0]
+    c = compare.compare_files(*files(tmp_path, record(base), record(better))).comparisons[0]
     assert c.p < 1e-6
     assert c.low > 0
     other = rng.permutation(base).tolist()
-    c = compare.compare_files(*files(tmp_path, record(base), record(other)))[0]
+    c = compare.compare_files(*files(tmp_path, record(base), record(other))).comparisons[0]
     assert c.low <= 0 <= c.high
     assert c.p == 1.0  # as many right
 
 
 def test_only_protocols_of_both_are_compared(tmp_path):
     paths = files(tmp_path, record([0]), record([1], protocols=("harness",)))
-    assert {c.protocol for c in compare.compare_files(*paths)} == {"harness"}
+    assert {c.protocol for c in compare.compare_files(*paths).comparisons} == {"harness"}
     paths = files(tmp_path, record([0], protocols=("completion",)), record([1], protocols=("harness",)))
     with pytest.raises(DataError, match="no protocol in common"):
         compare.compare_files(*paths)
 
 
-def changed(found, **change):
-    found["examples"][1] |= change
-    return found
-
-
 @pytest.mark.parametrize(
     ("other", "message"),
     [
-        (record([0, 0]), "3 and 2 examples; score both with the same --limit"),
-        (record([0, 0, 0], labels=[0, 1, 0]), "example 2 is another one"),
-        (changed(record([0, 0, 0]), ind=3), "example 2 is another one"),
+        (record([0, 0]), "3 and 2 examples; score both with the same --limit and --data"),
         (
-            changed(record([0, 0, 0]), harness={"token_counts": [3, 4, 5, 7], "choice": 0, "choice_norm": 0}),
-            "endings of example 2 have other lengths",
+            record([0, 0, 0], questions="others, just as long"),
+            "other questions, or texts made of them in another way",
         ),
     ],
 )
-def test_files_about_other_examples_are_refused(tmp_path, other, message):
+def test_files_about_other_questions_are_refused(tmp_path, other, message):
     with pytest.raises(DataError, match=rf"a\.json and .*b\.json do not compare: .*{message}") as caught:
         compare.compare_files(*files(tmp_path, record([0, 0, 0]), other))
     assert caught.value.exit_code == 65
 
 
-@pytest.mark.parametrize("content", ["", "[]", "{}", '{"examples": [1]}', '{"examples": [{"ind": 1}]}', '{"n": 3'])
+GOOD = record([0])
+
+
+@pytest.mark.parametrize(
+    "content",
+    ["", "[]", "{}", "[" * 100_000, '{"n": 3', '{"examples": [1]}', '{"examples": [{"ind": 1}]}']
+    + [
+        json.dumps(GOOD | change)
+        for change in (
+            {"examples": []},
+            {"examples": {"label": 0}},
+            {"harness": 5},
+            {"harness": {"acc": 0.5}},
+            {"examples": [GOOD["examples"][0] | {"label": "0"}]},
+            {"examples": [GOOD["examples"][0] | {"harness": {"choice": [0], "choice_norm": 0}}]},
+            {"examples": [GOOD["examples"][0] | {"harness": {"choice": 4, "choice_norm": 0}}]},
+        )
+    ],
+)
 def test_files_that_are_something_else_are_refused(tmp_path, content):
     a, b = files(tmp_path, record([0]), record([0]))
     b.write_text(content)
-    with pytest.raises(DataError, match=r"b\.json is not what python hellaswag\.py --json writes"):
+    with pytest.raises(DataError, match=r"b\.json( is not what python hellaswag\.py --json writes|: )") as caught:
         compare.compare_files(a, b)
+    assert "\n" not in str(caught.value)
     with pytest.raises(DataError, match=r"c\.json: no such file"):
         compare.compare_files(a, tmp_path / "c.json")
+
+
+def test_the_verdict_names_the_better_model_or_says_that_none_is_shown(tmp_path):
+    better, worse = record([0] * 60, model="runs/b"), record([0] * 40 + [1] * 20, model="runs/a") | {"step": 19073}
+    found = compare.compare_files(*files(tmp_path, worse, better))
+    assert found.names == ("runs/a, step 19,073", "runs/b")
+    assert found.verdicts() == [
+        f"By {protocol}, runs/b is better than runs/a, step 19,073: "
+        "its acc_norm is 33.33 points higher (p = 1.9e-06)."
+        for protocol in ("completion", "harness")
+    ]
+    even = compare.compare_files(*files(tmp_path, better, record([0] * 59 + [1], model="runs/c")))
+    assert even.verdicts()[1] == "By harness, no difference between runs/b and runs/c is shown (acc_norm, p = 1)."

@@ -8,7 +8,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
-from questions import CONFIG, EXAMPLES, VIDEO, make_model
+from questions import CONFIG, EXAMPLES, HOW_TO, VIDEO, make_model
 from test_rendering import harness_text
 
 from aymen_gpt.errors import DataError
@@ -74,16 +74,29 @@ def test_evaluate_chooses_as_a_plain_scorer_does(real, protocol):
 
 def test_the_record_has_every_answer():
     result = evaluate(make_model(), EXAMPLES)
-    found = json.loads(json.dumps(result.as_dict("tiny"), allow_nan=False))
-    assert found["model"] == "tiny"
+    found = json.loads(json.dumps(result.as_dict(), allow_nan=False))
     assert found["n"] == 3
     for protocol in ("completion", "harness"):
-        assert found[protocol].keys() == {"acc", "acc_stderr", "acc_norm", "acc_norm_stderr"}
+        assert found[protocol].keys() == {"acc", "acc_stderr", "acc_norm", "acc_norm_stderr", "questions_sha256"}
         rows = [row[protocol] for row in found["examples"]]
         right = [row["choice"] == e.label for row, e in zip(rows, EXAMPLES, strict=True)]
         assert found[protocol]["acc"] == sum(right) / 3
         assert all(len(row["log_likelihoods"]) == len(row["token_counts"]) == 4 for row in rows)
     assert [(row["ind"], row["label"]) for row in found["examples"]] == [(24, 2), (7, 0), (8, 1)]
+
+
+@pytest.mark.parametrize("protocol", hellaswag.PROTOCOLS)
+def test_the_hash_of_questions_is_that_of_what_the_model_reads(protocol):
+    changes = [
+        {"ctx_b": "he quickly", "ctx": "Another."},
+        {"endings": [*VIDEO.endings[:3], "leaves."]},
+        {"label": 1},
+    ]
+    sets = [EXAMPLES[:2], *([replace(VIDEO, **change), HOW_TO] for change in changes)]
+    assert len({hellaswag.questions_sha256(examples, protocol) for examples in sets}) == 4
+    unread = {"completion": {"activity_label": "x"}, "harness": {"ctx": "x"}}[protocol]
+    same = [replace(VIDEO, ind=9, **unread), HOW_TO]
+    assert hellaswag.questions_sha256(same, protocol) == hellaswag.questions_sha256(EXAMPLES[:2], protocol)
 
 
 def test_the_tallies_of_ranks_add_up(real):

@@ -12,6 +12,7 @@ import torch
 from conftest import ROOT
 from safetensors.torch import load_file, save_file
 
+from aymen_gpt import files
 from aymen_gpt.data import tokenizer
 from aymen_gpt.model.gpt import GPT, GPTConfig
 from aymen_gpt.model.huggingface import config_to_huggingface, to_huggingface
@@ -58,20 +59,36 @@ def test_both_protocols_are_printed_and_every_answer_is_written(door, model, dat
     done = door("hellaswag.py", "-m", model, "-d", "cpu", "--data", data, "--json", tmp_path / "new" / "s.json")
     assert done.returncode == 0, done.stderr
     found = json.loads((tmp_path / "new" / "s.json").read_text())
-    assert found["model"] == str(model)
+    assert (found["model"], found["checkpoint"], found["step"]) == (str(model), str(model), None)
+    assert re.fullmatch("[0-9a-f]{64}", found["weights_sha256"])
     assert [row["ind"] for row in found["examples"]] == list(range(100, 100 + N))
     for protocol, line in scores(done).items():
         s = found[protocol]
-        assert f"{100 * s['acc']:.2f}% ± {100 * s['acc_stderr']:.2f}" in line
-        assert f"{100 * s['acc_norm']:.2f}% ± {100 * s['acc_norm_stderr']:.2f}" in line
+        assert f"{100 * s['acc']:.2f} % ± {100 * s['acc_stderr']:.2f}" in line
+        assert f"{100 * s['acc_norm']:.2f} % ± {100 * s['acc_norm_stderr']:.2f}" in line
         right = [row[protocol]["choice_norm"] == row["label"] for row in found["examples"]]
         assert s["acc_norm"] == sum(right) / N
     assert scores(done).keys() == {"completion", "harness"}
     assert f"all {N} examples of {data}" in done.stdout
-    assert re.search(r"^chance +25\.00% +25\.00%$", done.stdout, re.MULTILINE)
+    assert re.search(r"^chance +25\.00 % +25\.00 %$", done.stdout, re.MULTILINE)
     assert "published" not in done.stdout  # own data compares with nothing
     assert f"{2 * N} of {2 * N} scored" in done.stderr
     assert "scored" not in done.stdout
+
+
+def test_the_json_of_a_run_names_the_checkpoint_and_its_step(door, model, data, tmp_path):
+    shutil.copytree(model, tmp_path / "run/checkpoints/step-000000012")
+    save_manifest(tmp_path / "run/checkpoints/step-000000012", 12)
+    done = door("hellaswag.py", "-m", "run", "--data", data, "--protocol", "harness", "--json", "s.json")
+    assert done.returncode == 0, done.stderr
+    found = json.loads((tmp_path / "s.json").read_text())
+    assert (found["model"], found["checkpoint"]) == ("run", "run/checkpoints/step-000000012")
+    assert found["step"] == 12
+
+
+def save_manifest(folder, step):
+    found = {p.name: {"bytes": p.stat().st_size, "sha256": files.sha256(p)} for p in folder.iterdir()}
+    (folder / "manifest.json").write_text(json.dumps({"step": step, "files": found}))
 
 
 def test_one_protocol_and_a_subset_say_so(door, model, data):
@@ -86,8 +103,8 @@ def test_the_real_set_stands_beside_anchors_of_its_own_protocol(door, model):
     assert done.returncode == 0, done.stderr
     assert "a subset: 6 of 10,042 validation examples" in done.stdout
     published = done.stdout.partition("published")[2]
-    assert "29.55%" in published  # GPT-2 124M by completion
-    assert "31.14%" not in published  # the same by harness
+    assert "29.55 %" in published  # GPT-2 124M by completion
+    assert "31.14 %" not in published  # the same by harness
 
 
 @pytest.mark.parametrize(
@@ -99,6 +116,7 @@ def test_the_real_set_stands_beside_anchors_of_its_own_protocol(door, model):
         (["--device", "tpu"], 2, "error: --device tpu: expected auto, cpu, mps, cuda"),
         (["--dtype", "int8"], 2, "error: --dtype int8: expected auto, float32, bfloat16, float16"),
         (["--json", "."], 2, "error: --json .: this is a folder"),
+        (["-m", "runs/none", "--json", "own.jsonl/a"], 73, "error: cannot write own.jsonl/a: a file stands where"),
         (["--compare", "a.json", "b.json", "--resume"], 2, "error: --compare reads what --json wrote"),
         (["--compare", "a.json", "b.json"], 65, "error: a.json: no such file"),
         (["--data", "nowhere.jsonl"], 65, "error: nowhere.jsonl: no such file"),
@@ -193,8 +211,12 @@ def test_two_scorings_are_compared(door, model, data, tmp_path):
     done = door("hellaswag.py", "--compare", tmp_path / "a.json", tmp_path / "b.json")
     assert done.returncode == 0, done.stderr
     assert f"the same {N} examples" in done.stdout
-    lines = re.findall(r"^(completion|harness) +(acc\w*) +([\d.]+)% +([\d.]+)% +([-+][\d.]+) ", done.stdout, re.M)
+    lines = re.findall(
+        r"^(completion|harness) +(acc\w*) +([\d.]+) % +([\d.]+) % +([-+][\d.]+) ", done.stdout, re.M
+    )
     assert len(lines) == 4
+    assert f"A  {model}\nB  {other}\n" in done.stdout
+    assert done.stdout.splitlines()[-1].startswith("By harness, ")
     for protocol, measure, *values in lines:
         a, b = (100 * json.loads((tmp_path / f).read_text())[protocol][measure] for f in ("a.json", "b.json"))
         assert [float(value) for value in values] == pytest.approx([a, b, b - a], abs=0.006)

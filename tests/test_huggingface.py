@@ -86,5 +86,5 @@ def test_an_index_may_not_lead_outside_the_folder(folder):
     (folder / "model.safetensors").unlink()
     index = {"weight_map": {"transformer.wte.weight": "../secret.safetensors"}}
     (folder / "model.safetensors.index.json").write_text(json.dumps(index))
-    with pytest.raises(ValueError, match="outside"):
+    with pytest.raises(ValueError, match="not outside"):
         load_pretrained(folder)

@@ -3,6 +3,7 @@
 import os
 import pickle
 import re
+from contextlib import suppress
 
 import pytest
 import torch
@@ -71,7 +72,7 @@ def test_it_can_be_trained_on_but_brings_no_optimizer(door, tmp_path, seed_file)
     refused = door(*words)
     assert refused.returncode == 2
     assert re.search(
-        r"--init-from .*pt is GPTConfig\(block_size=16.*this run is GPTConfig\(block_size=64", refused.stderr
+        r"--init-from .*pt has 2 layers, .* context 16, .*this run has 2 layers, .* context 64, ", refused.stderr
     )
     fits = GPT(GPTConfig(block_size=64, n_layer=2, n_head=2, n_embd=32), torch.Generator().manual_seed(3))
     torch.save({"model": theirs(fits), "model_args": {"n_head": 2}}, path)
@@ -100,16 +101,80 @@ def test_a_pickle_that_would_run_a_command_is_refused_and_runs_nothing(door, tmp
     assert not (tmp_path / "was-run").exists()
 
 
-@pytest.mark.parametrize("content", [{"weights": 1}, {"model": {}, "model_args": {"n_head": 2}}, [1, 2]])
-def test_what_is_no_gpt_is_named(tmp_path, content):
+def without_bias(state):
+    return {name: t for name, t in state.items() if not name.endswith(".bias")}
+
+
+def save(tmp_path, state, n_head=2):
+    torch.save({"model": state, "model_args": {"n_head": n_head}}, tmp_path / "x.pt")
+    return tmp_path / "x.pt"
+
+
+@pytest.mark.parametrize(
+    "content",
+    [
+        {"weights": 1},
+        [1, 2],
+        {"model": 5, "model_args": {"n_head": 2}},
+        {"model": {}, "model_args": [2]},
+        {"model": {}},
+    ],
+)
+def test_what_is_no_checkpoint_is_named(tmp_path, content):
     torch.save(content, tmp_path / "x.pt")
-    with pytest.raises(DataError, match=r"x\.pt is no"):
+    with pytest.raises(DataError, match=r"x\.pt is no checkpoint of nanoGPT"):
         load_pt(tmp_path / "x.pt")
 
 
-def test_a_model_without_biases_is_refused(tmp_path):
+@pytest.mark.parametrize(
+    ("change", "n_head", "message"),
+    [
+        ({}, 3, "n_embd 16 does not divide into n_head 3"),
+        ({}, 0, "every size of a GPT must be at least 1"),
+        ({}, "2", "checkpoint of nanoGPT"),
+        ({"wte.weight": torch.zeros(5)}, 2, "wte.weight is 5, wpe.weight 16 x 16: expected two matrices"),
+        ({"wte.weight": 5}, 2, "wte.weight is no tensor"),
+        ({"wte.weight": torch.ones(50304, 16)}, 2, "lm_head.weight differs"),
+        (
+            {name: torch.ones(60000, 16) for name in ("wte.weight", "lm_head.weight")},
+            2,
+            "wte.weight is 60000 x 16",
+        ),
+        ({"h.1.ln_1.weight": torch.tensor(1.0)}, 2, "ln_1.weight is one number"),
+        ({"h": torch.zeros(1), 7: torch.zeros(1)}, 2, "unknown"),
+        ({"h.1.attn.c_attn.bias": torch.zeros(48, dtype=torch.int8)}, 2, "holds torch.int8"),
+        ({"h.x.ln_1.bias": torch.zeros(16)}, 2, "missing"),
+    ],
+)
+def test_what_is_no_gpt2_is_named(tmp_path, change, n_head, message):
+    state = theirs(GPT(CONFIG, torch.Generator().manual_seed(2)), prefix="") | {
+        name if name in ("h", 7, "lm_head.weight") else f"transformer.{name}": value
+        for name, value in change.items()
+    }
+    with pytest.raises(DataError, match=rf"x\.pt is no .*{message}"):
+        load_pt(save(tmp_path, state, n_head))
+
+
+def test_a_model_without_biases_has_biases_of_zero(tmp_path):
+    """nanoGPT's default, bias=False."""
     model = GPT(CONFIG, torch.Generator().manual_seed(2))
-    state = {name: t for name, t in theirs(model).items() if not name.endswith(".bias")}
-    torch.save({"model": state, "model_args": {"n_head": 2}}, tmp_path / "x.pt")
-    with pytest.raises(DataError, match="no GPT-2 as we compute it .with biases, tied output.: .*[Mm]issing"):
-        load_pt(tmp_path / "x.pt")
+    assert same_logits(load_pt(save(tmp_path, without_bias(theirs(model)))), model)
+
+
+def test_a_model_without_some_of_its_biases_is_refused(tmp_path):
+    state = theirs(GPT(CONFIG, torch.Generator().manual_seed(2)), prefix="")
+    del state["transformer.h.0.mlp.c_fc.bias"]
+    with pytest.raises(DataError, match=r"no GPT-2 as we compute it: .*missing \['h.0.mlp.c_fc.bias'\]"):
+        load_pt(save(tmp_path, state))
+
+
+def test_any_flipped_bit_is_noticed(tmp_path):
+    config = GPTConfig(block_size=2, vocab_size=4, n_layer=1, n_head=1, n_embd=1)
+    path = save(tmp_path, theirs(GPT(config, torch.Generator().manual_seed(2)), rows=4), 1)
+    good = load_pt(path).state_dict()
+    content = path.read_bytes()
+    for place in range(0, len(content), 7):
+        path.write_bytes(content[:place] + bytes([content[place] ^ (1 << place % 8)]) + content[place + 1 :])
+        with suppress(DataError):  # what else is raised is a traceback for the user
+            found = load_pt(path).state_dict()  # a bit that nobody reads, such as a file's time
+            assert all(torch.equal(t, good[name]) for name, t in found.items())

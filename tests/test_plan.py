@@ -5,7 +5,6 @@ import re
 import pytest
 import torch
 
-from aymen_gpt.model import cpu_attention
 from aymen_gpt.model.gpt import GPT, PRESETS, GPTConfig
 from aymen_gpt.training import checkpoint, optim, plan
 
@@ -62,7 +61,3 @@ def test_hours_and_dollars_follow_from_the_speed(door, tmp_path):
     cost = int(re.search(r"cost      ([\d,]+) dollars at 3600 a device and hour", done.stdout)[1].replace(",", ""))
     assert cost == pytest.approx(1000 * 512 / speed, rel=0.02, abs=1)
     assert list(tmp_path.iterdir()) == []
-
-
-def test_the_limit_of_the_attention_for_cpus_is_its_own():
-    assert (plan.LONGEST, plan.ROWS) == (cpu_attention.LONGEST, cpu_attention.ROWS)

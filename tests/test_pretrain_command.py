@@ -144,11 +144,11 @@ def test_the_documents_of_a_step_are_listed_with_their_ids(door, tmp_path):
     assert header == ["row", "shard", "document", "first_token", "tokens", "id", "url"]
     assert {line[0] for line in lines} == {"4", "5"}  # two rows a step, steps count from 1
     assert sum(int(line[4]) for line in lines) == 2 * 65
-    assert all(line[5].startswith("id-") and line[6] == f"https://x/{line[5][3:]}" for line in lines)
+    assert all(line[5] == rf"id-{line[6][10:]}\n\t\x1b" for line in lines)
     assert door(*words, "--show-batch", 3).stdout == done.stdout
     assert door(*words, "--show-batch", 0).returncode == 2
 
 
 def write_jsonl(path, texts):
-    rows = [{"text": text, "id": f"id-{i}", "url": f"https://x/{i}"} for i, text in enumerate(texts)]
+    rows = [{"text": text, "id": f"id-{i}\n\t\x1b", "url": f"https://x/{i}"} for i, text in enumerate(texts)]
     path.write_text("".join(json.dumps(row) + "\n" for row in rows))

@@ -9,6 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from transformers import GPT2Config, GPT2LMHeadModel
 
+from aymen_gpt.errors import DataError
 from aymen_gpt.evaluation import forward
 from aymen_gpt.evaluation.packing import TokenizedExample
 from aymen_gpt.evaluation.scoring import score, score_batches
@@ -222,3 +223,13 @@ def test_grad_mode_is_the_callers_between_batches():
 
 def test_no_examples_no_scores():
     assert score(make_model(), []) == []
+
+
+@pytest.mark.fault(30)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
+def test_a_likelihood_that_is_not_finite_is_never_a_score(dtype):
+    model = make_model()
+    with torch.no_grad():
+        model.ln_f.weight.fill_(3e38)  # finite, but no product with it is
+    with pytest.raises(DataError, match="likelihoods that are not finite"):
+        score(model, make_examples(), dtype=dtype)

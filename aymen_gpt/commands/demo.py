@@ -35,6 +35,7 @@ def main() -> int:
     score = RUN / "hellaswag.json"
     if not score.exists() or score.stat().st_mtime < newest_checkpoint().stat().st_mtime:
         call("hellaswag.py", "-m", str(RUN), "--limit", str(EXAMPLES), "--json", str(score))
+    call("-m", "aymen_gpt.commands.report", str(RUN))  # with that score
     stage(4, "the GPT writes")
     call("generate.py", "-m", str(RUN), PROMPT, "--max-tokens", "60")
     print(closing(json.loads(score.read_text()), time.monotonic() - began))
@@ -97,7 +98,7 @@ loss        {vals[0]:.2f} -> {vals[-1]:.2f} nats per token on text it never trai
 HellaSwag   {share} of {score["n"]:,} examples, where chance is 25% and GPT-2 124M has 29.6%:
             a model this small and young cannot do better than chance, and should not do worse
 curve       {RUN}/report.html (open it in a browser)
-samples     {RUN}/samples.md
+samples     {RUN}/samples.jsonl
 checkpoint  {newest_checkpoint()} (opens in transformers as it is)
 next        python generate.py -m {RUN} "Raised when"
             python fineweb.py --source YOUR.txt --out data/mine && \\

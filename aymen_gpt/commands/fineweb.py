@@ -8,6 +8,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from aymen_gpt.commands import console
+from aymen_gpt.errors import DataError, UsageError
+from aymen_gpt.wording import duration
 
 if TYPE_CHECKING:
     from aymen_gpt.data.prepare import Progress, Summary
@@ -21,6 +23,7 @@ EXAMPLES = """\
 Killed or failed? The same command again continues at the last finished shard.
 """
 MODES = ("verify", "repair", "part", "merge")
+MOST_TOKENS = 2**31 - 1  # that the header of a shard can count
 EVERY = 10.0  # seconds between two progress lines when stderr is not a terminal
 
 
@@ -31,26 +34,36 @@ def parser() -> argparse.ArgumentParser:
     text.add_argument(
         "--source",
         nargs="+",
+        type=name,
         default=["hub"],
         metavar="WORD",
         help="`hub` (FineWeb-Edu from Hugging Face, the default), `builtin` (documentation installed with "
-        "Python), files and folders of .parquet, .jsonl, .jsonl.gz, .jsonl.zst, .txt",
+        "Python), files and folders of .parquet, .jsonl, .jsonl.gz, .jsonl.zst, .txt, .md",
     )
     text.add_argument(
-        "--text-column", metavar="NAME", help="column or key of the text (default: text, else content)"
+        "--text-column", type=name, metavar="NAME", help="column or key of the text (default: text, else content)"
     )
     text.add_argument(
-        "--revision", metavar="COMMIT", help="of the dataset on the Hub (default of FineWeb-Edu: a pinned one)"
+        "--revision",
+        type=name,
+        metavar="COMMIT",
+        help="of the dataset on the Hub (default of FineWeb-Edu: a pinned one)",
     )
     text.add_argument("--keep-source", action="store_true", help="keep downloaded files, in DIR/.source")
+    text.add_argument(
+        "--skip-bad-rows", action="store_true", help="leave out rows without usable text, however many there are"
+    )
     shards = p.add_argument_group("shards")
     shards.add_argument(
-        "--out", type=Path, default=Path("edu_fineweb10B"), metavar="DIR", help="default: %(default)s"
+        "--out", type=folder, default=Path("edu_fineweb10B"), metavar="DIR", help="default: %(default)s"
     )
     shards.add_argument(
         "--shard-tokens", type=whole, default=10**8, metavar="N", help="tokens a shard (default: 1e8)"
     )
     shards.add_argument("--max-tokens", type=whole, metavar="N", help="stop after so many tokens (default: all)")
+    shards.add_argument(
+        "--restart", action="store_true", help="begin anew; what is in DIR is set aside in DIR/earlier-1, -2, ..."
+    )
     work = p.add_argument_group("work")
     work.add_argument(
         "--workers", type=whole, metavar="N", help="processes (default: one per CPU; 0: only this one)"
@@ -63,7 +76,10 @@ def parser() -> argparse.ArgumentParser:
     )
     what = work.add_mutually_exclusive_group()
     what.add_argument(
-        "--part", metavar="I/N", help="prepare only the I-th of N shares of the source, on this machine of many"
+        "--part",
+        type=name,
+        metavar="I/N",
+        help="prepare only the I-th of N shares of the source, on this machine of many",
     )
     what.add_argument("--merge", action="store_true", help="make the shards from all N shares in DIR/parts")
     what.add_argument("--verify", action="store_true", help="compare every file in DIR with its recorded sha256")
@@ -71,20 +87,34 @@ def parser() -> argparse.ArgumentParser:
     return p
 
 
+def name(text: str) -> str:
+    if not text:
+        raise argparse.ArgumentTypeError("a name cannot be empty")
+    return text
+
+
+def folder(text: str) -> Path:
+    return Path(name(text))
+
+
 def main(argv: list[str] | None = None) -> int:
     args = parser().parse_args(argv)
+    for mode in ("verify", "repair"):
+        if args.restart and getattr(args, mode):
+            raise UsageError(f"--restart begins anew, --{mode} does not: give one of them")
     if args.verify:
         return verify(args.out)
     if args.repair:
         return repair(args)
     from aymen_gpt.data import shares
     from aymen_gpt.data.prepare import PrepareOptions, prepare
-    from aymen_gpt.errors import UsageError
 
     for flag, least in (("shard_tokens", 1), ("max_tokens", 1), ("workers", 0)):
         value = getattr(args, flag)
         if value is not None and value < least:
             raise UsageError(f"--{flag.replace('_', '-')} must be at least {least}, got {value}")
+    if args.shard_tokens > MOST_TOKENS:
+        raise UsageError(f"--shard-tokens must be at most {MOST_TOKENS}, got {args.shard_tokens}")
     chosen = {name: value for name, value in vars(args).items() if name not in (*MODES, "source")}
     options = PrepareOptions(source=tuple(args.source), **chosen)
     with Reporter() as reporter:
@@ -99,13 +129,14 @@ def main(argv: list[str] | None = None) -> int:
 
 def verify(out: Path) -> int:
     from aymen_gpt.data import shards
-    from aymen_gpt.errors import DataError
 
     damaged = shards.verify(out)
     if damaged:
         listed = "; ".join(f"{name}: {why}" for name, why in damaged.items())
         raise DataError(f"{len(damaged)} damaged files in {out} ({listed}): {shards.way_out(out)}")
-    print(f"{out}: all files are as the manifest says")
+    finished = (shards.read_manifest(out) or {}).get("complete")
+    more = "" if finished else "; more are to come: run the same fineweb.py command again"
+    print(f"{out}: all files are as the manifest says{more}")
     return 0
 
 
@@ -171,21 +202,6 @@ class Reporter:
             self.bar.set_description_str(line)
         else:
             self._print(f"{progress.fraction:4.0%}  {line}")
-
-
-def duration(seconds: float) -> str:
-    """
-    >>> duration(59), duration(3700)
-    ('59 s', '1 h 01 min')
-    """
-    minutes = round(seconds / 60)
-    return (
-        f"{seconds:.0f} s"
-        if seconds < 60
-        else f"{minutes // 60} h {minutes % 60:02} min"
-        if minutes > 59
-        else f"{minutes} min"
-    )
 
 
 def closing(summary: "Summary", share: str | None = None) -> str:

@@ -53,11 +53,11 @@ def main(argv: list[str] | None = None) -> int:
         raise UsageError("--samples and --max-tokens must be at least 1")
     prompt = sys.stdin.read() if options.prompt == "-" else options.prompt
 
-    from aymen_gpt.evaluation.loading import load_model
+    from aymen_gpt.evaluation.load_model import load_model
     from aymen_gpt.training.device import choose_device
 
     device = choose_device(options.device)
-    model, _ = load_model(options.model, device.place)
+    model = load_model(options.model, device.place).model
     for number in range(options.samples):
         if options.samples > 1:
             print(f"--- sample {number + 1}")

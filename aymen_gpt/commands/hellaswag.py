@@ -11,14 +11,17 @@ from typing import TYPE_CHECKING
 
 from aymen_gpt.commands import console
 from aymen_gpt.errors import UsageError
+from aymen_gpt.files import check_writable, replace_text
 from aymen_gpt.reporting.anchors import ANCHORS, CHANCE, Anchor, neighbours
+from aymen_gpt.wording import percent
 
 if TYPE_CHECKING:
     import torch
 
-    from aymen_gpt.evaluation.compare import Comparison
+    from aymen_gpt.evaluation.compare import Report
     from aymen_gpt.evaluation.examples import Example
     from aymen_gpt.evaluation.hellaswag import Result
+    from aymen_gpt.evaluation.load_model import Loaded
     from aymen_gpt.evaluation.partial import PartialScores
     from aymen_gpt.model.gpt import GPT
     from aymen_gpt.training.device import Device
@@ -82,7 +85,7 @@ def main(argv: list[str] | None = None) -> int:
     if options.compare:
         from aymen_gpt.evaluation.compare import compare_files
 
-        print(comparison_table(options.compare, compare_files(*options.compare)))
+        print(comparison_table(compare_files(*options.compare)))
     else:
         score(options)
     return 0
@@ -93,7 +96,9 @@ def score(options: argparse.Namespace) -> None:
     import torch
 
     from aymen_gpt.evaluation import hellaswag
-    from aymen_gpt.training.device import choose_device, keep_freed_memory
+    from aymen_gpt.evaluation.load_model import load_model
+    from aymen_gpt.model.cpu import keep_freed_memory
+    from aymen_gpt.training.device import choose_device
     from aymen_gpt.training.distributed import process_group, ranks_from_environment
 
     ranks = ranks_from_environment()
@@ -103,15 +108,18 @@ def score(options: argparse.Namespace) -> None:
     if device.dtype == torch.float32:
         torch.set_float32_matmul_precision("highest")  # no TF32 for who asks for float32
     with process_group(ranks, device.place):
+        if options.json:
+            ranks.first(lambda: check_writable(options.json))
         found = ranks.first(lambda: hellaswag.load_examples(options.data))  # one download, not one a rank
         examples = hellaswag.evenly_spaced(found, options.limit)
-        model, description = load(options.model, device.place, ranks)
+        first = ranks.first if ranks.world_size > 1 else None
+        scored = load_model(options.model, device.place, first=first)
         if ranks.is_first:
-            print(introduction(description, device, ranks), file=sys.stderr)
-        partial = partial_scores(model, device.dtype, examples, ranks, resume=options.resume)
+            print(introduction(scored.description, device, ranks), file=sys.stderr)
+        partial = partial_scores(scored.model, device.dtype, examples, ranks, resume=options.resume)
         with progress_line(ranks) as progress:
             mine = hellaswag.evaluate(
-                model,
+                scored.model,
                 examples[ranks.rank :: ranks.world_size],
                 protocols=hellaswag.PROTOCOLS if options.protocol == "both" else (options.protocol,),
                 dtype=device.dtype,
@@ -120,18 +128,8 @@ def score(options: argparse.Namespace) -> None:
                 partial=partial,
             )
         result = hellaswag.merge(ranks.gather(mine))
-        ranks.first(lambda: report(result, description, len(found), options))
+        ranks.first(lambda: report(result, scored, len(found), options))
         partial.discard()
-
-
-def load(name: str, place: "torch.device", ranks: "Ranks") -> "tuple[GPT, str]":
-    """The model and what it is, on every rank; the first finds it, and downloads it, before the others look."""
-    from aymen_gpt.evaluation.loading import find_model, load_model
-    from aymen_gpt.model.legacy import is_pt
-
-    if ranks.world_size > 1 and not is_pt(name):
-        ranks.first(lambda: find_model(name))
-    return load_model(name, place)
 
 
 def introduction(description: str, device: "Device", ranks: "Ranks") -> str:
@@ -155,15 +153,20 @@ def partial_scores(
     return scores
 
 
-def report(result: "Result", description: str, available: int, options: argparse.Namespace) -> None:
-    from aymen_gpt.files import write_whole
+def report(result: "Result", scored: "Loaded", available: int, options: argparse.Namespace) -> None:
+    from aymen_gpt.evaluation.load_model import weights_sha256
 
-    print(f"HellaSwag of {description}")
+    print(f"HellaSwag of {scored.description}")
     print(coverage(len(result.examples), available, options.data))
     print(table(result, published=options.data is None))
     if options.json:
-        record = json.dumps(result.as_dict(options.model), allow_nan=False)
-        write_whole(options.json, f"{record}\n".encode())
+        record = {
+            "model": options.model,
+            "step": scored.step,
+            "checkpoint": str(scored.path),
+            "weights_sha256": weights_sha256(scored.model),
+        } | result.as_dict()
+        replace_text(options.json, f"{json.dumps(record, allow_nan=False)}\n", follow=True)
         print(f"every answer: {options.json}")
 
 
@@ -230,9 +233,9 @@ def table(result: "Result", *, published: bool) -> str:
     lines = [f"{'protocol':<12}{'acc':<16}{'acc_norm':<16}{'n':>6}"]
     for protocol in result.answers:
         s = result.tally(protocol).as_dict()
-        acc, norm = share(s["acc"], s["acc_stderr"]), share(s["acc_norm"], s["acc_norm_stderr"])
+        acc, norm = percent(s["acc"], s["acc_stderr"]), percent(s["acc_norm"], s["acc_norm_stderr"])
         lines.append(f"{protocol:<12}{acc:<16}{norm:<16}{len(result.examples):>6,}")
-    lines.append(f"{'chance':<12}{share(CHANCE):<16}{share(CHANCE)}")
+    lines.append(f"{'chance':<12}{percent(CHANCE):<16}{percent(CHANCE)}")
     if published:
         lines += ["", "published, on all 10,042:"]
         for protocol in result.answers:
@@ -251,33 +254,28 @@ def anchor_lines(anchors: list[Anchor]) -> list[str]:
     lines = []
     for model, by_metric in models.items():
         one = next(iter(by_metric.values()))
-        acc, norm = (share(by_metric[m].value) if m in by_metric else "-" for m in ("acc", "acc_norm"))
+        acc, norm = (percent(by_metric[m].value if m in by_metric else None) for m in ("acc", "acc_norm"))
         lines.append(f"{one.protocol:<12}{acc:<16}{norm:<16}{model:<13} {one.source}")
     return lines
 
 
-def share(p: float | None, error: float | None = None) -> str:
-    """0.2955, 0.0046 -> '29.55% ± 0.46'."""
-    text = f"{100 * (p or 0.0):5.2f}%"
-    return text if error is None else f"{text} ± {100 * error:.2f}"
-
-
-def comparison_table(files: list[Path], comparisons: "list[Comparison]") -> str:
-    """One line per protocol and measure, and how to read it."""
+def comparison_table(report: "Report") -> str:
+    """One line per protocol and measure, how to read it, and the verdict."""
+    a, b = report.names
     lines = [
-        f"A {files[0]}",
-        f"B {files[1]}",
-        f"both on the same {comparisons[0].n:,} examples",
+        f"A  {a}",
+        f"B  {b}",
+        f"both on the same {report.comparisons[0].n:,} examples",
         "",
         f"{'protocol':<12}{'measure':<10}{'A':>8}{'B':>9}{'B - A':>9}  {'95% interval':<19}"
         f"{'only A right':>13}{'only B right':>14}{'p':>10}",
     ]
-    for c in comparisons:
+    for c in report.comparisons:
         interval = f"{100 * c.low:+.2f} to {100 * c.high:+.2f}"
         lines.append(
-            f"{c.protocol:<12}{c.measure:<10}{share(c.right_a / c.n):>8}{share(c.right_b / c.n):>9}"
+            f"{c.protocol:<12}{c.measure:<10}{percent(c.right_a / c.n):>8}{percent(c.right_b / c.n):>9}"
             f"{100 * c.difference:>+9.2f}  {interval:<19}{c.only_a:>13,}{c.only_b:>14,}{c.p:>10.2g}"
         )
     lines += ["", "p: how often two models that are equally good differ at least so much (McNemar's test, exact);"]
-    lines.append("interval: bootstrap over examples, in percentage points")
+    lines += ["interval: bootstrap over examples, in percentage points", "", *report.verdicts()]
     return "\n".join(lines)

@@ -187,13 +187,14 @@ def run_probe(request: Request) -> Probe:
     """Train on random tokens, one micro-batch an update (two where there are more); no file is read or written."""
     import torch
 
+    from aymen_gpt.model import cpu
     from aymen_gpt.training import device as devices
     from aymen_gpt.training.distributed import Ranks
     from aymen_gpt.training.trainer import Trainer
 
     c, device = request.config, request.device
     if device.place.type == "cpu":
-        devices.keep_freed_memory()
+        cpu.keep_freed_memory()
     print(f"probing   {PROBE_UPDATES} updates ...", file=sys.stderr)
     trainer = Trainer(c, device, Ranks(), None, None, "")  # type: ignore[arg-type]
     draw = torch.Generator().manual_seed(c.seed)

@@ -9,6 +9,7 @@ from collections.abc import Callable
 from contextlib import nullcontext
 from dataclasses import Field, asdict, fields
 from datetime import UTC, datetime
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -114,6 +115,7 @@ def main(argv: list[str] | None = None) -> int:
         price, gpus = planned["dollars_per_gpu_hour"], planned["gpus"]
         return show_plan(config, gpus=gpus, probe=planned["probe"], dollars=price, mfu=planned["mfu"])
 
+    from aymen_gpt.model import cpu
     from aymen_gpt.training import device as devices
     from aymen_gpt.training.distributed import process_group, ranks_from_environment
     from aymen_gpt.training.resume import Resume
@@ -126,7 +128,7 @@ def main(argv: list[str] | None = None) -> int:
     ranks = ranks_from_environment()
     device = devices.choose_device(config.device, config.dtype, ranks.local_rank)
     if device.place.type == "cpu":
-        devices.keep_freed_memory()
+        cpu.keep_freed_memory()
     if config.deterministic:
         devices.be_deterministic()
     folder = Path(config.run)
@@ -153,8 +155,13 @@ def show_batch(config: TrainConfig, step: int) -> int:
     rows = TokenRows(Path(config.data), "train", block_size=config.block_size, seed=config.seed)
     print("row\tshard\tdocument\tfirst_token\ttokens\tid\turl")
     for read in rows.documents((step - 1) * config.rows_per_step, config.rows_per_step):
-        print(*(("" if value is None else value) for value in vars(read).values()), sep="\t")
+        print(*map(cell, vars(read).values()), sep="\t")
     return 0
+
+
+def cell(value: str | int | None) -> str:
+    """A value for a table with tabs between its columns, with control characters escaped."""
+    return "" if value is None else "".join(c if c.isprintable() else repr(c)[1:-1] for c in str(value))
 
 
 def build(config: TrainConfig, device: "Device", ranks: "Ranks") -> "Trainer":
@@ -191,9 +198,10 @@ def initial_model(config: TrainConfig, ranks: "Ranks") -> "Callable[[], GPT]":
     """What the trainer calls for the weights of step 0, with --init-from."""
     import torch
 
-    from aymen_gpt.commands.hellaswag import load
+    from aymen_gpt.evaluation.load_model import load_model
 
-    return lambda: load(config.init_from, torch.device("cpu"), ranks)[0]
+    first = ranks.first if ranks.world_size > 1 else None
+    return lambda: load_model(config.init_from, torch.device("cpu"), shape=config.model, first=first).model
 
 
 def draw_report(folder: Path) -> None:
@@ -239,7 +247,7 @@ def introduction(trainer: "Trainer") -> str:
         f"recipe   {c.steps:,} steps x {c.tokens_per_step:,} tokens = {tokens:,} tokens = {epochs:.2f} epochs, "
         f"peak rate {c.learning_rate:g}, {c.warmup_steps} warmup steps",
         f"machine  {ranks.world_size} x {device.name}, {str(device.dtype).removeprefix('torch.')}, "
-        f"attention {trainer.attention}, micro-batch "
+        f"micro-batch "
         f"{c.micro_batch or f'up to {trainer.micro_batch}'}{', compiled' if trainer.compiled else ''}",
         f"run      {c.run}",
     ]
@@ -305,11 +313,12 @@ def git_commit() -> str | None:
 
 
 def closing(folder: Path) -> str:
-    from aymen_gpt.model.folders import checkpoints
+    from aymen_gpt.model.folders import latest_valid, problem
 
+    newest, _ = latest_valid(folder, partial(problem, remember=True))
     return (
-        f"checkpoint  {checkpoints(folder)[0]}\n"
-        f"curve       {folder}/report.html (numbers: metrics.jsonl, log.txt)\n"
-        f"samples     {folder}/samples.md\n"
+        f"checkpoint  {newest}\n"
+        f"curve       {folder}/report.html (numbers: metrics.jsonl)\n"
+        f"samples     {folder}/samples.jsonl\n"
         f'next        python hellaswag.py -m {folder}   or   python generate.py -m {folder} "Once upon a time"'
     )

@@ -17,7 +17,15 @@ from pathlib import Path
 
 import numpy as np
 
-from aymen_gpt.data.shards import CHUNK, MANIFEST, list_shards, open_shard, read_document_sources, way_out
+from aymen_gpt.data.shards import (
+    CHUNK,
+    MANIFEST,
+    check_finished,
+    list_shards,
+    open_shard,
+    read_document_sources,
+    way_out,
+)
 from aymen_gpt.data.tokenizer import EOT
 from aymen_gpt.errors import DataError
 
@@ -50,13 +58,14 @@ class _Order:
 class TokenRows:
     """Rows of block_size + 1 tokens, in an order that is a pure function of (seed, epoch).
 
-    ``seed`` None keeps the order of the files, as validation does. DataError when there are no shards, or
-    too few tokens for one row.
+    ``seed`` None keeps the order of the files, as validation does. DataError when there are no shards, not
+    all of them yet, or too few tokens for one row.
     """
 
     def __init__(self, folder: Path, split: str, *, block_size: int, seed: int | None) -> None:
         self.block_size = block_size
         self.seed = seed
+        check_finished(folder)
         self.paths = list_shards(folder, split)
         if not self.paths:
             raise DataError(f"no {split} shards in {folder}: {self._way_out(folder, split)}")

@@ -63,7 +63,7 @@ PREPARED_SHAPE = {  # of one that fineweb.py wrote
     "source": {
         "repo": (str, None),
         "revision": (str, None),
-        "files": [{"name": str, "bytes": NUMBER, "sha256": (SHA256, None)}],
+        "files": [{"name": str, "bytes": NUMBER, "sha256": (SHA256, None), "modified_ns?": (NUMBER, None)}],
         "...": object,
     },
     "encoder?": (None, {"name": re.compile("gigatoken|tiktoken"), "version": str}),
@@ -71,7 +71,7 @@ PREPARED_SHAPE = {  # of one that fineweb.py wrote
     "totals": {
         **dict.fromkeys(("tokens", "documents", "bytes"), NUMBER),
         "skipped": {"...": NUMBER},
-        "first_bad": (str, None),
+        "...": object,
     },
     "shards": [{"documents": NUMBER, "end": PLACE, "...": object}],
     "...": object,
@@ -79,8 +79,9 @@ PREPARED_SHAPE = {  # of one that fineweb.py wrote
 READERS = 4  # shards that are read at the same time to be checked
 
 
-def shard_name(split: str, index: int) -> str:
-    return f"edufineweb_{split}_{index:06d}.bin"
+def shard_name(split: str, index: int, corpus: str = "edufineweb") -> str:
+    """The name that llm.c's loader finds by the pattern CORPUS_train_*.bin."""
+    return f"{corpus}_{split}_{index:06d}.bin"
 
 
 def write_shard(path: Path, tokens: np.ndarray | Iterable[np.ndarray]) -> int:
@@ -337,8 +338,8 @@ def check_shards(folder: Path) -> str:
     other programs make it, gets one. DataError names the first file that is wrong.
     """
     paths = list_shards(folder, "val") + list_shards(folder, "train")
-    manifest = read_manifest(folder)
-    if manifest:
+    check_finished(folder)
+    if manifest := read_manifest(folder):
         _check_folder(folder, manifest, {path.name for path in paths})
     recorded = {shard["file"]: shard["sha256"] for shard in manifest["shards"]} if manifest else {}
     checked, versions = _read_checked(folder), {path.name: _version(path) for path in paths}
@@ -412,9 +413,13 @@ def _differing(found: str, sha256: str) -> str:
     return f"sha256 {found[:12]}…, not {sha256[:12]}…"
 
 
-def _check_folder(folder: Path, manifest: dict[str, Any], present: set[str]) -> None:
-    if not manifest["complete"]:
+def check_finished(folder: Path) -> None:
+    """DataError when a preparation of the folder was interrupted."""
+    if (manifest := read_manifest(folder)) and not manifest["complete"]:
         raise DataError(f"{folder} is not finished: run the same fineweb.py command again")
+
+
+def _check_folder(folder: Path, manifest: dict[str, Any], present: set[str]) -> None:
     made_with = manifest["tokenizer"]
     if (made_with.get("vocabulary_sha256"), made_with.get("separator")) != (vocabulary_sha256(), EOT):
         name = f"{made_with.get('name')}, separator {made_with.get('separator')}"

@@ -6,7 +6,6 @@ exact here, by the binomial distribution. The interval of the difference is a pe
 (Efron and Tibshirani, An Introduction to the Bootstrap, chapter 13).
 """
 
-import json
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -14,9 +13,11 @@ from typing import Any
 import numpy as np
 
 from aymen_gpt.errors import DataError
+from aymen_gpt.files import read_json
+from aymen_gpt.wording import PROTOCOLS
 
-PROTOCOLS = ("completion", "harness")
 MEASURES = {"acc": "choice", "acc_norm": "choice_norm"}
+SHOWN = 0.05  # a smaller p shows a difference
 RESAMPLES = 10_000
 
 
@@ -40,47 +41,80 @@ class Comparison:
         return (self.right_b - self.right_a) / self.n
 
 
-def compare_files(a: Path, b: Path) -> list[Comparison]:
-    """Every protocol and measure that both files have. DataError unless they are about the same examples."""
+@dataclass(frozen=True)
+class Report:
+    """Two models over the same questions."""
+
+    names: tuple[str, str]
+    comparisons: list[Comparison]  # every protocol and measure that both have
+
+    def verdicts(self) -> list[str]:
+        """A sentence for each protocol: which model is better by acc_norm, if the examples can tell."""
+        found = []
+        for c in (c for c in self.comparisons if c.measure == "acc_norm"):
+            worse, better = self.names if c.difference > 0 else self.names[::-1]
+            if c.p < SHOWN:
+                what = (
+                    f"{better} is better than {worse}: its acc_norm is {100 * abs(c.difference):.2f} points higher"
+                )
+                found.append(f"By {c.protocol}, {what} (p = {c.p:.2g}).")
+            else:
+                what = f"no difference between {' and '.join(self.names)} is shown"
+                found.append(f"By {c.protocol}, {what} (acc_norm, p = {c.p:.2g}).")
+        return found
+
+
+def compare_files(a: Path, b: Path) -> Report:
+    """DataError unless both files are about the same questions."""
     first, second = read(a), read(b)
-    check_same(first, second, f"{a} and {b}")
     shared = [protocol for protocol in PROTOCOLS if protocol in first and protocol in second]
     if not shared:
         raise DataError(f"{a} and {b} have no protocol in common: score both with the same --protocol")
-    return [compare(first, second, protocol, measure) for protocol in shared for measure in MEASURES]
+    check_same(first, second, shared, f"{a} and {b}")
+    found = [compare(first, second, protocol, measure) for protocol in shared for measure in MEASURES]
+    return Report((name(first), name(second)), found)
 
 
 def read(path: Path) -> dict[str, Any]:
     """What --json wrote, as far as it is looked at here."""
+    if not path.exists():
+        raise DataError(f"{path}: no such file; python hellaswag.py -m MODEL --json {path} writes it")
+    found = read_json(path)
     try:
-        found = json.loads(path.read_text())
-        for row in found["examples"]:
-            _ = row["label"], row["ind"]
-            for protocol in PROTOCOLS:
-                if protocol in found:
-                    _ = [row[protocol][key] for key in ("token_counts", *MEASURES.values())]
-    except FileNotFoundError:
-        raise DataError(f"{path}: no such file; python hellaswag.py --json {path} writes one") from None
-    except (OSError, ValueError, KeyError, TypeError) as error:
+        rows, protocols = found["examples"], [protocol for protocol in PROTOCOLS if protocol in found]
+        hashes = [found[protocol]["questions_sha256"] for protocol in protocols]
+        endings = [row["label"] for row in rows]
+        endings += [
+            row[protocol][choice] for row in rows for protocol in protocols for choice in MEASURES.values()
+        ]
+        if not all(type(h) is str for h in hashes) or not all(type(e) is int and 0 <= e < 4 for e in endings):
+            raise ValueError("a hash is no text, or a label or choice not 0, 1, 2 or 3")
+        if not rows:
+            raise ValueError("no examples")
+    except (KeyError, TypeError, ValueError) as error:
         why = f"{type(error).__name__} {error}"
-        raise DataError(f"{path} is not what python hellaswag.py --json writes: {why}") from None
+        raise DataError(
+            f"{path} is not what python hellaswag.py --json writes: {why}; score the model again"
+        ) from None
     return found
 
 
-def check_same(a: dict[str, Any], b: dict[str, Any], names: str) -> None:
-    """DataError at the first difference: numbers of examples, which they are, or how their endings tokenize."""
+def name(record: dict[str, Any]) -> str:
+    """The model as it was typed, and its step if it is a checkpoint of ours."""
+    step = record.get("step")
+    return f"{record.get('model')}, step {step:,}" if isinstance(step, int) else str(record.get("model"))
+
+
+def check_same(a: dict[str, Any], b: dict[str, Any], protocols: list[str], names: str) -> None:
+    """DataError when the numbers of examples differ, or the questions as the models read them."""
     if len(a["examples"]) != len(b["examples"]):
         counts = f"{len(a['examples']):,} and {len(b['examples']):,}"
         raise DataError(f"{names} do not compare: {counts} examples; score both with the same --limit and --data")
-    for i, (x, y) in enumerate(zip(a["examples"], b["examples"], strict=True), 1):
-        if (x["ind"], x["label"]) != (y["ind"], y["label"]):
-            raise DataError(f"{names} do not compare: example {i} is another one; score both with the same --data")
-        for protocol in PROTOCOLS:
-            if protocol in a and protocol in b and x[protocol]["token_counts"] != y[protocol]["token_counts"]:
-                raise DataError(
-                    f"{names} do not compare: the endings of example {i} have other lengths; it is another "
-                    "one, or too long for one of the models"
-                )
+    if any(a[protocol]["questions_sha256"] != b[protocol]["questions_sha256"] for protocol in protocols):
+        raise DataError(
+            f"{names} do not compare: other questions, or texts made of them in another way; score both with this "
+            "version and the same --data and --limit"
+        )
 
 
 def compare(a: dict[str, Any], b: dict[str, Any], protocol: str, measure: str) -> Comparison:

@@ -23,7 +23,7 @@ from tqdm import tqdm
 from aymen_gpt.data import tokenizer
 from aymen_gpt.errors import DataError, UsageError
 from aymen_gpt.evaluation.examples import Example, load_examples, parquet
-from aymen_gpt.evaluation.loading import load_model
+from aymen_gpt.evaluation.load_model import load_model
 from aymen_gpt.evaluation.packing import TokenizedExample
 from aymen_gpt.evaluation.scoring import score_batches
 from aymen_gpt.files import replace_text, write_whole

@@ -14,6 +14,8 @@ Of endings that tie, the first is chosen. Texts longer than the model's context 
 ending for itself, as the harness has it.
 """
 
+import hashlib
+import json
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
@@ -28,7 +30,7 @@ from aymen_gpt.evaluation.examples import Example
 from aymen_gpt.evaluation.examples import evenly_spaced as evenly_spaced
 from aymen_gpt.evaluation.examples import load_examples as load_examples
 from aymen_gpt.evaluation.partial import PartialScores
-from aymen_gpt.evaluation.rendering import PROTOCOLS, Protocol, render_harness, tokenize_all
+from aymen_gpt.evaluation.rendering import PROTOCOLS, RENDER, Protocol, render_harness, tokenize_all
 from aymen_gpt.evaluation.scoring import EndingScores, score_batches
 from aymen_gpt.model.gpt import GPT
 
@@ -86,17 +88,24 @@ class Result:
             correct_norm=sum(example.label == answer.choice_norm for example, answer in pairs),
         )
 
-    def as_dict(self, model: str) -> dict[str, Any]:
-        """What --json writes: the four numbers of each protocol, and every answer for paired comparisons."""
-        record: dict[str, Any] = {"model": model, "n": len(self.examples)}
+    def as_dict(self) -> dict[str, Any]:
+        """The scores for --json: the numbers of each protocol, and every answer for paired comparisons."""
+        record: dict[str, Any] = {"n": len(self.examples)}
         for protocol in self.answers:
-            record[protocol] = self.tally(protocol).as_dict()
+            asked = {"questions_sha256": questions_sha256(self.examples, protocol)}
+            record[protocol] = self.tally(protocol).as_dict() | asked
         record["examples"] = [
             {"ind": example.ind, "label": example.label}
             | {protocol: asdict(answers[i]) for protocol, answers in self.answers.items()}
             for i, example in enumerate(self.examples)
         ]
         return record
+
+
+def questions_sha256(examples: Sequence[Example], protocol: Protocol) -> str:
+    """What tells sets of questions apart: their texts as the protocol renders them, and the right answers."""
+    lines = (json.dumps([*RENDER[protocol](example), example.label]) + "\n" for example in examples)
+    return hashlib.sha256("".join(lines).encode()).hexdigest()
 
 
 def evaluate(

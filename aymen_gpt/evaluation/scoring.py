@@ -14,6 +14,7 @@ from typing import Any
 import numpy as np
 import torch
 
+from aymen_gpt.errors import DataError
 from aymen_gpt.evaluation.forward import PackedForward
 from aymen_gpt.evaluation.packing import TokenizedExample, batches, collate
 from aymen_gpt.model.gpt import GPT
@@ -64,6 +65,9 @@ def score_batches(
         batch = collate([examples[i] for i in chosen], model.config.block_size, device)
         hidden = forward.hidden(batch)
         log_p = forward.log_probabilities(hidden, batch).cpu().numpy()
+        if not np.isfinite(log_p).all():
+            name = str(dtype).removeprefix("torch.")
+            raise DataError(f"the model gives likelihoods that are not finite in {name}: no score")
         sums, counts = np.bincount(batch.endings, log_p), np.bincount(batch.endings)
         hits = counts * 0
         if greedy:

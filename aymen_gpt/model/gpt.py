@@ -13,7 +13,6 @@ Letters in the shape comments:
 """
 
 import math
-from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -33,9 +32,15 @@ class GPTConfig:
 
     def __post_init__(self) -> None:
         if min(self.block_size, self.vocab_size, self.n_layer, self.n_head, self.n_embd) < 1:
-            raise ValueError(f"every size of a GPT must be at least 1, got {self}")
+            raise ValueError(f"every size of a GPT must be at least 1, got {self!r}")
         if self.n_embd % self.n_head:
             raise ValueError(f"n_embd {self.n_embd} does not divide into n_head {self.n_head} heads")
+
+    def __str__(self) -> str:
+        return (
+            f"{self.n_layer} layers, {self.n_head} heads, {self.n_embd} wide, context {self.block_size:,}, "
+            f"{self.vocab_size:,} tokens"
+        )
 
     @property
     def padded_vocab_size(self) -> int:
@@ -119,9 +124,6 @@ def attention(qkv: Tensor, n_head: int, cache: LayerCache | None = None) -> Tens
 
 
 class CausalSelfAttention(nn.Module):
-    # Without a cache; a trainer may know a faster one for its device.
-    attention: Callable[[Tensor, int], Tensor] = staticmethod(attention)
-
     def __init__(self, config: GPTConfig) -> None:
         super().__init__()
         self.n_head = config.n_head
@@ -130,8 +132,7 @@ class CausalSelfAttention(nn.Module):
 
     def forward(self, x: Tensor, cache: LayerCache | None = None) -> Tensor:
         qkv = self.c_attn(x)  # (B, T, 3C)
-        y = self.attention(qkv, self.n_head) if cache is None else attention(qkv, self.n_head, cache)
-        return self.c_proj(y)  # (B, T, C)
+        return self.c_proj(attention(qkv, self.n_head, cache))  # (B, T, C)
 
 
 class MLP(nn.Module):

@@ -6,19 +6,25 @@ output layer is not stored. Folders from the Hub may lack the prefix (openai-com
 the causal mask as ``attn.bias``, which is no parameter.
 """
 
-import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor
 
+from aymen_gpt.errors import DataError
+from aymen_gpt.files import read_json
 from aymen_gpt.model.gpt import GPT, GPTConfig
 
 PREFIX = "transformer."
 TRANSPOSED = ("attn.c_attn.weight", "attn.c_proj.weight", "mlp.c_fc.weight", "mlp.c_proj.weight")
-EOT = GPTConfig.vocab_size - 1  # <|endoftext|>, GPT-2's only special token
+SIZES = {"block_size": "n_positions"} | {name: name for name in ("vocab_size", "n_layer", "n_head", "n_embd")}
+VOCAB_SIZE = GPTConfig.vocab_size  # rows of an embedding past GPT-2's 50,257 are padding ...
+MOST_ROWS = 51_200  # ... up to here, where Megatron-LM pads to on 8 GPUs; with more they are of another tokenizer
+EOT = VOCAB_SIZE - 1  # <|endoftext|>, GPT-2's only special token
 
 
 def to_huggingface(tensors: dict[str, Tensor], vocab_size: int) -> dict[str, Tensor]:
@@ -34,7 +40,8 @@ def to_huggingface(tensors: dict[str, Tensor], vocab_size: int) -> dict[str, Ten
 def from_huggingface(tensors: dict[str, Tensor], config: GPTConfig) -> dict[str, Tensor]:
     """Tensors by GPT-2's names, prefix or not -> a state dict for ``GPT(config)``.
 
-    Raises ValueError for an output layer that differs from the embedding: our GPT ties the two.
+    Rows of the embedding past ``config.vocab_size`` are dropped. Raises ValueError for an output layer that
+    differs from the embedding, because our GPT ties the two.
     """
     out = {}
     for name, t in tensors.items():
@@ -47,9 +54,40 @@ def from_huggingface(tensors: dict[str, Tensor], config: GPTConfig) -> dict[str,
                 raise ValueError("lm_head.weight differs from wte.weight; only tied GPT-2 models are supported")
             continue
         if name == "wte.weight":
-            t = torch.cat([t, t.new_zeros(config.padded_vocab_size - t.size(0), t.size(1))])
+            t = padded(t, config)
         out[name] = t.t().contiguous() if name.endswith(TRANSPOSED) else t
     return out
+
+
+def padded(wte: Tensor, config: GPTConfig) -> Tensor:
+    """The rows of an embedding that are tokens, and zeros below them: (Vp, C)."""
+    if wte.dim() != 2 or not config.vocab_size <= wte.size(0) <= MOST_ROWS:
+        raise ValueError(f"wte.weight is {shape(wte)}, the model has {config}")
+    rows = wte[: config.vocab_size]
+    return torch.cat([rows, rows.new_zeros(config.padded_vocab_size - len(rows), rows.size(1))])
+
+
+def shape(t: Tensor) -> str:
+    return " x ".join(map(str, t.shape)) or "one number"
+
+
+def gpt(config: GPTConfig, state: dict[str, Tensor]) -> GPT:
+    """The GPT with these weights, in float32; ValueError says what does not fit. ``state`` is by our names."""
+    if len(state) < config.n_layer:
+        raise ValueError(f"{config.n_layer:,} layers, and only {len(state)} tensors")
+    with torch.device("meta"):
+        model = GPT(config)
+    expected = model.state_dict()
+    missing, unknown = sorted(expected.keys() - state.keys()), sorted(state.keys() - expected.keys())
+    if missing or unknown:
+        raise ValueError(f"the weights do not fit: missing {missing[:3]}, unknown {unknown[:3]}")
+    for name, t in state.items():
+        if not t.is_floating_point():
+            raise ValueError(f"{name} holds {t.dtype}, expected floating point")
+        if t.shape != expected[name].shape:
+            raise ValueError(f"{name} is {shape(t)}, a model of {config} has {shape(expected[name])}")
+    model.load_state_dict({name: t.float().contiguous() for name, t in state.items()}, assign=True)
+    return model
 
 
 def config_to_huggingface(config: GPTConfig) -> dict[str, Any]:
@@ -79,11 +117,14 @@ def config_to_huggingface(config: GPTConfig) -> dict[str, Any]:
 
 def config_from_huggingface(found: dict[str, Any]) -> GPTConfig:
     """GPTConfig of a config.json; ValueError naming the first entry that is not GPT-2 as we compute it."""
-    n_embd = found.get("n_embd", 768)
+    sizes = {ours: found.get(theirs, getattr(GPTConfig, ours)) for ours, theirs in SIZES.items()}
+    for ours, size in sizes.items():
+        if type(size) is not int or not 0 < size < 2**31:
+            raise ValueError(f"{SIZES[ours]} is {str(size)[:40]!r}, expected a whole number above 0")
     expected = {
         "model_type": ("gpt2",),
         "activation_function": ("gelu_new", "gelu_pytorch_tanh", None),
-        "n_inner": (None, 4 * n_embd),
+        "n_inner": (None, 4 * sizes["n_embd"]),
         "layer_norm_epsilon": (1e-5, None),
         "tie_word_embeddings": (True, None),
         "scale_attn_weights": (True, None),
@@ -92,14 +133,26 @@ def config_from_huggingface(found: dict[str, Any]) -> GPTConfig:
     }
     for key, allowed in expected.items():
         if found.get(key) not in allowed:
-            raise ValueError(f"{key} is {found.get(key)!r}, a GPT-2-shaped model has {allowed[0]!r}")
-    return GPTConfig(
-        block_size=found.get("n_positions", 1024),
-        vocab_size=found.get("vocab_size", GPTConfig.vocab_size),
-        n_layer=found.get("n_layer", 12),
-        n_head=found.get("n_head", 12),
-        n_embd=n_embd,
-    )
+            raise ValueError(f"{key} is {str(found.get(key))[:40]!r}, a GPT-2-shaped model has {allowed[0]!r}")
+    return GPTConfig(**sizes)
+
+
+def read_config(folder: Path) -> GPTConfig:
+    """The shape of the model in a folder; DataError when config.json is missing, damaged or no GPT-2's."""
+    found = read_json(folder / "config.json")
+    try:
+        return config_from_huggingface(found)
+    except ValueError as error:
+        raise DataError(f"{folder / 'config.json'}: {error}") from None
+
+
+def weight_files(index: Path) -> list[str]:
+    """The files that a model.safetensors.index.json names; DataError unless each lies beside it."""
+    places = read_json(index).get("weight_map")
+    names = {str(name) for name in places.values()} if isinstance(places, dict) else set()
+    if not names or any(Path(name).name != name or Path(name).suffix != ".safetensors" for name in names):
+        raise DataError(f"{index}: expected a weight_map to .safetensors files beside it, not outside")
+    return sorted(names)
 
 
 def read_tensors(folder: Path) -> dict[str, Tensor]:
@@ -107,25 +160,23 @@ def read_tensors(folder: Path) -> dict[str, Tensor]:
     index = folder / "model.safetensors.index.json"
     if (folder / "model.safetensors").exists() or not index.exists():
         return load_file(folder / "model.safetensors")
-    files = sorted(set(json.loads(index.read_text())["weight_map"].values()))
-    if any(Path(name).name != name for name in files):
-        raise ValueError(f"{index} names files outside its own folder")
-    return {name: t for file in files for name, t in load_file(folder / file).items()}
+    return {name: t for file in weight_files(index) for name, t in load_file(folder / file).items()}
 
 
 def load_pretrained(folder: Path) -> GPT:
-    """The GPT of a Hugging Face folder, on the CPU in float32.
+    """The GPT of a Hugging Face folder, on the CPU in float32, with GPT-2's tokens and no padding past them.
 
-    Raises FileNotFoundError when config.json or the weights are missing, ValueError when they are not a GPT-2.
+    Raises DataError when anything is missing, damaged or no GPT-2.
     """
-    config = config_from_huggingface(json.loads((folder / "config.json").read_text()))
-    state = from_huggingface(read_tensors(folder), config)
-    with torch.device("meta"):
-        model = GPT(config)
-    missing, unknown = set(model.state_dict()) - set(state), set(state) - set(model.state_dict())
-    if missing or unknown:
-        raise ValueError(
-            f"weights of {folder} do not fit: missing {sorted(missing)[:3]}, unknown {sorted(unknown)[:3]}"
-        )
-    model.load_state_dict({name: t.float() for name, t in state.items()}, assign=True)
-    return model
+    config = read_config(folder)
+    config = replace(config, vocab_size=min(config.vocab_size, VOCAB_SIZE))
+    try:
+        return gpt(config, from_huggingface(read_tensors(folder), config))
+    except FileNotFoundError:
+        raise DataError(f"no model in {folder}: model.safetensors, or a part of it, is missing") from None
+    except (ValueError, RuntimeError, OSError, SafetensorError) as error:
+        raise DataError(f"cannot use the model in {folder}: {one_line(error)}") from None
+
+
+def one_line(error: Exception) -> str:
+    return " ".join(str(error).split())[:200] or type(error).__name__

@@ -1,6 +1,5 @@
 """What to compute on, in which precision, chosen once at the start of a command."""
 
-import ctypes
 import math
 import os
 import platform
@@ -12,7 +11,6 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from torch.nn.attention import SDPBackend
 
 from aymen_gpt.errors import UsageError
 
@@ -96,15 +94,6 @@ def be_deterministic() -> None:
     torch.backends.cudnn.benchmark = False
 
 
-def attention_kernel(device: Device, n_head: int, head_dim: int) -> str:
-    """Which kernel scaled_dot_product_attention takes for the training step on this device."""
-    q = torch.empty(1, n_head, 128, head_dim, device=device.place, dtype=device.dtype)
-    try:
-        return SDPBackend(torch._fused_sdp_choice(q, q, q, is_causal=True)).name.lower()
-    except (AttributeError, ValueError, NotImplementedError, RuntimeError):
-        return "unknown"
-
-
 def is_out_of_memory(error: RuntimeError) -> bool:
     """Whether an allocation failed, on a GPU or (rarely: Linux prefers to kill) in host memory."""
     return isinstance(error, torch.OutOfMemoryError) or "can't allocate memory" in str(error)
@@ -167,15 +156,3 @@ def peak_memory(place: torch.device) -> int:
     except (OSError, TypeError):
         # Where there is no /proc. On Linux ru_maxrss would be that of the parent, where it had taken more.
         return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
-
-
-def keep_freed_memory() -> None:
-    """Let glibc keep big freed blocks instead of returning them to the system, for training on a CPU.
-
-    Every step frees and takes the same large tensors; by default each goes through mmap and munmap, and the
-    kernel zeroes its pages anew. Constants are those of malloc.h: M_TRIM_THRESHOLD -1, M_MMAP_MAX -4.
-    """
-    if sys.platform == "linux" and platform.libc_ver()[0] == "glibc":
-        libc = ctypes.CDLL(None)
-        libc.mallopt(-4, 0)
-        libc.mallopt(-1, 2**31 - 1)
