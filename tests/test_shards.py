@@ -557,6 +557,7 @@ MISFITS = {
     "encoder": ["gigatoken", {"name": "other", "version": "0"}],
     "shard_tokens train": [0, DROPPED],
     "totals": [{}, None],
+    "totals bad": [3, {"a.txt": 1}],
     "totals skipped": [None, {"empty": "1"}],
 }
 
