@@ -9,9 +9,8 @@ import warnings
 import numpy as np
 import pytest
 from conftest import door_command, make_shards
-from test_shards import flip, llmc_bytes
+from test_shards import describe_as_fineweb, flip, llmc_bytes
 
-from aymen_gpt import files
 from aymen_gpt.commands.pretrain import build
 from aymen_gpt.data import shards, tokenizer
 from aymen_gpt.errors import DataError
@@ -26,11 +25,7 @@ TRAIN, VAL = "edufineweb_train_000001.bin", "edufineweb_val_000000.bin"
 def folder(tmp_path):
     """Shards with a manifest, as fineweb.py leaves them."""
     folder = make_shards(tmp_path / "shards")
-    paths = shards.list_shards(folder, "val") + shards.list_shards(folder, "train")
-    records = [{"file": p.name, "tokens": len(shards.open_shard(p)), "sha256": files.sha256(p)} for p in paths]
-    made_by = {"name": "gpt2", "vocabulary_sha256": tokenizer.vocabulary_sha256(), "separator": tokenizer.EOT}
-    manifest = {"format": shards.FORMAT, "complete": True, "tokenizer": made_by, "source": None, "shards": records}
-    shards.write_manifest(folder, manifest)
+    describe_as_fineweb(folder)
     return folder
 
 
@@ -91,7 +86,7 @@ SPOILT = {
     "page in .npy": (33, lambda f: replaced(f, NPY, b"<html>" * 99), "is not a readable .npy array ("),
     "bit": (34, lambda f: flip(f / TRAIN, 5000), "rebuild it with fineweb.py --out"),
     "tokenizer": (35, lambda f: with_manifest(f, tokenizer={"name": "other"}), "made with another tokenizer"),
-    "no validation": (36, lambda f: (f / VAL).unlink(), "no val shards in"),
+    "no validation": (36, lambda f: (f / VAL).unlink(), ": rebuild it with fineweb.py --out"),
     "short": (36, lambda f: shards.write_shard(f / VAL, GOOD[:12]), ": prepare more text, or lower --block-size"),
 }
 

@@ -25,7 +25,7 @@ from fake_hub import COMMIT, FakeHub, talk_to
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from aymen_gpt.data import encoder, fetch, prepare, shards, shares, sources, tokenizer
+from aymen_gpt.data import encoder, fetch, prepare, shards, shares, slices, sources, tokenizer, workers
 from aymen_gpt.data.loader import TokenRows
 from aymen_gpt.data.prepare import PrepareOptions
 from aymen_gpt.errors import AymenError, CannotWrite, DataError, NetworkError, UsageError
@@ -222,8 +222,7 @@ def test_a_corpus_too_small_for_two_splits_is_an_error(tmp_path, texts):
 
 def test_validation_is_a_twentieth_of_a_middling_corpus_and_one_shard_of_a_large_one(tmp_path):
     def val_tokens(n_bytes, shard_tokens=1000_000, max_tokens=None):
-        source = sources.Source((sources.SourceFile("a.txt", n_bytes, path=Path("a.txt")),))
-        return prepare.val_tokens(PrepareOptions(shard_tokens=shard_tokens, max_tokens=max_tokens), source)
+        return prepare.val_tokens(PrepareOptions(shard_tokens=shard_tokens, max_tokens=max_tokens), n_bytes)
 
     assert val_tokens(4 * 10**9) == 1000_000
     assert val_tokens(4 * 10**6) == 50_000
@@ -386,7 +385,7 @@ KINDS = pytest.mark.parametrize("kind", [".parquet", ".jsonl", ".jsonl.gz", ".tx
 @pytest.fixture
 def two_files(tmp_path, monkeypatch, kind):
     """Options for two files of a kind, each of several parts; the second one's path."""
-    monkeypatch.setattr(sources, "SLICE", 2000)
+    monkeypatch.setattr(slices, "SLICE_BYTES", 2000)
     folder = tmp_path / "in"
     for name in "ab":
         path, texts = folder / f"{name}{kind}", make_texts(150, ord(name))
@@ -519,7 +518,7 @@ def test_few_bad_rows_are_counted_and_skipped(tmp_path, reason):
 @pytest.mark.parametrize("reason", BAD_ROWS)
 def test_many_bad_rows_are_an_error_that_names_the_first(tmp_path, reason):
     options, _ = with_bad_rows(tmp_path, 2000, {1005, 1006, 1007}, reason)
-    message = r"3 of 2,000 rows have no usable text .more than 0.1%.: bad.parquet, part 1, row 5: " + reason
+    message = r"3 of 2,000 rows have no usable text .more than 0.1%.: bad.parquet, slice 1, row 5: " + reason
     with pytest.raises(DataError, match=message):
         prepare.prepare(options, quiet)
     with pytest.raises(DataError, match=message):  # and again, from where it stood
@@ -535,7 +534,7 @@ def dead_end(tmp_path):
     )
     (folder / "latin.txt").write_bytes(b"caf\xe9")
     options = PrepareOptions((str(folder),), tmp_path / "out", 500, workers=0)
-    bad = r"bad.jsonl, part 0, row 0: not JSON; in/latin.txt, part 0, row 0: not UTF-8"
+    bad = r"bad.jsonl, slice 0, row 0: not JSON; in/latin.txt, slice 0, row 0: not UTF-8"
     with pytest.raises(DataError, match=rf"2 of 302 rows .*: in/{bad}; .* --restart, or .* with --skip-bad-rows"):
         prepare.prepare(options, quiet)
     return options, make_texts(300)
@@ -558,13 +557,13 @@ def test_a_mended_source_is_prepared_anew_and_what_was_there_is_kept(dead_end):
     with pytest.raises(DataError, match=r"in/bad.jsonl is gone, in/latin.txt is gone\): type .* with --restart"):
         prepare.prepare(options, quiet)
     before = digest(options.out)
-    (options.out / "notes").write_text("mine")
+    (options.out / "notes_202411.txt").write_text("mine")
     events = []
     prepare.prepare(replace(options, restart=True), events.append)
     assert f"{options.out}/earlier-1 holds what was there" in "".join(filter(lambda e: isinstance(e, str), events))
     assert joined(tokens_of(options.out)) == reference(good)
     assert digest(options.out / "earlier-1") == before
-    assert (options.out / "notes").read_text() == "mine"
+    assert (options.out / "notes_202411.txt").read_text() == "mine"
     assert prepare.prepare(options, quiet).already
     shards.check_shards(options.out)
     prepare.prepare(replace(options, restart=True, shard_tokens=700), quiet)
@@ -688,14 +687,14 @@ def die_in_the_middle_of_the_answer():
 @pytest.mark.fault(49)
 @pytest.mark.parametrize("death", [(os._exit, 9), (die_in_the_middle_of_the_answer,)])
 def test_a_worker_that_dies_is_an_error_not_a_hang(options, monkeypatch, death):
-    class Dying(prepare.ProcessPoolExecutor):
-        def submit(self, function, part, *more):
-            if (part.file, part.index) == (1, 2):
+    class Dying(workers.ProcessPoolExecutor):
+        def submit(self, function, slice, *more):
+            if (slice.file, slice.index) == (1, 2):
                 return super().submit(*death)
-            return super().submit(function, part, *more)
+            return super().submit(function, slice, *more)
 
     threads = threading.active_count()
-    monkeypatch.setattr(prepare, "ProcessPoolExecutor", Dying)
+    monkeypatch.setattr(workers, "ProcessPoolExecutor", Dying)
     with pytest.raises(AymenError, match=r"a worker process died; finished shards are safe: run the same command"):
         prepare.prepare(replace(options, workers=2), quiet)
     deadline = time.monotonic() + 30
@@ -707,14 +706,14 @@ def test_a_worker_that_dies_is_an_error_not_a_hang(options, monkeypatch, death):
     assert joined(tokens_of(options.out)) == reference(ALL_TEXTS)
 
 
-def test_parts_are_dealt_only_so_far_ahead(tmp_path):
+def test_slices_are_dealt_only_so_far_ahead(tmp_path):
     path = write_parquet(tmp_path / "a.parquet", make_texts(40), rows=1)
     dealt = []
-    parts = sources.parts(sources.open_source([str(path)]), 0, path)
-    batches = prepare.tokenize_all((dealt.append(part) or part for part in parts), 1, "tiktoken")
+    found = slices.slices_of(sources.open_source([str(path)]), 0, path)
+    batches = workers.tokenize_all((dealt.append(slice) or slice for slice in found), 1, "tiktoken")
     for read in range(1, 31):
-        assert next(batches).part.index == read - 1
-        assert len(dealt) <= read + prepare.AHEAD
+        assert next(batches).slice.index == read - 1
+        assert len(dealt) <= read + workers.AHEAD
     batches.close()
 
 
@@ -748,7 +747,7 @@ def test_a_damaged_table_of_documents_is_found_and_repaired(options, hashed):
         assert shards.verify(options.out) == {}
     tables[1].write_bytes(tables[1].read_bytes()[:-9])
     tables[2].write_bytes(b"")
-    shards.write_document_sources(options.out / shards.shard_name("train", 4), ["one"], ["only"])
+    shards.write_document_sources(next(options.out.glob("*_000004.bin")), ["one"], ["only"])
     if hashed:
         content = bytearray(tables[4].read_bytes())
         content[100] ^= 1
@@ -768,7 +767,7 @@ def test_a_table_that_another_pyarrow_writes_otherwise_is_repaired_too(options, 
     prepare.prepare(options, quiet)
     next(options.out.glob("*_000002.documents.parquet")).unlink()
     monkeypatch.setattr(pq, "write_table", lambda table, file, compression: REAL_WRITE(table, file))
-    assert prepare.repair(options.out, quiet, workers=0) == ["edufineweb_train_000002.documents.parquet"]
+    assert prepare.repair(options.out, quiet, workers=0) == ["shard_train_000002.documents.parquet"]
     assert shards.verify(options.out) == {}
     record = shards.read_manifest(options.out)["shards"][2]
     assert shards.read_document_sources(options.out / record["file"], record["documents"])
@@ -787,7 +786,7 @@ def test_repair_killed_again_and_again_keeps_what_it_repaired_and_leaves_no_pile
     there = []
     for point in ["before:1:os.replace"] * 3 + ["before:2:os.replace"] * 3:
         assert killed(point, lambda: prepare.repair(options.out, quiet, workers=0))
-        assert len(list(options.out.glob(".edufineweb_*.tmp"))) == 1
+        assert len(list(options.out.glob(".shard_*.tmp"))) == 1
         there.append([path.exists() for path in paths].count(True))
     assert there == [0, 0, 0, 1, 2, 3]
     prepare.repair(options.out, quiet, workers=0)
@@ -962,8 +961,10 @@ def test_links_in_the_folder_never_make_us_write_or_delete_outside(hub, tmp_path
         DataError, match=r"unsafe path 'sample/10BT/000_00000.parquet': a link leads out of .*source"
     ):
         prepare.prepare(options, quiet)
+    preparation = prepare.Preparation(options, quiet)
+    preparation.source = preparation.open_source()
     with pytest.raises(DataError, match="unsafe path"):
-        prepare.drop_downloads(options, prepare.find_text(options, quiet), 1)
+        preparation.drop_downloads(1)
     (options.out / ".source/sample").unlink()
     prepare.prepare(options, quiet)
     shard = sorted(options.out.glob("*.bin"))[1]
@@ -997,7 +998,7 @@ class Broken:
         return ids[:-1] if b"7" in text.split()[-1] else ids
 
 
-REAL_TOKENIZE = prepare.tokenize
+REAL_TOKENIZE = workers.tokenize
 
 
 def tokenize_broken(*work):
@@ -1011,7 +1012,7 @@ def tokenize_broken(*work):
 @pytest.fixture
 def broken(monkeypatch):
     pytest.importorskip("gigatoken")
-    monkeypatch.setattr(prepare, "tokenize", tokenize_broken)
+    monkeypatch.setattr(workers, "tokenize", tokenize_broken)
 
 
 @pytest.fixture
@@ -1033,7 +1034,8 @@ def test_an_encoder_that_errs_is_replaced_by_tiktoken_from_the_beginning(late, b
     assert digest(late.out) == digest(tmp_path / "right")
     (warning,) = [event for event in events if isinstance(event, str) and event.startswith("WARNING")]
     assert (
-        "gave other ids than tiktoken for c.jsonl, part 0, row 0, id-0; everything again, with tiktoken" in warning
+        "gave other ids than tiktoken for c.jsonl, slice 0, row 0, id-0; everything again, with tiktoken"
+        in warning
     )
     assert any(isinstance(event, prepare.Progress) and event.shards > 2 for event in events)
 
@@ -1049,12 +1051,12 @@ def test_an_encoder_that_errs_leaves_the_same_bytes_wherever_it_is_killed(late, 
         assert digest(again.out) == expected
 
 
-def test_the_sample_is_one_document_in_a_hundred_and_some_of_every_part(tmp_path):
-    part = sources.Part(3, 8, tmp_path, 0, 0, None, 0)
-    chosen = [row for row in range(100_000) if prepare._sampled(part, row)]
+def test_the_sample_is_one_document_in_a_hundred_and_some_of_every_slice(tmp_path):
+    slice = slices.Slice(3, 8, tmp_path, 0, 0, None, 0)
+    chosen = [row for row in range(100_000) if workers._sampled(slice, row)]
     assert chosen[:2] == [0, 1]
     assert 900 < len(chosen) < 1100
-    assert prepare._sampled(replace(part, index=9), chosen[5]) is False
+    assert workers._sampled(replace(slice, index=9), chosen[5]) is False
 
 
 def test_both_encoders_write_the_same_shards_and_the_manifest_names_them(options, tmp_path):
@@ -1066,7 +1068,7 @@ def test_both_encoders_write_the_same_shards_and_the_manifest_names_them(options
         manifests[name] = shards.read_manifest(chosen.out)
         assert manifests[name].pop("encoder") == {"name": name, "version": version(name)}
     assert manifests["gigatoken"] == manifests["tiktoken"]
-    assert len({shards.manifest_hash(chosen.out) for chosen in folders.values()}) == 1
+    assert len({shards.check_shards(chosen.out) for chosen in folders.values()}) == 1
 
 
 def test_a_folder_that_tiktoken_worked_on_stays_with_it(options, monkeypatch):

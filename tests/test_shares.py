@@ -18,7 +18,7 @@ from fake_hub import FakeHub, talk_to
 from test_prepare import digest, grow_until_done, make_texts, quiet, tokens_of, write_jsonl, write_parquet
 
 from aymen_gpt import files
-from aymen_gpt.data import encoder, prepare, shards, shares, sources, tokenizer
+from aymen_gpt.data import encoder, prepare, shards, shares, slices, tokenizer, workers
 from aymen_gpt.data.prepare import PrepareOptions
 from aymen_gpt.data.shares import Share
 from aymen_gpt.errors import CannotWrite, DataError, NetworkError, UsageError
@@ -32,8 +32,8 @@ def no_waiting_for_the_disk(monkeypatch):
 @pytest.fixture
 def options(tmp_path, monkeypatch):
     """Files of all kinds, with rows to skip, empty files and parts without rows; about 24,000 tokens."""
-    monkeypatch.setattr(sources, "SLICE", 6000)
-    monkeypatch.setattr(sources, "LARGE", 9000)
+    monkeypatch.setattr(slices, "SLICE_BYTES", 6000)
+    monkeypatch.setattr(slices, "LARGE", 9000)
     folder = tmp_path / "in"
     write_parquet(folder / "a.parquet", make_texts(170, 1), rows=40)
     write_parquet(folder / "b.parquet", ["", *make_texts(260, 2), " \n"], rows=200)  # a row group that is cut up
@@ -199,14 +199,14 @@ def test_a_share_whose_encoder_errs_is_made_again_by_tiktoken_and_so_must_be_the
     prepare.prepare(replace(options, encoder="tiktoken"), quiet)
     options = replace(options, out=tmp_path / "merged")
 
-    def doubt(part, *more):
-        if (part.file, part.index) == (5, 0):
-            raise prepare.Inexact("other ids")
+    def doubt(slice, *more):
+        if (slice.file, slice.index) == (5, 0):
+            raise workers.Inexact("other ids")
 
     monkeypatch.setattr(encoder, "missing", lambda: None)
     monkeypatch.setattr(encoder, "version", lambda name: "1")
     monkeypatch.setattr(encoder, "_gigatoken", lambda: Tiktoken)
-    monkeypatch.setattr(prepare, "_check_sample", doubt)
+    monkeypatch.setattr(workers, "_check_sample", doubt)
     prepare_shares(options, 2)
     with pytest.raises(DataError, match=r"2-of-2 has another encoder than .*1-of-2: delete one of them"):
         shares.merge(options, quiet)
@@ -230,7 +230,7 @@ def test_too_many_bad_rows_are_found_at_the_merge(tmp_path):
     path = write_parquet(tmp_path / "a.parquet", [*make_texts(300), None, None, None, None, *make_texts(300)])
     options = PrepareOptions((str(path),), tmp_path / "out", 1000, workers=0)
     prepare_shares(options, 2)
-    with pytest.raises(DataError, match=r"4 of \d+ rows have no usable text .*: a.parquet, part 6, row 0"):
+    with pytest.raises(DataError, match=r"4 of \d+ rows have no usable text .*: a.parquet, slice 6, row 0"):
         shares.merge(options, quiet)
 
 
@@ -306,5 +306,3 @@ def test_the_commands_in_any_order_and_killed_by_kill_minus_nine(tmp_path):
     assert tokens_of(tmp_path / "d")
     both = run("d", "--part", "1/2", "--merge")
     assert (both.returncode, "not allowed with" in both.stderr) == (2, True)
-    tokens = run("e", "--part", "1/2", "--source", "tokens:d")
-    assert (tokens.returncode, tokens.stderr[:46]) == (2, "error: --part and --merge are for text; --sour")

@@ -1,4 +1,4 @@
-"""sources.py: every row of every kind of file is read once, by whoever reads its part, and bad rows are named."""
+"""sources.py: every row of every kind of file is read once, by whoever reads its slice, and bad rows are named."""
 
 import gzip
 import json
@@ -10,18 +10,18 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from aymen_gpt.data import sources
-from aymen_gpt.data.sources import Document
+from aymen_gpt.data import slices, sources
+from aymen_gpt.data.slices import Document
 from aymen_gpt.errors import DataError, UsageError
 
 
 def read_all(words, **more):
-    """[(file name, part, Document)] of a source, each part read alone."""
+    """[(file name, slice, Document)] of a source, each slice read alone."""
     source = sources.open_source([str(word) for word in words], **more)
     found = []
     for number, file in enumerate(source.files):
-        for part in sources.parts(source, number, file.path):
-            found += [(file.name, part.index, document) for document in sources.read(part)]
+        for slice in slices.slices_of(source, number, file.path):
+            found += [(file.name, slice.index, document) for document in slices.read(slice)]
     return found
 
 
@@ -35,7 +35,7 @@ def parquet(path, columns, **more):
     return path
 
 
-def test_row_groups_are_parts_and_rows_keep_their_id_and_url(tmp_path):
+def test_row_groups_are_slices_and_rows_keep_their_id_and_url(tmp_path):
     n = 25
     table = {
         "text": [f"t{i}" for i in range(n)],
@@ -45,16 +45,16 @@ def test_row_groups_are_parts_and_rows_keep_their_id_and_url(tmp_path):
     }
     path = parquet(tmp_path / "a.parquet", table, row_group_size=10)
     found = read_all([path])
-    assert [(part, document.row) for _, part, document in found] == [divmod(i, 10) for i in range(n)]
+    assert [(slice, document.row) for _, slice, document in found] == [divmod(i, 10) for i in range(n)]
     assert found[7][2] == Document(7, "t7", "i7", None)
 
 
-def test_a_part_can_be_read_from_any_row_on(tmp_path):
+def test_a_slice_can_be_read_from_any_row_on(tmp_path):
     path = parquet(tmp_path / "a.parquet", {"text": [str(i) for i in range(1000)]})
     source = sources.open_source([str(path)])
-    (part,) = sources.parts(source, 0, path)
+    (slice,) = slices.slices_of(source, 0, path)
     for skip in (0, 255, 256, 999, 1000):
-        rows = [document.row for document in sources.read(replace(part, skip=skip))]
+        rows = [document.row for document in slices.read(replace(slice, skip=skip))]
         assert rows == list(range(skip, 1000))
 
 
@@ -158,27 +158,27 @@ def test_jsonl_is_read_plain_and_compressed(tmp_path, suffix):
             read_all([path])
 
 
-def test_compressed_files_and_large_row_groups_are_cut_into_parts_that_carry_their_rows(tmp_path, monkeypatch):
-    monkeypatch.setattr(sources, "SLICE", 500)
-    monkeypatch.setattr(sources, "LARGE", 1000)
+def test_compressed_files_and_large_row_groups_are_cut_into_slices_that_carry_their_rows(tmp_path, monkeypatch):
+    monkeypatch.setattr(slices, "SLICE_BYTES", 500)
+    monkeypatch.setattr(slices, "LARGE", 1000)
     wanted = [f"{'x' * (i * 7 % 23)}{i}" for i in range(300)]
     path = tmp_path / "a.jsonl.gz"
     path.write_bytes(gzip.compress("\n".join(json.dumps({"text": text}) for text in wanted).encode()))
     table = {"text": wanted, "id": list(map(str, range(300))), "other": wanted}
     for file in (path, parquet(tmp_path / "a.parquet", table, row_group_size=100)):
         source = sources.open_source([str(file)])
-        found = list(sources.parts(source, 0, file))
-        assert [part.index for part in found] == list(range(len(found)))
+        found = list(slices.slices_of(source, 0, file))
+        assert [slice.index for slice in found] == list(range(len(found)))
         assert len(found) > 5
         assert found[-1].fraction == 1
-        assert [document.text for part in found for document in sources.read(part)] == wanted
-        later = [document.text for document in sources.read(replace(found[3], skip=5))]
-        assert later == [document.text for document in sources.read(found[3])][5:]
+        assert [document.text for slice in found for document in slices.read(slice)] == wanted
+        later = [document.text for document in slices.read(replace(found[3], skip=5))]
+        assert later == [document.text for document in slices.read(found[3])][5:]
 
 
 @pytest.mark.parametrize("slice_bytes", [1, 7, 16, 33, 1000])
 def test_slices_of_jsonl_hold_each_line_once(tmp_path, monkeypatch, slice_bytes):
-    monkeypatch.setattr(sources, "SLICE", slice_bytes)
+    monkeypatch.setattr(slices, "SLICE_BYTES", slice_bytes)
     wanted = [f"{'x' * (i * 7 % 23)}{i}" for i in range(30)]
     path = tmp_path / "a.jsonl"
     path.write_text("\n".join(json.dumps({"text": text}) for text in wanted))
@@ -195,7 +195,7 @@ def test_slices_of_jsonl_hold_each_line_once(tmp_path, monkeypatch, slice_bytes)
     ],
 )
 def test_a_txt_file_is_one_document_as_it_is(tmp_path, monkeypatch, slice_bytes, suffix, content):
-    monkeypatch.setattr(sources, "SLICE", slice_bytes)
+    monkeypatch.setattr(slices, "SLICE_BYTES", slice_bytes)
     path = tmp_path / f"a{suffix}"
     path.write_bytes(content.encode())
     assert [document for _, _, document in read_all([path])] == [Document(0, content, None, path.name)]
@@ -352,9 +352,18 @@ def test_the_true_reason_is_said_why_a_file_cannot_be_read(tmp_path, monkeypatch
         monkeypatch.setattr(Path, "read_bytes", refused)
         monkeypatch.setattr(pq, "read_metadata", refused)
     with pytest.raises(DataError, match=reason):
-        [list(sources.read(part)) for part in sources.parts(source, 0, path)]
+        [list(slices.read(slice)) for slice in slices.slices_of(source, 0, path)]
 
 
 def test_the_pinned_revision_is_a_commit():
     assert len(sources.REVISION) == 40
     assert set(sources.REVISION) <= set("0123456789abcdef")
+
+
+@pytest.mark.parametrize("with_text", [False, True])
+def test_token_shards_are_never_mistaken_for_text(shards, with_text):
+    if with_text:
+        (shards / "a.jsonl").write_text('"some text"')
+    for word in (shards, shards / "edufineweb_val_000000.bin"):
+        with pytest.raises(UsageError, match=rf"no text; pretrain.py --data {shards} trains on them"):
+            sources.open_source([str(word)])

@@ -143,12 +143,28 @@ def test_a_row_lost_between_checkpoint_and_log_is_written_on_resume(shards, tmp_
     assert rows(run) == rows(tmp_path / "whole")
 
 
-def test_a_finished_run_is_left_as_it_is(shards, tmp_path):
-    fit(shards, tmp_path / "run")
-    before = {p: p.stat().st_mtime_ns for p in checkpoints(tmp_path / "run")}
-    fit(shards, tmp_path / "run")
-    assert {p: p.stat().st_mtime_ns for p in checkpoints(tmp_path / "run")} == before
-    assert [row["step"] for row in rows(tmp_path / "run")] == list(range(7))
+@pytest.mark.parametrize("again", [{}, {"how": Resume("must")}, {"steps": 4}, {"learning_rate": 1e-3}])
+def test_a_finished_run_is_left_as_it_is(shards, tmp_path, capsys, again):
+    run = tmp_path / "run"
+    fit(shards, run)
+    before = {
+        p: (p.stat().st_mtime_ns, p.read_bytes()) for p in run.rglob("*") if p.is_file() and p.name != ".lock"
+    }
+    fit(shards, run, **again)
+    assert capsys.readouterr().err.splitlines()[-1] == f"{run} is finished, at step 6: to train on, raise --steps"
+    assert {p: (p.stat().st_mtime_ns, p.read_bytes()) for p in before} == before
+
+
+def test_a_run_killed_after_its_last_checkpoint_is_not_finished(shards, tmp_path):
+    run = tmp_path / "run"
+    fit(shards, run)
+    before = rows(run)
+    (run / "status.json").write_text('{"state": "running", "step": 5}')
+    lines = (run / "metrics.jsonl").read_text().splitlines(keepends=True)
+    (run / "metrics.jsonl").write_text("".join(lines[:-1]))
+    fit(shards, run)
+    assert rows(run) == before
+    assert json.loads((run / "status.json").read_text())["state"] == "done"
 
 
 def test_a_checkpoint_is_taken_after_the_update_it_is_named_for(shards, tmp_path):
@@ -260,6 +276,15 @@ def test_too_many_skipped_steps_in_a_row_end_the_run_with_what_is_known(shards, 
     assert latest_valid(run)[1] == []  # the checkpoint of step 4 holds the weights of step 2, all finite
     fit(shards, run, micro_batch=4, val_every=0)  # and the run can be continued
     assert rows(run)[-1]["step"] == 6
+
+
+@pytest.mark.fault(27)
+def test_weights_beyond_all_bounds_end_a_run_by_the_guard_and_not_by_its_samples(shards, tmp_path):
+    run = tmp_path / "run"
+    with pytest.raises(AymenError, match="6 steps in a row were skipped, the last for a non-finite loss"):
+        fit(shards, run, steps=20, learning_rate=1e30, val_every=3)
+    assert rows(run)[3]["val_loss"] is None
+    assert "logits that are not finite" in (run / "samples.jsonl").read_text()
 
 
 @pytest.mark.fault(29)
@@ -398,6 +423,15 @@ def test_float16_trains_with_a_loss_scale_and_resumes_bit_for_bit(shards, tmp_pa
     assert rows(tmp_path / "parts") == rows(tmp_path / "whole")
     fit(shards, tmp_path / "float32")
     assert losses(tmp_path / "whole") == pytest.approx(losses(tmp_path / "float32"), abs=0.02)
+
+
+def test_a_run_can_go_on_in_float16(shards, tmp_path):
+    fit(shards, tmp_path / "run", steps=2)
+    half = choose_device("cpu", "float16")
+    t = build(resolve({"preset": "tiny", "data": str(shards), "steps": 3, "warmup_steps": 0}), half, Ranks())
+    with RunLog(tmp_path / "run", 3) as log:
+        t.fit(tmp_path / "run", log, Stop(), dict)
+    assert [row["step"] for row in rows(tmp_path / "run")] == [0, 1, 2, 3]
 
 
 def test_a_float16_overflow_lowers_the_scale_and_is_no_failure(shards, tmp_path):

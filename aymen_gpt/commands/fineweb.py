@@ -19,7 +19,6 @@ EXAMPLES = """\
   python fineweb.py --max-tokens 1e8 --out data/small      its first 100M tokens
   python fineweb.py --source builtin --out data/builtin    the documentation on this machine, no network
   python fineweb.py --source my/texts more.jsonl.gz --out data/mine
-  python fineweb.py --source hub-tokens:kjj0/finewebedu10B-gpt2 --max-tokens 1e9     tokenized by others
 
 Killed or failed? The same command again continues at the last finished shard.
 """
@@ -39,8 +38,7 @@ def parser() -> argparse.ArgumentParser:
         default=["hub"],
         metavar="WORD",
         help="`hub` (FineWeb-Edu from Hugging Face, the default), `builtin` (documentation installed with "
-        "Python), files and folders of .parquet, .jsonl, .jsonl.gz, .jsonl.zst, .txt, .md; or what is tokens "
-        "already: `hub-tokens:OWNER/DATASET`, `tokens:FOLDER` (.bin of llm.c or nanoGPT, .npy)",
+        "Python), files and folders of .parquet, .jsonl, .jsonl.gz, .jsonl.zst, .txt, .md",
     )
     text.add_argument(
         "--text-column", type=name, metavar="NAME", help="column or key of the text (default: text, else content)"
@@ -108,7 +106,7 @@ def main(argv: list[str] | None = None) -> int:
         return verify(args.out)
     if args.repair:
         return repair(args)
-    from aymen_gpt.data import adopt, shares
+    from aymen_gpt.data import shares
     from aymen_gpt.data.prepare import PrepareOptions, prepare
 
     for flag, least in (("shard_tokens", 1), ("max_tokens", 1), ("workers", 0)):
@@ -117,8 +115,6 @@ def main(argv: list[str] | None = None) -> int:
             raise UsageError(f"--{flag.replace('_', '-')} must be at least {least}, got {value}")
     if args.shard_tokens > MOST_TOKENS:
         raise UsageError(f"--shard-tokens must be at most {MOST_TOKENS}, got {args.shard_tokens}")
-    if adopt.is_tokens(args.source) and (args.part or args.merge):
-        raise UsageError(f"--part and --merge are for text; --source {' '.join(args.source)} is tokens already")
     chosen = {name: value for name, value in vars(args).items() if name not in (*MODES, "source")}
     options = PrepareOptions(source=tuple(args.source), **chosen)
     with Reporter() as reporter:
@@ -126,8 +122,7 @@ def main(argv: list[str] | None = None) -> int:
             share = shares.parse(args.part)
             summary = shares.prepare_share(options, share, reporter)
         else:
-            make = adopt.adopt if adopt.is_tokens(args.source) else shares.merge if args.merge else prepare
-            summary = make(options, reporter)
+            summary = (shares.merge if args.merge else prepare)(options, reporter)
     print(closing(summary, share=args.part))
     return 0
 
@@ -138,7 +133,7 @@ def verify(out: Path) -> int:
     damaged = shards.verify(out)
     if damaged:
         listed = "; ".join(f"{name}: {why}" for name, why in damaged.items())
-        raise DataError(f"{len(damaged)} damaged files in {out} ({listed}): run fineweb.py --out {out} --repair")
+        raise DataError(f"{len(damaged)} damaged files in {out} ({listed}): {shards.way_out(out)}")
     finished = (shards.read_manifest(out) or {}).get("complete")
     more = "" if finished else "; more are to come: run the same fineweb.py command again"
     print(f"{out}: all files are as the manifest says{more}")
@@ -146,16 +141,12 @@ def verify(out: Path) -> int:
 
 
 def repair(args: argparse.Namespace) -> int:
-    from aymen_gpt.data import adopt, prepare, shards
+    from aymen_gpt.data import prepare
 
-    manifest = shards.read_manifest(args.out)
     with Reporter() as reporter:
-        if manifest is not None and adopt.is_tokens(manifest["options"]["source"]):
-            rebuilt = adopt.repair(args.out, reporter, keep_source=args.keep_source)
-        else:
-            rebuilt = prepare.repair(
-                args.out, reporter, workers=args.workers, keep_source=args.keep_source, encoder=args.encoder
-            )
+        rebuilt = prepare.repair(
+            args.out, reporter, workers=args.workers, keep_source=args.keep_source, encoder=args.encoder
+        )
     print(f"{args.out}: {len(rebuilt)} files rebuilt, all are as the manifest says")
     return 0
 

@@ -9,6 +9,7 @@ from collections.abc import Callable
 from contextlib import nullcontext
 from dataclasses import Field, asdict, fields
 from datetime import UTC, datetime
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -165,21 +166,20 @@ def cell(value: str | int | None) -> str:
 
 def build(config: TrainConfig, device: "Device", ranks: "Ranks") -> "Trainer":
     from aymen_gpt.data.loader import TokenRows
-    from aymen_gpt.data.shards import check_shards, manifest_hash
+    from aymen_gpt.data.shards import check_shards
     from aymen_gpt.training.trainer import Trainer
 
     data = Path(config.data)
     train = TokenRows(data, "train", block_size=config.block_size, seed=config.seed)
     val = TokenRows(data, "val", block_size=config.block_size, seed=None)
-    if ranks.is_first:
-        check_shards(data)
+    identity = ranks.first(lambda: check_shards(data))
     return Trainer(
         config,
         device,
         ranks,
         train,
         val,
-        manifest_hash(data),
+        identity,
         score=scorer(config, device, ranks),
         initial=initial_model(config, ranks) if config.init_from else None,
         settings=machine(device),
@@ -313,10 +313,11 @@ def git_commit() -> str | None:
 
 
 def closing(folder: Path) -> str:
-    from aymen_gpt.model.folders import checkpoints
+    from aymen_gpt.model.folders import latest_valid, problem
 
+    newest, _ = latest_valid(folder, partial(problem, remember=True))
     return (
-        f"checkpoint  {checkpoints(folder)[0]}\n"
+        f"checkpoint  {newest}\n"
         f"curve       {folder}/report.html (numbers: metrics.jsonl)\n"
         f"samples     {folder}/samples.jsonl\n"
         f'next        python hellaswag.py -m {folder}   or   python generate.py -m {folder} "Once upon a time"'

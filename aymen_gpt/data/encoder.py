@@ -3,7 +3,7 @@
 gigatoken (https://pypi.org/project/gigatoken) is about ten times faster than tiktoken. It is built from our
 vocabulary, without special tokens, so that <|endoftext|> in a text is plain text. tiktoken defines what is
 right. It encodes the few texts with characters that only gigatoken takes for letters or numbers, and while shards
-are prepared a sample of the others too (prepare.py).
+are prepared a sample of the others too (workers.py).
 """
 
 import base64

@@ -1,48 +1,29 @@
-"""Where text comes from: the words after --source become files, and files become parts.
+"""Where text comes from: the words after --source become files, in one fixed order.
 
-A part (one row group of a parquet file, one slice of a jsonl file, one txt file) is small to describe, can be sent
-to another process, and can be read there alone; what cannot be entered half-way (a compressed file, a very
-large row group) is cut up here, and its parts carry their rows with them. Files and parts have one fixed
-order, so (file, part, row) names a document for good; rows are counted in the part, skipped ones included.
-
-    hub              FineWeb-Edu's sample-10BT from the Hugging Face Hub (the default)
-    builtin          the documentation on this machine (builtin.py)
-    PATH             a file or a folder of .parquet, .jsonl, .jsonl.gz, .jsonl.zst, .txt or .md files
-
-What is tokens already (hub-tokens:OWNER/DATASET, tokens:FOLDER) is adopt.py's.
+hub              FineWeb-Edu's sample-10BT from the Hugging Face Hub (the default)
+builtin          the documentation on this machine (builtin.py)
+PATH             a file or a folder of .parquet, .jsonl, .jsonl.gz, .jsonl.zst, .txt or .md files
 """
 
-import functools
-import gzip
-import io
-import json
 import os
 import stat
-import zlib
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import Any
 
 from aymen_gpt.data import builtin, fetch, shards
-from aymen_gpt.data.tokenizer import utf8
-from aymen_gpt.errors import AymenError, DataError, NetworkError, UsageError
-
-if TYPE_CHECKING:
-    import pyarrow as pa
-    import pyarrow.parquet as pq
+from aymen_gpt.errors import DataError, NetworkError, UsageError
 
 DATASET, DATASET_FOLDER = "HuggingFaceFW/fineweb-edu", "sample/10BT"
 # The commit that public training code of 2025 and 2026 pins: 14 files, 28.5 GB, 9,672,101 documents.
 REVISION = "87f09149ef4734204d70ed1d046ddc9ca3f2b8f9"
 WHOLE = (".txt", ".md")  # files that are one document
 SUFFIXES = (".parquet", ".jsonl", ".jsonl.gz", ".jsonl.zst", *WHOLE)
-SLICE = 2**23  # bytes of a jsonl file that make one part
-LARGE = 2**25  # bytes of a row group that is cut into parts
 RESTART = "type the same command with --restart to prepare what is there now"
-COMPRESSED = (".gz", ".zst")
+NAMED = 5  # files that an error names at most
 
 
 @dataclass(frozen=True)
@@ -65,33 +46,30 @@ class Source:
     repo: str | None = None  # of the Hub, when the files come from there
     revision: str | None = None  # the commit that the files belong to
 
-
-@dataclass(frozen=True)
-class Part:
-    """A piece of a file that is read alone: a row group, or the lines that begin in bytes start to stop."""
-
-    file: int  # number in Source.files
-    index: int  # number in the file
-    path: Path
-    start: int
-    stop: int
-    text_column: str | None
-    fraction: float  # of the file that is read when this part is
-    version: tuple[int, int] = (0, 0)  # bytes and modification time (ns) that the file must still have
-    rows: int | None = None  # of a row group
-    content: Any = None  # the part's rows, when they travel with it: bytes, or an arrow RecordBatch
-    skip: int = 0  # rows at the beginning that are not wanted
+    def record(self) -> dict[str, Any]:
+        """The source as a manifest keeps it."""
+        names = ("name", "bytes", "sha256", "modified_ns")
+        listed = [{name: getattr(file, name) for name in names} for file in self.files]
+        return {"repo": self.repo, "revision": self.revision, "files": listed}
 
 
-@dataclass(frozen=True)
-class Document:
-    """One row of a part; ``skipped`` says why it has no usable text."""
+def from_record(record: dict[str, Any], text_column: str | None = None) -> Source:
+    """The source that a manifest names, its files out of reach. DataError for names that lead elsewhere."""
+    listed = tuple(SourceFile(**file) for file in record["files"])
+    for file in listed:
+        fetch.check_name(file.name)
+    return Source(listed, text_column, record["repo"], record["revision"])
 
-    row: int
-    text: str
-    id: str | None = None
-    url: str | None = None
-    skipped: Literal["empty", "null", "not a string", "not UTF-8", "not JSON", "nested too deep"] | None = None
+
+def difference(before: Iterable[SourceFile], now: Iterable[SourceFile], *, times: bool = True) -> str:
+    """How the files of a source differ, in words; "" when they do not. ``times``: of change, they count too."""
+    old, new = ({file.name: (file.bytes, times and file.modified_ns) for file in files} for files in (before, now))
+    differ = sorted(name for name in old | new if old.get(name) != new.get(name))
+    words = [
+        f"{name} {'is new' if name not in old else 'is gone' if name not in new else 'is not the same'}"
+        for name in differ
+    ]
+    return ", ".join(words[:NAMED]) + f" and {len(words) - NAMED:,} more" * (len(words) > NAMED)
 
 
 def open_source(
@@ -132,10 +110,10 @@ def _files_of(word: str, out: Path | None) -> list[SourceFile]:
     path = Path(word)
     if not os.path.lexists(path):
         raise UsageError(f"--source {word}: no such file or folder (else it is `hub` or `builtin`)")
-    if stat.S_ISDIR(_status(path).st_mode):
+    if stat.S_ISDIR(status_of(path).st_mode):
         return _files_in(path, out)
     if path.suffix in (".bin", ".npy"):
-        raise UsageError(f"--source {word}: tokens, no text; take its folder, --source tokens:{path.parent}")
+        raise UsageError(f"--source {word}: tokens, no text; pretrain.py --data {path.parent} trains on them")
     if not path.name.endswith(SUFFIXES):
         raise UsageError(f"--source {word}: cannot read this kind of file, only {', '.join(SUFFIXES)}")
     return [_file(path.name, path)]
@@ -145,7 +123,7 @@ def _files_in(folder: Path, out: Path | None) -> list[SourceFile]:
     """The files of a folder in the order of their names, without hidden ones and what lies in ``out``."""
     if shards.list_shards(folder, "train") or shards.list_shards(folder, "val"):
         raise UsageError(
-            f"--source {folder}: the folder holds token shards, no text; take --source tokens:{folder}"
+            f"--source {folder}: it holds token shards, no text; pretrain.py --data {folder} trains on them"
         )
     out = out and out.resolve()
     if out == folder.resolve():
@@ -173,13 +151,14 @@ def _is_text(name: str, beside: Sequence[str]) -> bool:
 
 
 def _file(name: str, path: Path) -> SourceFile:
-    status = _status(path)
+    status = status_of(path)
     if not stat.S_ISREG(status.st_mode):
         raise UsageError(f"--source {path}: a pipe or a device, no file; write its text into a file first")
     return SourceFile(name, status.st_size, path=path, modified_ns=status.st_mtime_ns)
 
 
-def _status(path: Path) -> os.stat_result:
+def status_of(path: Path) -> os.stat_result:
+    """What the system says of a file. DataError when it says nothing."""
     try:
         return path.stat()
     except OSError as error:
@@ -210,267 +189,3 @@ def or_by_hand(way: str) -> Iterator[None]:
         yield
     except NetworkError as error:
         raise NetworkError(f"{error}; or {way}") from None
-
-
-def estimated_bytes(source: Source) -> int:
-    """About how many bytes of text the source has: a function of its files, cheap to find out."""
-    return sum(_estimated_bytes(file) for file in source.files)
-
-
-def _estimated_bytes(file: SourceFile) -> int:
-    if file.path is not None and file.name.endswith(".parquet"):
-        with _readable(file.path):
-            groups = _parquet(file.path).metadata
-            return sum(groups.row_group(i).total_byte_size for i in range(groups.num_row_groups))
-    return file.bytes * (2 if file.name.endswith((".parquet", ".gz", ".zst")) else 1)
-
-
-def parts(source: Source, number: int, path: Path) -> Iterator[Part]:
-    """The parts of one file, in order. DataError when it is not what its name says, or changes meanwhile."""
-    file = source.files[number]
-    kind = file.name
-    modified = path.stat().st_mtime_ns if file.modified_ns is None else file.modified_ns
-    version = file.bytes, modified
-    with _readable(path, version):
-        if kind.endswith(".parquet"):
-            found = _parquet_parts(path, source.text_column)
-        elif kind.endswith(COMPRESSED):
-            found = _compressed_parts(path, source.text_column)
-        else:
-            found = _text_parts(path, source.text_column, file.bytes)
-        for index, part in enumerate(found):
-            yield replace(part, file=number, index=index, version=version)
-
-
-def _parquet_parts(path: Path, text_column: str | None) -> Iterator[Part]:
-    column = _text_column(path, text_column)
-    file = _parquet(path)
-    groups = [file.metadata.row_group(i) for i in range(file.num_row_groups)]
-    total = sum(group.num_rows for group in groups)
-    done = 0
-    for i, group in enumerate(groups):
-        done += group.num_rows
-        part = Part(0, 0, path, i, i + 1, column, done / max(total, 1), rows=group.num_rows)
-        if group.total_byte_size <= LARGE:
-            yield part
-        else:
-            rows = max(group.num_rows * SLICE // group.total_byte_size, 1)
-            for batch in _batches(file, part, rows):
-                yield replace(part, content=batch, rows=len(batch))
-
-
-def _compressed_parts(path: Path, text_column: str | None) -> Iterator[Part]:
-    import pyarrow as pa
-
-    with (
-        path.open("rb") as packed,
-        gzip.open(packed) if path.suffix == ".gz" else pa.input_stream(packed, compression="zstd") as stream,
-    ):
-        file = io.BufferedReader(stream, 2**20)
-        while lines := file.readlines(SLICE):
-            content = b"".join(lines)
-            yield Part(
-                0, 0, path, 0, len(content), text_column, packed.tell() / path.stat().st_size, content=content
-            )
-
-
-def _text_parts(path: Path, text_column: str | None, size: int) -> Iterator[Part]:
-    step = size if path.suffix in WHOLE else SLICE
-    for start in range(0, size, step or 1):
-        stop = min(start + step, size)
-        yield Part(0, 0, path, start, stop, text_column, stop / size)
-
-
-def read(part: Part) -> Iterator[Document]:
-    """The rows of a part from ``part.skip`` on. DataError when the file is damaged or has changed."""
-    with _readable(part.path, part.version if part.content is None else None):
-        if part.path.name.endswith(".parquet"):
-            yield from _read_parquet(part)
-        elif part.path.suffix in WHOLE:
-            yield from _read_txt(part)
-        else:
-            yield from _read_jsonl(part)
-
-
-@contextmanager
-def _readable(path: Path, version: tuple[int, int] | None = None) -> Iterator[None]:
-    """DataError when the file cannot be read, or does not have this version before and after it is read."""
-    import pyarrow as pa
-
-    try:
-        _check_version(path, version)
-        yield
-    except (pa.ArrowException, zlib.error, OSError, EOFError) as error:
-        if isinstance(error, AymenError):
-            raise
-        _check_version(path, version)
-        raise DataError(_why_unreadable(path, error)) from None
-    _check_version(path, version)
-
-
-def _why_unreadable(path: Path, error: Exception) -> str:
-    if number := getattr(error, "errno", None):
-        return f"cannot read {path}: {os.strerror(number)}"
-    reason = fetch.one_line(str(error))
-    if "too much memory" in reason:
-        return f"{path} was compressed with a window of more than 128 MB (zstd --long): compress it again without"
-    again = f"get it again or remove it, then {RESTART}"
-    return f"{path} is damaged or cut off ({reason}): {again}"
-
-
-def _check_version(path: Path, version: tuple[int, int] | None) -> None:
-    if version is None:
-        return
-    status = _status(path)
-    if (status.st_size, status.st_mtime_ns) != version:
-        sizes = f"{status.st_size:,} bytes, {version[0]:,} before"
-        raise DataError(f"{path} changed while it was read ({sizes}): {RESTART}")
-
-
-def _document(row: int, value: object, id: object = None, url: object = None) -> Document:
-    if isinstance(value, bytes):
-        try:
-            value = value.decode("utf-8-sig")
-        except UnicodeDecodeError:
-            return Document(row, "", skipped="not UTF-8")
-    if value is None:
-        return Document(row, "", skipped="null")
-    if not isinstance(value, str):
-        return Document(row, "", skipped="not a string")
-    if not value or value.isspace():
-        return Document(row, "", skipped="empty")
-    return Document(row, value, _name(id), _name(url))
-
-
-def _name(value: object) -> str | None:
-    """An id or a url as text that can be written; what is not Unicode in it becomes U+FFFD."""
-    if isinstance(value, bytes):
-        return value.decode(errors="replace")
-    return None if value is None else utf8(str(value)).decode()
-
-
-def _parquet(path: Path) -> "pq.ParquetFile":
-    """The file opened so that it reads no more than it must."""
-    import pyarrow.parquet as pq
-
-    metadata = _metadata(path, path.stat().st_mtime_ns)
-    return pq.ParquetFile(path, metadata=metadata, buffer_size=2**20, pre_buffer=False)
-
-
-@functools.lru_cache(maxsize=2)
-def _metadata(path: Path, changed_ns: int) -> "pq.FileMetaData":
-    """The file's footer, read once: it describes all row groups (6 ms for 730 of them), a part needs one."""
-    import pyarrow.parquet as pq
-
-    return pq.read_metadata(path)
-
-
-def _batches(file: "pq.ParquetFile", part: Part, rows: int) -> Iterator["pa.RecordBatch"]:
-    names = [n for n in ("id", "url") if file.schema_arrow.names.count(n) == 1 and n != part.text_column]
-    columns = [part.text_column, *names]
-    return file.iter_batches(rows, row_groups=[part.start], columns=columns, use_threads=False)
-
-
-def _text_column(path: Path, wanted: str | None) -> str:
-    """The column that holds the text: the wanted one, else text, else content, else the only one of strings."""
-    schema = _parquet(path).schema_arrow
-    strings = [field.name for field in schema if _holds_text(field.type)]
-    names = [wanted] if wanted else ["text", "content", *(strings if len(strings) == 1 else [])]
-    found = next((name for name in names if name in strings), None)
-    if found and schema.names.count(found) == 1:
-        return found
-    columns = ", ".join(f"{field.name} ({field.type})" for field in schema)
-    lack = f"{schema.names.count(found)} columns {found}" if found else f"no text column {wanted or 'text'}"
-    raise UsageError(f"{path} has {lack}; its columns: {columns}; use --text-column NAME")
-
-
-def _holds_text(kind: "pa.DataType") -> bool:
-    import pyarrow as pa
-
-    if pa.types.is_dictionary(kind):
-        kind = kind.value_type
-    names = ("is_string", "is_large_string", "is_string_view", "is_binary", "is_large_binary")
-    return any(getattr(pa.types, name)(kind) for name in names)
-
-
-def _read_parquet(part: Part) -> Iterator[Document]:
-    row = 0
-    for batch in _batches(_parquet(part.path), part, 256) if part.content is None else [part.content]:
-        wanted = batch.slice(min(max(part.skip - row, 0), len(batch)))
-        row += len(batch) - len(wanted)
-        nothing = [None] * len(wanted)
-        names = ("id", "url")
-        known = [_values(wanted.column(n)) if n in wanted.schema.names else nothing for n in names]
-        for text, id, url in zip(_values(wanted.column(part.text_column)), *known, strict=True):
-            yield _document(row, text, id, url)
-            row += 1
-    _check_all(part, row, part.rows, "rows")
-
-
-def _values(column: "pa.Array") -> list[Any]:
-    """The values as Python objects; a string that is not UTF-8 stays bytes, a date beyond Python's is a string."""
-    import pyarrow as pa
-
-    for kind in (None, pa.large_binary(), pa.string()):
-        try:
-            return (column if kind is None else column.cast(kind)).to_pylist()
-        except (ValueError, OverflowError, pa.ArrowException):
-            pass
-    return [None] * len(column)
-
-
-def _read_jsonl(part: Part) -> Iterator[Document]:
-    row = -1
-    for offset, line in _lines(part, part.start - 1):
-        if offset >= part.stop:
-            return
-        row += offset >= part.start
-        if row < part.skip or line.isspace():
-            continue
-        try:
-            yield _record(row, json.loads(line.decode("utf-8-sig")), part.text_column)
-        except UnicodeDecodeError:
-            yield Document(row, "", skipped="not UTF-8")
-        except ValueError:
-            yield Document(row, "", skipped="not JSON")
-        except RecursionError:
-            yield Document(row, "", skipped="nested too deep")
-
-
-def _record(row: int, record: object, text_column: str | None) -> Document:
-    known = record if isinstance(record, dict) else {}
-    return _document(row, _text_of(record, text_column), known.get("id"), known.get("url"))
-
-
-def _text_of(record: object, key: str | None) -> object:
-    if not isinstance(record, dict):
-        return record
-    strings = [name for name, value in record.items() if isinstance(value, str)]
-    names = [key] if key else ["text", "content", *(strings if len(strings) == 1 else [])]
-    return next((record[name] for name in names if name in record), None)
-
-
-def _read_txt(part: Part) -> Iterator[Document]:
-    content = part.path.read_bytes()
-    _check_all(part, len(content), part.stop, "bytes")
-    if not part.skip:
-        yield _document(0, content, None, part.path.name)
-
-
-def _lines(part: Part, start: int) -> Iterator[tuple[int, bytes]]:
-    """(offset, line) of every whole line that begins after byte ``start``, or at the first byte."""
-    with part.path.open("rb") if part.content is None else io.BytesIO(part.content) as file:
-        offset = max(start, 0)
-        if offset:
-            file.seek(offset)
-            offset += len(file.readline())  # the rest of a line that belongs to an earlier part
-        for line in file:
-            yield offset, line
-            offset += len(line)
-    _check_all(part, offset, part.version[0] if part.content is None else len(part.content), "bytes")
-
-
-def _check_all(part: Part, found: int, planned: int | None, unit: str) -> None:
-    """DataError when a part that was read to its end held less, or more, than was planned."""
-    if planned is not None and found != planned:
-        raise DataError(f"{part.path} changed while it was read ({found:,} {unit}, {planned:,} before): {RESTART}")

@@ -5,6 +5,7 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
+from aymen_gpt.errors import DataError
 from aymen_gpt.model.gpt import GPT
 
 
@@ -60,7 +61,8 @@ def generate(
     """Yield up to ``max_tokens`` token ids that continue ``prompt``, ending before the token ``stop``.
 
     The same seed gives the same tokens on the same device. A text longer than the model's context goes on
-    from its later half (positions are absolute, so cached keys cannot slide).
+    from its later half (positions are absolute, so cached keys cannot slide). Raises DataError when the
+    logits are not finite.
     """
     check_sampling(temperature, top_k, top_p)
     if not prompt:
@@ -74,6 +76,8 @@ def generate(
             fresh, caches = len(tokens), model.new_caches(1)
         hidden = model.hidden(torch.tensor([tokens[-fresh:]], device=device), caches)  # (1, fresh, C)
         logits = model.logits(hidden[0, -1])  # (V,)
+        if not logits.max().isfinite():  # NaN is the largest
+            raise DataError("the model gives logits that are not finite: there is no text to draw from them")
         token = choose(logits, temperature=temperature, top_k=top_k, top_p=top_p, generator=generator)
         if token == stop:
             return

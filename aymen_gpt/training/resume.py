@@ -6,15 +6,15 @@ from pathlib import Path
 from typing import Any
 
 from aymen_gpt.errors import DataError, UsageError
-from aymen_gpt.files import free_name
+from aymen_gpt.files import free_name, read_json
 from aymen_gpt.model.folders import checkpoints, latest_valid
 from aymen_gpt.training import checkpoint
 from aymen_gpt.training.config import TrainConfig, flag
+from aymen_gpt.training.runlog import FILES
 
 MODES = ("auto", "must", "none")
 SURE = ["metrics.jsonl", "status.json"]  # a folder with one of them is a run
-RECORDS = ["checkpoints", "config.json", "log.txt", "samples.md", "samples.jsonl", "failure.json", "report.html",
-           "hellaswag.json", "tensorboard", "wandb", *SURE]  # fmt: skip
+RECORDS = ["checkpoints", "tensorboard", "wandb", "hellaswag.json", *sorted(FILES, key=SURE.__contains__)]
 OVERRIDABLE = ("seed", "data", "tokens_per_step")
 
 
@@ -53,6 +53,15 @@ def find_checkpoint(run: Path, mode: str) -> tuple[Path | None, list[str]]:
     if newest is not None:
         notices += [f"{line}; using {newest.name}" for line in problems]
     return newest, notices
+
+
+def is_finished(run: Path, step: int) -> bool:
+    """Whether the run ended well at ``step``, with all its records written."""
+    try:
+        status = read_json(run / "status.json")
+    except DataError:
+        return False
+    return status.get("state") == "done" and status.get("step") == step
 
 
 def set_aside(run: Path) -> None:

@@ -16,6 +16,7 @@ import os
 import sys
 import time
 from collections.abc import Callable
+from contextlib import suppress
 from datetime import UTC, datetime
 from pathlib import Path
 from threading import Thread
@@ -24,8 +25,10 @@ from typing import Any
 
 from tqdm import tqdm
 
-from aymen_gpt.errors import CannotWrite, Stopped, redact
-from aymen_gpt.files import lock, replace_text
+from aymen_gpt.errors import CannotWrite, DataError, Stopped, redact
+from aymen_gpt.files import free_name, json_object, lock, read_json, replace_text, set_aside, write_whole
+
+FILES = ["config.json", "samples.jsonl", "failure.json", "report.html", "metrics.jsonl", "status.json"]
 
 Tracker = Callable[[dict[str, Any]], object]  # is given every row of metrics.jsonl
 
@@ -57,7 +60,7 @@ class RunLog:
         self._drawing: Thread | None = None
 
     def __enter__(self) -> "RunLog":
-        self._made = not self.folder.exists()
+        self._made, self._locked = not self.folder.exists(), (self.folder / ".lock").exists()
         self._lock = lock(self.folder, "--run")
         return self
 
@@ -72,9 +75,10 @@ class RunLog:
                 self._drawing.join()
             self.refresh(self.folder)
         self._lock.close()
-        if not self._started and self._made:  # nothing began: leave no trace
+        if not self._started and not self._locked:  # nothing began: leave no trace
             (self.folder / ".lock").unlink(missing_ok=True)
-            self.folder.rmdir()
+            if self._made:
+                self.folder.rmdir()
 
     def say(self, text: str) -> None:
         """A line for the person who watches; standard error, so that output can be piped."""
@@ -102,14 +106,22 @@ class RunLog:
         self.step = step or 0
         self._started = True
         self._tell_start(step, changed or {})
-        history = self._history() if step is not None else []
-        history.append({"step": self.step, "started": config.get("started"), "changed": changed or {}})
-        first = history[0]["started"] or config.get("started")
+        for name in FILES:
+            if (self.folder / name).is_dir():
+                self._set_aside(name, "is a folder, not a file")
+        history = self._history()
+        if step is None:
+            history = []
+        if history:
+            history[-1].setdefault("ended", self._last_updated())
+        now = {key: config.get(key) for key in ("started", "command")}
+        history.append({"step": self.step, **now, "changed": changed or {}})
+        first = history[0].get("started") or config.get("started")
         config = config | {"started": first, "history": history}
         self._replace("config.json", redact(json.dumps(config, indent=2)) + "\n")
         last = -1 if step is None else step
-        keep_up_to(self.folder / "metrics.jsonl", last, lambda line: json.loads(line)["step"])
-        keep_up_to(self.folder / "samples.jsonl", self.last_step(), lambda line: json.loads(line)["step"])
+        self._keep_up_to("metrics.jsonl", last, lambda line: json_object(line)["step"])
+        self._keep_up_to("samples.jsonl", self.last_step(), lambda line: json_object(line)["step"])
         self.status("running")
         if sys.stderr.isatty():
             self.bar = tqdm(total=self.steps, initial=self.step, unit="step", dynamic_ncols=True)
@@ -123,18 +135,58 @@ class RunLog:
             self.say(f"changed since then: {key} {before} -> {now}{note}")
 
     def _history(self) -> list[dict[str, Any]]:
-        try:
-            return json.loads((self.folder / "config.json").read_text()).get("history", [])
-        except (OSError, ValueError):
+        """The starts that config.json tells of."""
+        path = self.folder / "config.json"
+        if not path.exists():
             return []
+        try:
+            history = read_json(path).get("history")
+            if not isinstance(history, list) or not all(isinstance(start, dict) for start in history):
+                raise DataError(f"{path}: it does not have the starts of a run")
+        except DataError as error:
+            self._set_aside(path.name, error)
+            return []
+        return history
+
+    def _last_updated(self) -> Any:
+        """When the part of the run before this one gave its last sign of life."""
+        with suppress(DataError):
+            return read_json(self.folder / "status.json").get("updated")
+
+    def _set_aside(self, name: str, why: object, content: bytes | None = None) -> None:
+        """Keep what cannot be used under another name: the file itself, or its ``content`` beside it."""
+        path = self.folder / name
+        if content is None:
+            kept = set_aside(path)
+        else:
+            kept = free_name(path.with_name(f"{name}.damaged"))
+            write_whole(kept, content)
+        self.say(f"warning: {path}: {why}; set aside as {kept.name}")
+
+    def _keep_up_to(self, name: str, step: int, step_of: Callable[[bytes], int]) -> None:
+        """Drop the lines of a log past ``step``, a last one that a kill cut short, and those that are damaged."""
+        path = self.folder / name
+        if not path.exists():
+            return
+        content = path.read_bytes()
+        kept, n_bad = [], 0
+        for line in content.split(b"\n")[:-1]:
+            try:
+                if step_of(line) <= step:
+                    kept.append(line + b"\n")
+            except (ValueError, KeyError, IndexError, TypeError):
+                n_bad += 1
+        if n_bad:
+            self._set_aside(name, f"damaged lines ({n_bad:,}), the others stay", content)
+        write_whole(path, b"".join(kept))
 
     def last_step(self) -> int:
         """The step of the last row in metrics.jsonl, -1 when there is none."""
         try:
-            lines = (self.folder / "metrics.jsonl").read_text().splitlines()
+            lines = (self.folder / "metrics.jsonl").read_bytes().split(b"\n")
         except FileNotFoundError:
             return -1
-        return json.loads(lines[-1])["step"] if lines else -1
+        return json_object(lines[-2])["step"] if len(lines) > 1 else -1
 
     def write(self, row: dict[str, Any]) -> None:
         """Log one finished step: to the files, and to the console when it is due."""
@@ -205,21 +257,6 @@ def append(path: Path, text: str) -> None:
         except OSError:
             f.truncate(end)
             raise
-
-
-def keep_up_to(path: Path, step: int, step_of: Any) -> None:
-    """Drop the lines of a log past ``step``, and a last line that a kill cut short."""
-    if not path.exists():
-        return
-    kept = []
-    for line in path.read_text().splitlines(keepends=True):
-        try:
-            if not line.endswith("\n") or step_of(line) > step:
-                break
-        except (ValueError, KeyError, IndexError):
-            break
-        kept.append(line)
-    replace_text(path, "".join(kept))
 
 
 def number(value: float | None) -> float:

@@ -34,7 +34,15 @@ from aymen_gpt.training.gradients import GradientSum
 from aymen_gpt.training.guard import Guard
 from aymen_gpt.training.plan import dealt
 from aymen_gpt.training.results import StepResult, finite
-from aymen_gpt.training.resume import Resume, changes, check_identity, find_checkpoint, identity, options
+from aymen_gpt.training.resume import (
+    Resume,
+    changes,
+    check_identity,
+    find_checkpoint,
+    identity,
+    is_finished,
+    options,
+)
 from aymen_gpt.training.runlog import RunLog
 
 Score = Callable[[GPT], dict[str, Any]]
@@ -244,7 +252,11 @@ class Trainer:
         continuation = generate(
             self.model, prompt, 64, temperature=0.8, top_k=50, seed=self.config.seed, stop=tokenizer.EOT
         )
-        return {"prompt": encoding.decode(prompt), "text": encoding.decode(list(continuation))}
+        try:
+            text = encoding.decode(list(continuation))
+        except DataError as error:  # a sample does not end a run, what spoiled the weights will
+            text = f"({error})"
+        return {"prompt": encoding.decode(prompt), "text": text}
 
     def snapshot(self, result: StepResult) -> checkpoint.Snapshot:
         return checkpoint.Snapshot(
@@ -279,7 +291,8 @@ class Trainer:
         changed = check_identity(saved.identity, now, folder, how)
         checkpoint.restore(newest, self.model, self.optimizer)
         self.guard.restore(saved.guard)
-        self.scaler.load_state_dict(saved.scaler)
+        if saved.scaler:  # none where the steps before were not in float16
+            self.scaler.load_state_dict(saved.scaler)
         self.origin = (saved.step, saved.rows)
         return StepResult.of(saved.metrics), changed | changes(saved.settings, self.all_settings())
 
@@ -293,12 +306,17 @@ class Trainer:
     ) -> None:
         """Train to ``config.steps``, from wherever the folder's newest checkpoint is. ``log`` is the first rank's.
 
-        Raises Stopped, with everything saved, when a signal came to any rank; AymenError after ``max_skips``
-        steps in a row without a finite loss and gradient; CannotWrite when no checkpoint could be saved.
+        A finished run stays as it is. Raises Stopped, with everything saved, when a signal came to any rank;
+        AymenError after ``max_skips`` steps in a row without a finite loss and gradient; CannotWrite when no
+        checkpoint could be saved.
         """
         c = self.config
         result, changed = self.resume(folder, log, how or Resume())
         step = 0 if result is None else result.step
+        if step >= c.steps and self.ranks.first(lambda: is_finished(folder, step)):
+            if log:
+                log.say(f"{folder} is finished, at step {step}: to train on, raise --steps")
+            return
         if not c.micro_batch:
             self.fit_micro_batch()
         if log:
