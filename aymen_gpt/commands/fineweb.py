@@ -1,13 +1,14 @@
 """python fineweb.py: text to token shards."""
 
 import argparse
-import shlex
 import sys
 import time
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from aymen_gpt.commands import console
+from aymen_gpt.errors import printable
+from aymen_gpt.training.config import Range, fitting
 
 if TYPE_CHECKING:
     from aymen_gpt.data.prepare import Progress, Summary
@@ -26,8 +27,12 @@ EVERY = 10.0  # seconds between two progress lines when stderr is not a terminal
 
 
 def parser() -> argparse.ArgumentParser:
-    p = console.parser("Turn text into shards of GPT-2 tokens, in llm.c's format.", EXAMPLES)
-    whole = console.whole_number
+    p = console.parser(
+        "Turn text into shards of GPT-2 tokens, in llm.c's format.",
+        EXAMPLES,
+        "python fineweb.py [--source WORD ...] [--out DIR] ...",
+    )
+    tokens = console.number(Range(1, 10**15), whole=True)
     text = p.add_argument_group("text")
     text.add_argument(
         "--source",
@@ -50,16 +55,20 @@ def parser() -> argparse.ArgumentParser:
         "--out", type=Path, default=Path("edu_fineweb10B"), metavar="DIR", help="default: %(default)s"
     )
     shards.add_argument(
-        "--shard-tokens", type=whole, default=10**8, metavar="N", help="tokens a shard (default: 1e8)"
+        "--shard-tokens", type=tokens, default=10**8, metavar="N", help="tokens a shard (default: 1e8)"
     )
-    shards.add_argument("--max-tokens", type=whole, metavar="N", help="stop after so many tokens (default: all)")
+    shards.add_argument("--max-tokens", type=tokens, metavar="N", help="stop after so many tokens (default: all)")
     work = p.add_argument_group("work")
     work.add_argument(
-        "--workers", type=whole, metavar="N", help="processes (default: one per CPU; 0: only this one)"
+        "--workers",
+        type=console.number(Range(0, 10_000), whole=True),
+        metavar="N",
+        help="processes (default: one per CPU; 0: only this one)",
     )
     work.add_argument(
         "--encoder",
-        choices=["gigatoken", "tiktoken"],
+        type=console.choice(("gigatoken", "tiktoken")),
+        metavar="WORD",
         default="gigatoken",
         help="their ids are the same, and checked to be; default: gigatoken where it is installed, else tiktoken",
     )
@@ -85,10 +94,6 @@ def main(argv: list[str] | None = None) -> int:
     from aymen_gpt.data.prepare import PrepareOptions, prepare
     from aymen_gpt.errors import UsageError
 
-    for flag, least in (("shard_tokens", 1), ("max_tokens", 1), ("workers", 0)):
-        value = getattr(args, flag)
-        if value is not None and value < least:
-            raise UsageError(f"--{flag.replace('_', '-')} must be at least {least}, got {value}")
     if adopt.is_tokens(args.source) and (args.part or args.merge):
         raise UsageError(f"--part and --merge are for text; --source {' '.join(args.source)} is tokens already")
     chosen = {name: value for name, value in vars(args).items() if name not in (*MODES, "source")}
@@ -100,7 +105,7 @@ def main(argv: list[str] | None = None) -> int:
         else:
             make = adopt.adopt if adopt.is_tokens(args.source) else shares.merge if args.merge else prepare
             summary = make(options, reporter)
-    print(closing(summary, share=args.part))
+    console.show(console.as_typed(closing(summary, share=args.part)))
     return 0
 
 
@@ -163,6 +168,7 @@ class Reporter:
             self._show(event, now - self.began)
 
     def _print(self, line: str) -> None:
+        line = printable(line)
         if self.bar is not None:
             self.bar.write(line, file=sys.stderr)
         else:
@@ -202,10 +208,12 @@ def duration(seconds: float) -> str:
 def closing(summary: "Summary", share: str | None = None) -> str:
     totals = summary.totals
     skipped = ", ".join(f"{count:,} {reason}" for reason, count in sorted(totals.skipped.items())) or "none"
-    data = "" if str(summary.folder) == "edu_fineweb10B" else f" --data {shlex.quote(str(summary.folder))}"
     done = "already prepared" if summary.already else "prepared"
     density = f" ({totals.bytes / max(totals.tokens, 1):.2f} bytes of text per token)" if totals.bytes else ""
-    what, then = f"{summary.shards} shards (the first is for validation)", f"python pretrain.py{data}"
+    what, then = (
+        f"{summary.shards} shards (the first is for validation)",
+        fitting(totals.tokens, str(summary.folder)),
+    )
     if share:
         what, then = f"part {share}", "once all parts are prepared: the same command with --merge for --part"
     return f"""\
@@ -214,3 +222,7 @@ documents  {totals.documents:,}
 tokens     {totals.tokens:,}{density}
 skipped    {skipped}
 next       {then}"""
+
+
+if __name__ == "__main__":
+    console.run(main)

@@ -26,7 +26,7 @@ from typing import Any
 
 from tqdm import tqdm
 
-from aymen_gpt.errors import CannotWrite, Stopped, redact
+from aymen_gpt.errors import CannotWrite, Stopped, printable, redact
 from aymen_gpt.files import lock, replace_text
 
 Tracker = Callable[[dict[str, Any]], object]  # is given every row of metrics.jsonl
@@ -80,6 +80,7 @@ class RunLog:
 
     def say(self, text: str) -> None:
         """A line for the person who watches; standard error, so that output can be piped."""
+        text = printable(text)
         tqdm.write(text, file=sys.stderr) if self.bar is not None else print(text, file=sys.stderr, flush=True)
 
     def status(self, state: str, message: str = "") -> None:
@@ -90,7 +91,7 @@ class RunLog:
             "message": message,
             "updated": datetime.now(UTC).isoformat(timespec="seconds"),
         }
-        self._replace("status.json", json.dumps(value, indent=2) + "\n")
+        self._replace("status.json", json.dumps(redact(value), indent=2) + "\n")
 
     def failure(self, found: dict[str, Any]) -> None:
         """Keep what is known of the step that ended the run."""
@@ -108,7 +109,7 @@ class RunLog:
         history.append({"step": self.step, "started": config.get("started"), "changed": changed or {}})
         first = history[0]["started"] or config.get("started")
         config = config | {"started": first, "history": history}
-        self._replace("config.json", redact(json.dumps(config, indent=2)) + "\n")
+        self._replace("config.json", json.dumps(redact(config), indent=2) + "\n")
         last = -1 if step is None else step
         keep_up_to(self.folder / "metrics.jsonl", last, lambda line: json.loads(line)["step"])
         keep_up_to(self.folder / "log.txt", last, lambda line: int(line.split()[0]))

@@ -67,11 +67,7 @@ class Trainer:
 
     def __post_init__(self) -> None:
         c = self.config
-        if c.rows_per_step < self.ranks.world_size:
-            raise UsageError(
-                f"{self.ranks.world_size} processes for {c.rows_per_step} rows a step: use fewer, or raise "
-                f"--tokens-per-step to at least {self.ranks.world_size * c.block_size}"
-            )
+        c.require_rows(self.ranks.world_size)
         largest = c.largest_micro_batch(on_cuda=self.device.place.type == "cuda")
         self.micro_batch, _ = dealt(c.rows_per_step, self.ranks.world_size, largest)
         self.model = GPT(c.model, torch.Generator().manual_seed(c.seed)).to(self.device.place)
@@ -379,7 +375,9 @@ class Trainer:
     def due(self, step: int) -> bool:
         """Whether HellaSwag is scored after update ``step``."""
         c = self.config
-        return bool(self.score and c.hellaswag_every) and (step % c.hellaswag_every == 0 or step == c.steps)
+        if self.score is None or c.hellaswag_every is None:
+            return False
+        return step % c.hellaswag_every == 0 or step == c.steps
 
     def report(self, log: RunLog | None, row: Row) -> None:
         """Complete a step's row with what is due after its checkpoint (score, samples), and log it."""
