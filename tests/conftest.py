@@ -80,14 +80,18 @@ def door(tmp_path):
     """Run a command as a user does, in a folder of its own: door("pretrain.py", "--steps", 3)."""
 
     def run(*words, processes=None, timeout=240, **environment):
-        return subprocess.run(
+        path = f"{Path(sys.executable).parent}:{os.environ['PATH']}"  # as an activated environment has it
+        done = subprocess.run(
             door_command(*words, processes=processes),
             cwd=tmp_path,
-            env=os.environ | environment,
+            env=os.environ | {"PATH": path} | environment,
             capture_output=True,
             text=True,
             timeout=timeout,
         )
+        for name in ("stdout", "stderr"):  # the commands to type next, as if the doors lay here
+            setattr(done, name, getattr(done, name).replace(f"python {ROOT}/", "python "))
+        return done
 
     return run
 

@@ -96,6 +96,9 @@ def test_one_protocol_and_a_subset_say_so(door, model, data):
     assert done.returncode == 0, done.stderr
     assert scores(done).keys() == {"harness"}
     assert f"a subset: 5 of {N} examples" in done.stdout
+    for whole in ("0", "all"):
+        done = door("hellaswag.py", "-m", model, "--protocol", "harness", "--limit", whole, "--data", data)
+        assert f"all {N} examples of {data}" in done.stdout
 
 
 def test_the_real_set_stands_beside_anchors_of_its_own_protocol(door, model):
@@ -110,9 +113,15 @@ def test_the_real_set_stands_beside_anchors_of_its_own_protocol(door, model):
 @pytest.mark.parametrize(
     ("words", "code", "message"),
     [
-        (["--limit", "0"], 2, "error: --limit 0: expected at least 1"),
-        (["--batch-tokens", "-4"], 2, "error: --batch-tokens -4: expected at least 1"),
-        (["--protocol", "mean"], 2, "invalid choice: 'mean'"),
+        (["--limit", "-1"], 2, "error: --limit -1: expected a whole number from 1"),
+        (["--batch-tokens", "-4"], 2, "error: --batch-tokens -4: expected a whole number from 1"),
+        (["--protocol", "mean"], 2, "error: --protocol mean: expected completion, harness, both\n"),
+        (
+            ["--modle", "x"],
+            2,
+            "error: there is no option --modle; did you mean --model?\nusage: python hellaswag.py",
+        ),
+        (["-m", ""], 2, "error: --model '': expected a name"),
         (["--device", "tpu"], 2, "error: --device tpu: expected auto, cpu, mps, cuda"),
         (["--dtype", "int8"], 2, "error: --dtype int8: expected auto, float32, bfloat16, float16"),
         (["--json", "."], 2, "error: --json .: this is a folder"),

@@ -15,7 +15,8 @@ ARROWS = {
     "training": {"model", "data"},
     "evaluation": {"model", "data"},
     "reporting": set(),
-    "commands": {"training", "evaluation", "reporting", "data", "model"},
+    "commands": {"training", "evaluation", "reporting", "data", "model", "__main__"},
+    "__main__": set(),  # finds commands by their names
 }
 MODULES = sorted(PACKAGE.rglob("*.py"))
 

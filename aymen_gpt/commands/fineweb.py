@@ -1,14 +1,14 @@
 """python fineweb.py: text to token shards."""
 
 import argparse
-import shlex
 import sys
 import time
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from aymen_gpt.commands import console
-from aymen_gpt.errors import DataError, UsageError
+from aymen_gpt.errors import DataError, UsageError, printable
+from aymen_gpt.training.config import Range, fitting
 from aymen_gpt.wording import duration
 
 if TYPE_CHECKING:
@@ -28,8 +28,12 @@ EVERY = 10.0  # seconds between two progress lines when stderr is not a terminal
 
 
 def parser() -> argparse.ArgumentParser:
-    p = console.parser("Turn text into shards of GPT-2 tokens, in llm.c's format.", EXAMPLES)
-    whole = console.whole_number
+    p = console.parser(
+        "Turn text into shards of GPT-2 tokens, in llm.c's format.",
+        EXAMPLES,
+        "python fineweb.py [--source WORD ...] [--out DIR] ...",
+    )
+    tokens = console.number(Range(1, 10**15), whole=True)
     text = p.add_argument_group("text")
     text.add_argument(
         "--source",
@@ -58,19 +62,23 @@ def parser() -> argparse.ArgumentParser:
         "--out", type=folder, default=Path("edu_fineweb10B"), metavar="DIR", help="default: %(default)s"
     )
     shards.add_argument(
-        "--shard-tokens", type=whole, default=10**8, metavar="N", help="tokens a shard (default: 1e8)"
+        "--shard-tokens", type=tokens, default=10**8, metavar="N", help="tokens a shard (default: 1e8)"
     )
-    shards.add_argument("--max-tokens", type=whole, metavar="N", help="stop after so many tokens (default: all)")
+    shards.add_argument("--max-tokens", type=tokens, metavar="N", help="stop after so many tokens (default: all)")
     shards.add_argument(
         "--restart", action="store_true", help="begin anew; what is in DIR is set aside in DIR/earlier-1, -2, ..."
     )
     work = p.add_argument_group("work")
     work.add_argument(
-        "--workers", type=whole, metavar="N", help="processes (default: one per CPU; 0: only this one)"
+        "--workers",
+        type=console.number(Range(0, 10_000), whole=True),
+        metavar="N",
+        help="processes (default: one per CPU; 0: only this one)",
     )
     work.add_argument(
         "--encoder",
-        choices=["gigatoken", "tiktoken"],
+        type=console.choice(("gigatoken", "tiktoken")),
+        metavar="WORD",
         default="gigatoken",
         help="their ids are the same, and checked to be; default: gigatoken where it is installed, else tiktoken",
     )
@@ -109,12 +117,6 @@ def main(argv: list[str] | None = None) -> int:
     from aymen_gpt.data import shares
     from aymen_gpt.data.prepare import PrepareOptions, prepare
 
-    for flag, least in (("shard_tokens", 1), ("max_tokens", 1), ("workers", 0)):
-        value = getattr(args, flag)
-        if value is not None and value < least:
-            raise UsageError(f"--{flag.replace('_', '-')} must be at least {least}, got {value}")
-    if args.shard_tokens > MOST_TOKENS:
-        raise UsageError(f"--shard-tokens must be at most {MOST_TOKENS}, got {args.shard_tokens}")
     chosen = {name: value for name, value in vars(args).items() if name not in (*MODES, "source")}
     options = PrepareOptions(source=tuple(args.source), **chosen)
     with Reporter() as reporter:
@@ -123,7 +125,7 @@ def main(argv: list[str] | None = None) -> int:
             summary = shares.prepare_share(options, share, reporter)
         else:
             summary = (shares.merge if args.merge else prepare)(options, reporter)
-    print(closing(summary, share=args.part))
+    console.show(console.as_typed(closing(summary, share=args.part)))
     return 0
 
 
@@ -183,6 +185,7 @@ class Reporter:
             self._show(event, now - self.began)
 
     def _print(self, line: str) -> None:
+        line = printable(line)
         if self.bar is not None:
             self.bar.write(line, file=sys.stderr)
         else:
@@ -207,10 +210,12 @@ class Reporter:
 def closing(summary: "Summary", share: str | None = None) -> str:
     totals = summary.totals
     skipped = ", ".join(f"{count:,} {reason}" for reason, count in sorted(totals.skipped.items())) or "none"
-    data = "" if str(summary.folder) == "edu_fineweb10B" else f" --data {shlex.quote(str(summary.folder))}"
     done = "already prepared" if summary.already else "prepared"
     density = f" ({totals.bytes / max(totals.tokens, 1):.2f} bytes of text per token)" if totals.bytes else ""
-    what, then = f"{summary.shards} shards (the first is for validation)", f"python pretrain.py{data}"
+    what, then = (
+        f"{summary.shards} shards (the first is for validation)",
+        fitting(totals.tokens, str(summary.folder)),
+    )
     if share:
         what, then = f"part {share}", "once all parts are prepared: the same command with --merge for --part"
     return f"""\
@@ -219,3 +224,7 @@ documents  {totals.documents:,}
 tokens     {totals.tokens:,}{density}
 skipped    {skipped}
 next       {then}"""
+
+
+if __name__ == "__main__":
+    console.run(main)

@@ -10,9 +10,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from aymen_gpt.commands import console
-from aymen_gpt.errors import UsageError
+from aymen_gpt.errors import UsageError, printable
 from aymen_gpt.files import check_writable, replace_text
 from aymen_gpt.reporting.anchors import ANCHORS, CHANCE, Anchor, neighbours
+from aymen_gpt.training.config import COUNT
 from aymen_gpt.wording import percent
 
 if TYPE_CHECKING:
@@ -37,10 +38,15 @@ EXAMPLES = """\
 
 
 def parser() -> argparse.ArgumentParser:
-    p = console.parser("Score a model on HellaSwag: four endings, which is likeliest? Chance is 25%.", EXAMPLES)
+    p = console.parser(
+        "Score a model on HellaSwag: four endings, which is likeliest? Chance is 25%.",
+        EXAMPLES,
+        "python hellaswag.py [-m NAME] [--limit N] [--json FILE] ...",
+    )
     p.add_argument(
         "-m",
         "--model",
+        type=console.name,
         default="gpt2",
         metavar="NAME",
         help="a run or checkpoint folder, gpt2, gpt2-medium, gpt2-large, gpt2-xl or another Hub id [gpt2]",
@@ -51,15 +57,16 @@ def parser() -> argparse.ArgumentParser:
     )
     p.add_argument(
         "--protocol",
-        choices=("completion", "harness", "both"),
+        type=console.choice(("completion", "harness", "both")),
+        metavar="WORD",
         default="both",
         help="completion: the text as it is, as llm.c scores; harness: as lm-evaluation-harness [both]",
     )
     p.add_argument(
         "--limit",
-        type=console.whole_number,
+        type=console.number(COUNT, whole=True, unset="all"),
         metavar="N",
-        help="score N examples, evenly spaced over the set [all 10,042]",
+        help="score N examples, evenly spaced over the set; 0: all 10,042 [all]",
     )
     p.add_argument(
         "--data", type=Path, metavar="FILE", help="examples of your own, .jsonl or .parquet [validation set]"
@@ -74,7 +81,10 @@ def parser() -> argparse.ArgumentParser:
         help="score nothing; say whether two files of --json differ by more than luck",
     )
     p.add_argument(
-        "--batch-tokens", type=console.whole_number, metavar="N", help="tokens of a batch, fewer take less memory"
+        "--batch-tokens",
+        type=console.number(COUNT, whole=True),
+        metavar="N",
+        help="tokens of a batch, fewer take less memory",
     )
     return p
 
@@ -85,7 +95,7 @@ def main(argv: list[str] | None = None) -> int:
     if options.compare:
         from aymen_gpt.evaluation.compare import compare_files
 
-        print(comparison_table(compare_files(*options.compare)))
+        console.show(comparison_table(compare_files(*options.compare)))
     else:
         score(options)
     return 0
@@ -115,7 +125,7 @@ def score(options: argparse.Namespace) -> None:
         first = ranks.first if ranks.world_size > 1 else None
         scored = load_model(options.model, device.place, first=first)
         if ranks.is_first:
-            print(introduction(scored.description, device, ranks), file=sys.stderr)
+            print(printable(introduction(scored.description, device, ranks)), file=sys.stderr)
         partial = partial_scores(scored.model, device.dtype, examples, ranks, resume=options.resume)
         with progress_line(ranks) as progress:
             mine = hellaswag.evaluate(
@@ -156,8 +166,8 @@ def partial_scores(
 def report(result: "Result", scored: "Loaded", available: int, options: argparse.Namespace) -> None:
     from aymen_gpt.evaluation.load_model import weights_sha256
 
-    print(f"HellaSwag of {scored.description}")
-    print(coverage(len(result.examples), available, options.data))
+    console.show(f"HellaSwag of {scored.description}")
+    console.show(coverage(len(result.examples), available, options.data))
     print(table(result, published=options.data is None))
     if options.json:
         record = {
@@ -167,15 +177,11 @@ def report(result: "Result", scored: "Loaded", available: int, options: argparse
             "weights_sha256": weights_sha256(scored.model),
         } | result.as_dict()
         replace_text(options.json, f"{json.dumps(record, allow_nan=False)}\n", follow=True)
-        print(f"every answer: {options.json}")
+        console.show(f"every answer: {options.json}")
 
 
 def check(options: argparse.Namespace) -> None:
     """What can be refused before anything is loaded."""
-    for flag in ("limit", "batch_tokens"):
-        value = getattr(options, flag)
-        if value is not None and value < 1:
-            raise UsageError(f"--{flag.replace('_', '-')} {value}: expected at least 1")
     if options.compare and (options.json or options.resume or options.data):
         raise UsageError("--compare reads what --json wrote and scores nothing: give it no other option")
     if options.json and options.json.is_dir():
@@ -279,3 +285,7 @@ def comparison_table(report: "Report") -> str:
     lines += ["", "p: how often two models that are equally good differ at least so much (McNemar's test, exact);"]
     lines += ["interval: bootstrap over examples, in percentage points", "", *report.verdicts()]
     return "\n".join(lines)
+
+
+if __name__ == "__main__":
+    console.run(main)

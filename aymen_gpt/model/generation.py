@@ -8,6 +8,8 @@ from torch import Tensor
 from aymen_gpt.errors import DataError
 from aymen_gpt.model.gpt import GPT
 
+COLD = 1e-6  # logits divided by less would overflow
+
 
 def choose(
     logits: Tensor,
@@ -19,11 +21,11 @@ def choose(
 ) -> int:
     """One token id drawn from logits (V,).
 
-    ``temperature`` divides the logits, 0 takes the likeliest token; ``top_k`` keeps the k likeliest;
-    ``top_p`` keeps the smallest set of likeliest tokens with at least that probability (nucleus sampling,
-    arXiv:1904.09751). The order is temperature, top_k, top_p, as in transformers.
+    ``temperature`` divides the logits, 0 (or less than COLD) takes the likeliest token; ``top_k`` keeps the k
+    likeliest; ``top_p`` keeps the smallest set of likeliest tokens with at least that probability (nucleus
+    sampling, arXiv:1904.09751). The order is temperature, top_k, top_p, as in transformers.
     """
-    if temperature == 0:
+    if temperature < COLD:
         return int(logits.argmax())
     logits = logits.float() / temperature
     if top_k is not None and top_k < logits.numel():
@@ -32,6 +34,7 @@ def choose(
     if top_p is not None and top_p < 1:
         ordered, order = probabilities.sort(descending=True)
         dropped = ordered.cumsum(-1) - ordered >= top_p  # the mass before a token already suffices
+        dropped[0] = False  # whatever top_p is rounded to
         probabilities[order[dropped]] = 0.0
     return int(torch.multinomial(probabilities, 1, generator=generator))
 

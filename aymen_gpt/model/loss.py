@@ -79,6 +79,11 @@ def _log_p(logits: Tensor, t: Tensor, vocab_size: int, p_room: Tensor | None, wi
     return log_p
 
 
+def default_chunk(device: str) -> int:
+    """Tokens whose logits exist at once, on a type of device."""
+    return 1024 if device == "cpu" else 8192
+
+
 def linear_cross_entropy(
     hidden: Tensor, weight: Tensor, targets: Tensor, vocab_size: int, *, chunk_tokens: int | None = None
 ) -> Tensor:
@@ -93,7 +98,7 @@ def linear_cross_entropy(
     device = hidden.device.type
     dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else hidden.dtype
     if chunk_tokens is None:
-        chunk_tokens = 1024 if device == "cpu" else 8192
+        chunk_tokens = default_chunk(device)
     with_grad = torch.is_grad_enabled() and (hidden.requires_grad or weight.requires_grad)
     flat = hidden.reshape(-1, hidden.size(-1))
     with torch.autocast(device, enabled=False):

@@ -102,7 +102,9 @@ def first_not_finite(tensors: Tensors) -> str | None:
     return next((name for name, t in tensors.items() if not torch.isfinite(t).all()), None)
 
 
-def publish(run: Path, captured: Capture, snapshot: Snapshot, *, keep_last: int, keep_every: int = 0) -> Path:
+def publish(
+    run: Path, captured: Capture, snapshot: Snapshot, *, keep_last: int, keep_every: int | None = None
+) -> Path:
     """Write the checkpoint of ``snapshot.step``, then drop old ones; its folder.
 
     The newest ``keep_last`` stay, and those whose step is a multiple of ``keep_every``. What is written is read
@@ -156,7 +158,7 @@ def _require_space(folder: Path, needed: int) -> None:
         raise OSError(errno.ENOSPC, why)
 
 
-def _drop_old(run: Path, step: int, keep_last: int, keep_every: int) -> None:
+def _drop_old(run: Path, step: int, keep_last: int, keep_every: int | None) -> None:
     """Delete what is older than the newest ``keep_last`` whole checkpoints up to ``step``, milestones excepted.
 
     To count the whole ones costs little: the newest was hashed a moment ago, the others once in this process.
@@ -266,7 +268,7 @@ def restore(folder: Path, model: GPT, optimizer: torch.optim.AdamW) -> Snapshot:
 class Saver:
     """Publishes checkpoints in a thread while training goes on; leaving the ``with`` waits for the last one."""
 
-    def __init__(self, run: Path, *, keep_last: int, keep_every: int, warn: Callable[[str], None]) -> None:
+    def __init__(self, run: Path, *, keep_last: int, keep_every: int | None, warn: Callable[[str], None]) -> None:
         self.run, self.keep_last, self.keep_every, self.warn = run, keep_last, keep_every, warn
         self.failures = 0  # in a row
         self.error: Exception | None = None  # of the newest save

@@ -12,21 +12,30 @@ from pathlib import Path
 
 import torch
 
-from aymen_gpt.errors import UsageError
+from aymen_gpt.errors import UsageError, nearest
 
-# Dense bf16 peak of one device in FLOP/s, from the makers' data sheets; the first name found in the device's
-# name counts. MFU is tokens/s x GPTConfig.flops_per_token / this, and is not reported for unknown devices.
-PEAK_FLOPS = {
-    "B200": 2250e12,
-    "H200": 989e12,
-    "H100 PCIe": 756e12,
-    "H100": 989e12,
-    "GH200": 989e12,
-    "A100": 312e12,
-    "L40S": 362e12,
-    "A10G": 70e12,
-    "RTX 4090": 165e12,
-    "RTX 3090": 71e12,
+
+@dataclass(frozen=True)
+class Kind:
+    """A kind of GPU, from its maker's data sheet: dense bf16 peak in FLOP/s, memory in GB."""
+
+    peak_flops: float
+    memory_gb: float
+
+
+# The first name found in the device's name counts. MFU is tokens/s x GPTConfig.flops_per_token / peak, and is not
+# reported for unknown devices.
+KINDS = {
+    "B200": Kind(2250e12, 180),
+    "GH200": Kind(989e12, 96),
+    "H200": Kind(989e12, 141),
+    "H100 PCIe": Kind(756e12, 80),
+    "H100": Kind(989e12, 80),
+    "A100": Kind(312e12, 80),
+    "L40S": Kind(362e12, 48),
+    "A10G": Kind(70e12, 24),
+    "RTX 4090": Kind(165e12, 24),
+    "RTX 3090": Kind(71e12, 24),
 }
 
 
@@ -68,7 +77,7 @@ def choose_device(name: str = "auto", dtype: str = "auto", local_rank: int = 0) 
         torch.cuda.set_device(device)
         torch.set_float32_matmul_precision("high")  # TF32 for what autocast leaves in float32
     full_name = torch.cuda.get_device_name(device) if kind == "cuda" else cpu_name()
-    peak = next((flops for key, flops in PEAK_FLOPS.items() if key in full_name), None)
+    peak = next((k.peak_flops for key, k in KINDS.items() if key in full_name), None)
     return Device(device, _dtype(dtype, kind), full_name, peak)
 
 
@@ -97,6 +106,20 @@ def be_deterministic() -> None:
 def is_out_of_memory(error: RuntimeError) -> bool:
     """Whether an allocation failed, on a GPU or (rarely: Linux prefers to kill) in host memory."""
     return isinstance(error, torch.OutOfMemoryError) or "can't allocate memory" in str(error)
+
+
+def device_elsewhere(name: str, dtype: str) -> tuple[Device, float]:
+    """A device of one of the KINDS, to plan for, and its memory in GB; UsageError for another name."""
+    known = {key.lower().replace(" ", "-"): key for key in KINDS}
+    if name not in known:
+        raise UsageError(f"--on {name}: expected {', '.join(known)}{nearest(name, known)}")
+    kind = KINDS[known[name]]
+    return Device(
+        torch.device("cuda"),
+        _dtype("bfloat16" if dtype == "auto" else dtype, "cuda"),
+        known[name],
+        kind.peak_flops,
+    ), kind.memory_gb
 
 
 def memory_in_words(device: Device) -> str:
@@ -144,6 +167,13 @@ def memory_gb() -> float | None:
         return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 1e9
     except (ValueError, OSError, AttributeError):
         return None
+
+
+def memory_there(device: Device) -> float | None:
+    """Memory for tensors in GB: the GPU's own, or the machine's."""
+    if device.place.type == "cuda":
+        return torch.cuda.mem_get_info(device.place)[1] / 1e9
+    return memory_gb()
 
 
 def peak_memory(place: torch.device) -> int:

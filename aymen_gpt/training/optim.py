@@ -75,11 +75,13 @@ def set_learning_rate(optimizer: torch.optim.Optimizer, lr: float) -> None:
         group["lr"] = lr
 
 
-def clip_gradients(parameters: Iterable[Tensor], limit: float) -> float:
-    """Scale the gradients to a total L2 norm of at most ``limit``; the norm before."""
+def clip_gradients(parameters: Iterable[Tensor], limit: float | None) -> float:
+    """Scale the gradients to a total L2 norm of at most ``limit`` (None: any); the norm before."""
     parameters = list(parameters)
     total = nn.utils.get_total_norm([p.grad for p in parameters if p.grad is not None])
     norm = total.item()
-    if norm > limit:  # mostly it is not, once training goes well: a pass over all gradients less
+    if (
+        limit is not None and norm > limit
+    ):  # mostly it is not, once training goes well: a pass over all gradients less
         nn.utils.clip_grads_with_norm_(parameters, limit, total)
     return norm

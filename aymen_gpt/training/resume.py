@@ -95,7 +95,7 @@ def identity(config: TrainConfig, data_sha256: str) -> dict[str, Any]:
 
 def options(config: TrainConfig) -> dict[str, Any]:
     """The options that may change between the parts of a run."""
-    fixed = {"run", "preset", "seed", "tokens_per_step", "block_size"}
+    fixed = {"run", "preset", "seed", "tokens_per_step", *asdict(config.model)}
     return {("data_folder" if k == "data" else k): v for k, v in asdict(config).items() if k not in fixed}
 
 

@@ -25,7 +25,7 @@ from typing import Any
 
 from tqdm import tqdm
 
-from aymen_gpt.errors import CannotWrite, DataError, Stopped, redact
+from aymen_gpt.errors import CannotWrite, DataError, Stopped, printable, redact
 from aymen_gpt.files import free_name, json_object, lock, read_json, replace_text, set_aside, write_whole
 
 FILES = ["config.json", "samples.jsonl", "failure.json", "report.html", "metrics.jsonl", "status.json"]
@@ -82,6 +82,7 @@ class RunLog:
 
     def say(self, text: str) -> None:
         """A line for the person who watches; standard error, so that output can be piped."""
+        text = printable(text)
         tqdm.write(text, file=sys.stderr) if self.bar is not None else print(text, file=sys.stderr, flush=True)
 
     def status(self, state: str, message: str = "") -> None:
@@ -92,7 +93,7 @@ class RunLog:
             "message": message,
             "updated": datetime.now(UTC).isoformat(timespec="seconds"),
         }
-        self._replace("status.json", json.dumps(value, indent=2) + "\n")
+        self._replace("status.json", json.dumps(redact(value), indent=2) + "\n")
 
     def failure(self, found: dict[str, Any]) -> None:
         """Keep what is known of the step that ended the run."""
@@ -118,7 +119,7 @@ class RunLog:
         history.append({"step": self.step, **now, "changed": changed or {}})
         first = history[0].get("started") or config.get("started")
         config = config | {"started": first, "history": history}
-        self._replace("config.json", redact(json.dumps(config, indent=2)) + "\n")
+        self._replace("config.json", json.dumps(redact(config), indent=2) + "\n")
         last = -1 if step is None else step
         self._keep_up_to("metrics.jsonl", last, lambda line: json_object(line)["step"])
         self._keep_up_to("samples.jsonl", self.last_step(), lambda line: json_object(line)["step"])

@@ -40,7 +40,7 @@ TRACKERS: dict[str, Callable[[Path, dict[str, Any]], Send]] = {
 }
 
 
-def tracker(name: str, folder: Path, config: dict[str, Any]) -> Callable[[dict[str, Any]], None] | None:
+def tracker(name: str | None, folder: Path, config: dict[str, Any]) -> Callable[[dict[str, Any]], None] | None:
     """Something to call with each row of metrics.jsonl, None without a name.
 
     Whatever fails in it is said once, then it stays silent: a run never depends on a tracker. UsageError for an

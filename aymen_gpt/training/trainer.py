@@ -21,7 +21,7 @@ from torch import Tensor
 
 from aymen_gpt.data import tokenizer
 from aymen_gpt.data.loader import TokenRows, deal
-from aymen_gpt.errors import AymenError, CannotWrite, DataError, Stopped, UsageError
+from aymen_gpt.errors import AymenError, CannotWrite, DataError, Stopped
 from aymen_gpt.model import cpu
 from aymen_gpt.model.generation import generate
 from aymen_gpt.model.gpt import GPT
@@ -74,11 +74,7 @@ class Trainer:
 
     def __post_init__(self) -> None:
         c = self.config
-        if c.rows_per_step < self.ranks.world_size:
-            raise UsageError(
-                f"{self.ranks.world_size} processes for {c.rows_per_step} rows a step: use fewer, or raise "
-                f"--tokens-per-step to at least {self.ranks.world_size * c.block_size}"
-            )
+        c.require_rows(self.ranks.world_size)
         largest = c.largest_micro_batch(on_cuda=self.device.place.type == "cuda")
         self.micro_batch, _ = dealt(c.rows_per_step, self.ranks.world_size, largest)
         self.model = GPT(c.model, torch.Generator().manual_seed(c.seed)).to(self.device.place)
@@ -391,7 +387,9 @@ class Trainer:
     def scores_after(self, step: int) -> bool:
         """Whether HellaSwag is scored after update ``step``."""
         c = self.config
-        return bool(self.score and c.hellaswag_every) and (step % c.hellaswag_every == 0 or step == c.steps)
+        if self.score is None or c.hellaswag_every is None:
+            return False
+        return step % c.hellaswag_every == 0 or step == c.steps
 
     def report(self, log: RunLog | None, result: StepResult) -> None:
         """Measure what is due after a step's checkpoint (score, samples), and log the step."""
