@@ -109,7 +109,7 @@ class RunLog:
         self._tell_start(step, changed or {})
         for name in FILES:
             if (self.folder / name).is_dir():
-                self._set_aside(name, "is a folder, not a file")
+                self._set_aside(name, f"{self.folder / name} is a folder, not a file")
         history = self._history()
         if step is None:
             history = []
@@ -143,7 +143,7 @@ class RunLog:
         try:
             history = read_json(path).get("history")
             if not isinstance(history, list) or not all(isinstance(start, dict) for start in history):
-                raise DataError(f"{path}: it does not have the starts of a run")
+                raise DataError(f"{path} does not have the starts of a run")
         except DataError as error:
             self._set_aside(path.name, error)
             return []
@@ -162,14 +162,17 @@ class RunLog:
         else:
             kept = free_name(path.with_name(f"{name}.damaged"))
             write_whole(kept, content)
-        self.say(f"warning: {path}: {why}; set aside as {kept.name}")
+        self.say(f"warning: {why}; set aside as {kept.name}")
 
     def _keep_up_to(self, name: str, step: int, step_of: Callable[[bytes], int]) -> None:
         """Drop the lines of a log past ``step``, a last one that a kill cut short, and those that are damaged."""
         path = self.folder / name
-        if not path.exists():
+        try:
+            content = path.read_bytes()
+        except FileNotFoundError:
             return
-        content = path.read_bytes()
+        except OSError as error:
+            return self._set_aside(name, f"cannot read {path}: {error.strerror}")
         kept, n_bad = [], 0
         for line in content.split(b"\n")[:-1]:
             try:
@@ -178,7 +181,7 @@ class RunLog:
             except (ValueError, KeyError, IndexError, TypeError):
                 n_bad += 1
         if n_bad:
-            self._set_aside(name, f"damaged lines ({n_bad:,}), the others stay", content)
+            self._set_aside(name, f"{path} has damaged lines ({n_bad:,}), the others stay", content)
         write_whole(path, b"".join(kept))
 
     def last_step(self) -> int:
