@@ -226,12 +226,21 @@ def files_of(folder):
     return {name: sha256 for name, sha256 in digest(folder).items() if name != "manifest.json"}
 
 
-def test_too_many_bad_rows_are_found_at_the_merge(tmp_path):
-    path = write_parquet(tmp_path / "a.parquet", [*make_texts(300), None, None, None, None, *make_texts(300)])
+def test_too_many_bad_rows_are_found_at_the_merge_and_mended_by_its_advice(tmp_path):
+    texts = make_texts(300)
+    path = write_parquet(tmp_path / "a.parquet", [*texts, None, None, None, None, *texts])
     options = PrepareOptions((str(path),), tmp_path / "out", 1000, workers=0)
     prepare_shares(options, 2)
-    with pytest.raises(DataError, match=r"4 of \d+ rows have no usable text .*: a.parquet, slice 6, row 0"):
+    with pytest.raises(
+        DataError,
+        match=r"4 of \d+ rows have .*: a.parquet, slice 6, row 0: null; .* the commands with --part again",
+    ):
         shares.merge(options, quiet)
+    assert shares.merge(replace(options, skip_bad_rows=True), quiet).totals.skipped == {"null": 4}
+    write_parquet(path, [*texts, *texts])
+    again = replace(options, restart=True)
+    prepare_shares(again, 2)
+    assert shares.merge(again, quiet).totals.documents == 600
 
 
 @pytest.mark.fault(26)

@@ -121,6 +121,8 @@ class Preparation:
     Once ``run`` or ``repair`` has begun, ``source`` and ``manifest`` are those of the folder.
     """
 
+    to_restart = "the same command with --restart"
+
     def __init__(self, options: PrepareOptions, report: Report) -> None:
         self.options, self.out, self.report = options, options.out, report
         self.no_text = options.out  # no file in there is taken for text
@@ -294,11 +296,22 @@ class Preparation:
                 name = shards.shard_name(split, len(done), "edufineweb" if self.source.repo else "shard")
                 done.append(_write_shard(stream, self.out / name, room, self._tell))
                 self.manifest["totals"] = asdict(totals)
-                check_bad_rows(self.options, totals, at_least=100)
+                self.check_bad_rows(totals, at_least=100)
                 self.save()
                 self.drop_downloads(stream.position.file)
         self.manifest["totals"] = asdict(totals)
-        check_bad_rows(self.options, totals, at_least=1)
+        self.check_bad_rows(totals, at_least=1)
+
+    def check_bad_rows(self, totals: Totals, at_least: int) -> None:
+        """DataError when too many rows, and at least so many, have no usable text."""
+        skipped = sum(totals.skipped.values())
+        bad, rows = skipped - totals.skipped.get("empty", 0), skipped + totals.documents
+        if bad >= at_least and bad > BAD_ROWS * rows and not self.options.skip_bad_rows:
+            first = "; ".join(f"{name}, {place}" for name, place in totals.bad.items())
+            raise DataError(
+                f"{bad:,} of {rows:,} rows have no usable text (more than {BAD_ROWS:.1%}): {first}; mend or "
+                f"remove them and type {self.to_restart}, or leave such rows out with --skip-bad-rows"
+            )
 
     def _tell(self, stream: TokenStream) -> None:
         slice, before = stream.slice, self.bytes_before
@@ -405,15 +418,3 @@ def val_tokens(options: PrepareOptions, sources_bytes: int) -> int:
     """The tokens of shard 0 for about so many bytes of text."""
     estimate = min(sources_bytes // BYTES_PER_TOKEN, options.max_tokens or 2**63)
     return max(1, min(options.shard_tokens, max(estimate // 20, min(estimate // 4, SMALL_VAL))))
-
-
-def check_bad_rows(options: PrepareOptions, totals: Totals, at_least: int) -> None:
-    """DataError when too many rows, and at least so many, have no usable text."""
-    skipped = sum(totals.skipped.values())
-    bad, rows = skipped - totals.skipped.get("empty", 0), skipped + totals.documents
-    if bad >= at_least and bad > BAD_ROWS * rows and not options.skip_bad_rows:
-        first = "; ".join(f"{name}, {place}" for name, place in totals.bad.items())
-        raise DataError(
-            f"{bad:,} of {rows:,} rows have no usable text (more than {BAD_ROWS:.1%}): {first}; mend or remove "
-            "them and type the same command with --restart, or leave such rows out with --skip-bad-rows"
-        )

@@ -138,6 +138,8 @@ class SharePreparation(Preparation):
 class Merge(Preparation):
     """The shards of the whole source, from its finished shares: neither the source nor the network is read."""
 
+    to_restart = "the commands with --part again, each with --restart, and then this one with --restart"
+
     @functools.cached_property
     def finished(self) -> "list[Finished]":
         return _finished_shares(self.options)

@@ -77,7 +77,7 @@ def slices_of(source: Source, number: int, path: Path) -> Iterator[Slice]:
     """The slices of one file, in order. DataError when it is not what its name says, or changes meanwhile."""
     file = source.files[number]
     kind = file.name
-    modified = path.stat().st_mtime_ns if file.modified_ns is None else file.modified_ns
+    modified = status_of(path).st_mtime_ns if file.modified_ns is None else file.modified_ns
     version = file.bytes, modified
     with _readable(path, version):
         if kind.endswith(".parquet"):
