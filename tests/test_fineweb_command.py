@@ -57,7 +57,8 @@ def test_text_becomes_shards_and_the_summary_says_what_happened(door, texts, tmp
     assert lines[1:3][0].split() == ["documents", "400"]
     assert lines[2].startswith(f"tokens     {n_tokens:,} (")
     assert lines[3].split() == ["skipped", "1", "empty"]
-    assert lines[4] == "next       python pretrain.py --data 'my data'"
+    assert lines[4].startswith("next       ")
+    assert "pretrain.py --preset demo --data 'my data' --steps " in lines[4]
     again = door("fineweb.py", "--source", f"./{texts.name}", "--out", "my data/", "--shard-tokens", "2_000")
     assert again.stdout.startswith("already prepared: my data, ")
 
@@ -82,16 +83,20 @@ def test_verify_and_repair(door, texts, tmp_path):
     ("words", "code", "message"),
     [
         (["--source", "nowhere"], 2, "error: --source nowhere: no such file or folder"),
-        (["--shard-tokens", "0"], 2, "error: --shard-tokens must be at least 1, got 0"),
-        (["--source", ""], 2, "argument --source: a name cannot be empty"),
-        (["--source", "file", ""], 2, "argument --source: a name cannot be empty"),
-        (["--out="], 2, "argument --out: a name cannot be empty"),
-        (["--text-column", ""], 2, "argument --text-column: a name cannot be empty"),
-        (["--revision", ""], 2, "argument --revision: a name cannot be empty"),
-        (["--part", ""], 2, "argument --part: a name cannot be empty"),
-        (["--shard-tokens", "2**31"], 2, "error: --shard-tokens must be at most 2147483647, got 2147483648"),
-        (["--workers", "-1"], 2, "error: --workers must be at least 0, got -1"),
-        (["--max-tokens", "1.5"], 2, "invalid whole number value: '1.5'"),
+        (["--shard-tokens", "0"], 2, "error: --shard-tokens 0: expected a whole number from 1 to 2,147,483,647"),
+        (["--source", ""], 2, "error: --source '': expected a name"),
+        (["--source", "file", ""], 2, "error: --source '': expected a name"),
+        (["--out="], 2, "error: --out '': expected a name"),
+        (["--text-column", ""], 2, "error: --text-column '': expected a name"),
+        (["--revision", ""], 2, "error: --revision '': expected a name"),
+        (["--part", ""], 2, "error: --part '': expected a name"),
+        (
+            ["--shard-tokens", "2**31"],
+            2,
+            "error: --shard-tokens 2**31: expected a whole number from 1 to 2,147,483,647",
+        ),
+        (["--workers", "-1"], 2, "error: --workers -1: expected a whole number from 0 to 10,000"),
+        (["--max-tokens", "1.5"], 2, "error: --max-tokens 1.5: expected a whole number"),
         (["--verify", "--repair"], 2, "not allowed with argument"),
         (["--verify", "--restart"], 2, "error: --restart begins anew, --verify does not"),
         (["--repair", "--restart"], 2, "error: --restart begins anew, --repair does not"),
@@ -108,7 +113,8 @@ def test_a_mistake_is_one_line_and_its_exit_code(tmp_path, monkeypatch, capsys, 
         console.run(lambda: fineweb.main(words))
     said = capsys.readouterr().err
     assert ended.value.code == code, said
-    assert message in said.splitlines()[-1]
+    assert message in said
+    assert len(said.splitlines()) <= 2
     assert [path.name for path in tmp_path.iterdir()] == ["file"]
 
 

@@ -34,22 +34,26 @@ def parser() -> argparse.ArgumentParser:
         "python fineweb.py [--source WORD ...] [--out DIR] ...",
     )
     tokens = console.number(Range(1, 10**15), whole=True)
+    shard_tokens = console.number(Range(1, MOST_TOKENS), whole=True)
     text = p.add_argument_group("text")
     text.add_argument(
         "--source",
         nargs="+",
-        type=name,
+        type=console.name,
         default=["hub"],
         metavar="WORD",
         help="`hub` (FineWeb-Edu from Hugging Face, the default), `builtin` (documentation installed with "
         "Python), files and folders of .parquet, .jsonl, .jsonl.gz, .jsonl.zst, .txt, .md",
     )
     text.add_argument(
-        "--text-column", type=name, metavar="NAME", help="column or key of the text (default: text, else content)"
+        "--text-column",
+        type=console.name,
+        metavar="NAME",
+        help="column or key of the text (default: text, else content)",
     )
     text.add_argument(
         "--revision",
-        type=name,
+        type=console.name,
         metavar="COMMIT",
         help="of the dataset on the Hub (default of FineWeb-Edu: a pinned one)",
     )
@@ -62,7 +66,7 @@ def parser() -> argparse.ArgumentParser:
         "--out", type=folder, default=Path("edu_fineweb10B"), metavar="DIR", help="default: %(default)s"
     )
     shards.add_argument(
-        "--shard-tokens", type=tokens, default=10**8, metavar="N", help="tokens a shard (default: 1e8)"
+        "--shard-tokens", type=shard_tokens, default=10**8, metavar="N", help="tokens a shard (default: 1e8)"
     )
     shards.add_argument("--max-tokens", type=tokens, metavar="N", help="stop after so many tokens (default: all)")
     shards.add_argument(
@@ -85,7 +89,7 @@ def parser() -> argparse.ArgumentParser:
     what = work.add_mutually_exclusive_group()
     what.add_argument(
         "--part",
-        type=name,
+        type=console.name,
         metavar="I/N",
         help="prepare only the I-th of N shares of the source, on this machine of many",
     )
@@ -95,14 +99,8 @@ def parser() -> argparse.ArgumentParser:
     return p
 
 
-def name(text: str) -> str:
-    if not text:
-        raise argparse.ArgumentTypeError("a name cannot be empty")
-    return text
-
-
 def folder(text: str) -> Path:
-    return Path(name(text))
+    return Path(console.name(text))
 
 
 def main(argv: list[str] | None = None) -> int:
