@@ -212,7 +212,7 @@ def test_the_published_command_speaks_to_the_hub_through_its_environment(door, t
         refused = door("fineweb.py", "--out", "other", "--workers", 0, **environment)
     assert done.returncode == 0, done.stderr
     assert "downloading sample/10BT/001_00000.parquet" in done.stderr
-    assert done.stdout.splitlines()[-1] == "next       python pretrain.py"
+    assert "pretrain.py --preset demo --data edu_fineweb10B --steps " in done.stdout.splitlines()[-1]
     manifest = (tmp_path / "edu_fineweb10B/manifest.json").read_text()
     assert json.loads(manifest)["totals"]["documents"] == 100
     assert refused.returncode == 69

@@ -7,6 +7,7 @@ import torch
 
 from aymen_gpt.model.gpt import GPT, PRESETS, GPTConfig
 from aymen_gpt.training import checkpoint, optim, plan
+from aymen_gpt.training.guard import Guard
 
 
 @pytest.mark.parametrize("name", PRESETS)
@@ -27,7 +28,7 @@ def test_a_checkpoint_is_as_large_as_was_said(tmp_path):
     model = GPT(config, torch.Generator().manual_seed(0))
     optimizer = optim.adamw(model, lr=1e-3, betas=(0.9, 0.95), weight_decay=0.1)
     optim.start_moments(model, optimizer)
-    snapshot = checkpoint.Snapshot(1, 1, 8, {}, {}, {}, {"step": 1})
+    snapshot = checkpoint.Snapshot(1, 1, 8, {}, {}, Guard().state(), {"step": 1})
     folder = checkpoint.publish(tmp_path, checkpoint.capture(model, optimizer), snapshot, keep_last=2)
     size = sum(path.stat().st_size for path in folder.iterdir())
     assert plan.checkpoint_bytes(config) == pytest.approx(size, rel=0.01)

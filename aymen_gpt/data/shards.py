@@ -203,9 +203,9 @@ def read_document_sources(shard: Path, n_documents: int) -> list[tuple[str | Non
     if not path.exists():
         return None
     with _readable(path):
-        content = path.read_bytes()
-    try:
-        table = pq.read_table(pa.BufferReader(content), columns=["id", "url"])
+        path.open("rb").close()
+    try:  # from the path: Arrow's threads must hold no Python object when the process ends (they abort it)
+        table = pq.read_table(path, columns=["id", "url"])
         rows = list(zip(table["id"].to_pylist(), table["url"].to_pylist(), strict=True))
     except (pa.ArrowException, OSError, ValueError, LookupError) as error:
         raise _damaged(path, f"is damaged ({fetch.one_line(str(error))})") from None
