@@ -34,14 +34,14 @@ demo: setup
 	$(BIN)/python -m aymen_gpt.commands.demo
 
 report: setup
-	$(BIN)/python -m aymen_gpt.commands.report $(RUN)
+	$(BIN)/python -m paper.build $(RUN)
 
 record: .venv/installed-dev
-	$(BIN)/python -m aymen_gpt.commands.report runs/demo --digest docs/results/demo
+	$(BIN)/python -m tools.record runs/demo docs/results/demo
 	$(BIN)/jupyter-execute --inplace GPT-nb.ipynb
-	$(BIN)/python -m aymen_gpt.commands.report docs/results/demo
+	$(BIN)/python -m paper.build docs/results/demo
 	pdftoppm -r 75 -f 5 -l 5 -png -singlefile build/report/research-report.pdf docs/images/paper
-	chromium --headless --no-sandbox --hide-scrollbars --window-size=1280,1500 --screenshot=docs/images/report.png runs/demo/report.html
+	chromium --headless --no-sandbox --hide-scrollbars --window-size=1280,1560 --screenshot=docs/images/report.png runs/demo/report.html
 
 test: .venv/installed-dev
 	$(BIN)/python -m pytest -n 2

@@ -5,7 +5,7 @@ python fineweb.py --source my/texts --out data/mine  parquet, jsonl, jsonl.gz, j
 python fineweb.py --help
 """
 
-from aymen_gpt.commands import console, fineweb
+from aymen_gpt.__main__ import main
 
 if __name__ == "__main__":
-    console.run(fineweb.main)
+    main("fineweb")

@@ -4,7 +4,7 @@ python generate.py -m runs/gpt2 "Once upon a time"
 python generate.py -m gpt2 "Hello, I'm a language model," --temperature 0.8 -n 3
 """
 
-from aymen_gpt.commands import console, generate
+from aymen_gpt.__main__ import main
 
 if __name__ == "__main__":
-    console.run(generate.main)
+    main("generate")

@@ -5,7 +5,7 @@ python hellaswag.py -m gpt2 -d cuda                             OpenAI's GPT-2 1
 python hellaswag.py -m runs/demo --limit 1000 --json score.json
 """
 
-from aymen_gpt.commands import console, hellaswag
+from aymen_gpt.__main__ import main
 
 if __name__ == "__main__":
-    console.run(hellaswag.main)
+    main("hellaswag")

@@ -5,7 +5,7 @@ torchrun --standalone --nproc_per_node=8 pretrain.py            the same run on 
 python pretrain.py --preset demo                                a small GPT, minutes on a laptop
 """
 
-from aymen_gpt.commands import console, pretrain
+from aymen_gpt.__main__ import main
 
 if __name__ == "__main__":
-    console.run(pretrain.main)
+    main("pretrain")

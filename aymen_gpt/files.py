@@ -2,15 +2,18 @@
 
 import errno
 import hashlib
+import itertools
 import json
 import os
+import re
+import stat
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any, BinaryIO, TextIO
 
-from aymen_gpt.errors import CannotWrite, DataError
+from aymen_gpt.errors import AymenError, CannotWrite, DataError
 
 try:
     import fcntl
@@ -18,42 +21,133 @@ except ImportError:  # Windows: folders are not locked there
     fcntl = None  # type: ignore[assignment]
 
 
-CANNOT_WRITE = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EACCES, errno.EPERM, errno.ENOTDIR)
+FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+IN_THE_WAY = "a file stands where a folder should be"
+REASONS = {errno.EEXIST: IN_THE_WAY, errno.ENOTDIR: IN_THE_WAY, errno.EISDIR: "this is a folder"}
 
 
 @contextmanager
-def whole_file(path: Path) -> Iterator[BinaryIO]:
+def writing(what: str, choose: str = "choose another path") -> Iterator[None]:
+    """Around the writing of something: the system's OSErrors become a CannotWrite with the reason and the way out.
+
+    Errors that speak to the user already, and those of libraries (which have no number), pass.
+    """
+    try:
+        yield
+    except OSError as error:
+        if isinstance(error, AymenError) or error.errno is None:
+            raise
+        room = "make room or " if error.errno in FULL else ""
+        reason = REASONS.get(error.errno, error.strerror)
+        raise CannotWrite(f"cannot write {what}: {reason}; {room}{choose}") from error
+
+
+def place_of(path: Path) -> tuple[Path, bool]:
+    """Where the bytes of ``path`` belong, links followed, and whether that is a file to be replaced.
+
+    A device or a pipe is none: it is written through.
+    """
+    try:
+        mode = path.stat().st_mode
+    except FileNotFoundError:  # nothing there, or a link to nothing
+        return Path(os.path.realpath(path)), True
+    if stat.S_ISDIR(mode):
+        raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR))
+    return (Path(os.path.realpath(path)), True) if stat.S_ISREG(mode) else (path, False)
+
+
+def beside(path: Path) -> Path:
+    """The name under which a file is written until it is whole."""
+    return path.with_name(f".{path.name[-40:]}.{os.getpid()}.tmp")
+
+
+@contextmanager
+def whole_file(path: Path, *, follow: bool = False) -> Iterator[BinaryIO]:
     """A file to write that appears as ``path`` when the block ends well, complete and on the disk, or never.
 
-    CannotWrite when the disk is full or read-only; what was there before stays.
+    CannotWrite when it cannot be written, what was there before stays. A link is replaced, or followed with
+    ``follow``; a device or a pipe gets the bytes as they come.
     """
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    with writing(str(path), "choose another path, then run the same command again"):
+        final, replace = place_of(path) if follow or not path.is_symlink() else (path, True)
+        if not replace:
+            with path.open("wb") as file:
+                yield file
+            return
+        temporary = beside(final)
+        try:
+            final.parent.mkdir(parents=True, exist_ok=True)
+            with temporary.open("wb") as file:
+                yield file
+                file.flush()
+                os.fsync(file.fileno())
+            os.replace(temporary, final)
+            sync(final.parent)
+        finally:
+            with suppress(OSError):
+                temporary.unlink(missing_ok=True)
+
+
+def sweep(folder: Path) -> None:
+    """Delete what ``whole_file`` left in a folder in processes that are dead now."""
+    for path in folder.glob(".*.tmp"):
+        if (match := re.fullmatch(r"\..+\.(\d+)\.tmp", path.name)) and not _is_alive(int(match[1])):
+            path.unlink(missing_ok=True)
+
+
+def _is_alive(pid: int) -> bool:
+    """Whether another process has this number now; on Windows, which cannot say so cheaply, none has."""
+    if pid == os.getpid() or os.name == "nt":
+        return False
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with temporary.open("wb") as file:
-            yield file
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-        sync(path.parent)
-    except OSError as error:
-        if error.errno not in CANNOT_WRITE:
-            raise
-        reason = f"cannot write {path}: {error.strerror}; make room or choose another folder"
-        raise CannotWrite(f"{reason}, then run the same command again") from error
-    finally:
-        with suppress(OSError):
-            temporary.unlink(missing_ok=True)
+        os.kill(pid, 0)
+    except (ProcessLookupError, OverflowError):
+        return False
+    except PermissionError:
+        pass
+    return True
 
 
-def write_whole(path: Path, content: bytes) -> None:
-    with whole_file(path) as file:
+def check_writable(path: Path) -> None:
+    """Raise now the CannotWrite that ``whole_file`` would raise when the work is done. Leaves nothing behind."""
+    with writing(str(path)):
+        final, replace = place_of(path)
+        if not replace:
+            if not os.access(path, os.W_OK):
+                raise PermissionError(errno.EACCES, os.strerror(errno.EACCES))
+            return
+        made = [folder for folder in final.parents if not folder.exists()]
+        try:
+            final.parent.mkdir(parents=True, exist_ok=True)
+            with suppress(FileNotFoundError):
+                final.stat()  # a name may be too long where the one beside it is not
+            beside(final).touch()
+            beside(final).unlink()
+        finally:
+            for folder in made:
+                with suppress(OSError):
+                    folder.rmdir()
+
+
+def write_whole(path: Path, content: bytes, *, follow: bool = False) -> None:
+    with whole_file(path, follow=follow) as file:
         file.write(content)
 
 
-def replace_text(path: Path, text: str) -> None:
+def replace_text(path: Path, text: str, *, follow: bool = False) -> None:
     """Write a text file so that a reader sees the old or the new one, whole."""
-    write_whole(path, text.encode())
+    write_whole(path, text.encode(), follow=follow)
+
+
+def free_name(path: Path) -> Path:
+    """The first of PATH-1, PATH-2, ... that nothing has."""
+    names = (path.with_name(f"{path.name}-{number}") for number in itertools.count(1))
+    return next(name for name in names if not os.path.lexists(name))
+
+
+def set_aside(path: Path) -> Path:
+    """Rename what cannot be used, so that it stays for a look at it: NAME.damaged-1, or -2, ...; the new path."""
+    return path.rename(free_name(path.with_name(f"{path.name}.damaged")))
 
 
 def sync(path: Path) -> None:
@@ -102,19 +196,17 @@ def lock(folder: Path, option: str) -> TextIO:
     Raises CannotWrite, naming the holder, when another process has it, or when nothing can be written there;
     ``option`` is the flag that chooses another folder.
     """
-    try:
+    with writing(f"into {folder}", f"choose another folder with {option}"):
         folder.mkdir(parents=True, exist_ok=True)
         f = (folder / ".lock").open("a+")
-        if fcntl is not None:
-            fcntl.flock(f, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        try:
+            if fcntl is not None:
+                fcntl.flock(f, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            f.seek(0)
+            holder = f.read().strip() or "another process"
+            raise CannotWrite(f"{folder} is in use by {holder}; stop it or use another {option}") from None
         f.truncate(0)
         f.write(f"pid {os.getpid()} since {datetime.now(UTC):%Y-%m-%d %H:%M:%S} UTC")
         f.flush()
-    except BlockingIOError:
-        f.seek(0)
-        raise CannotWrite(f"{folder} is in use by {f.read().strip()}; stop it or use another {option}") from None
-    except OSError as error:
-        room = "make room or " if error.errno in (errno.ENOSPC, errno.EDQUOT) else ""
-        why = f"cannot write into {folder}: {error.strerror}; {room}choose another folder with {option}"
-        raise CannotWrite(why) from error
-    return f
+        return f

@@ -37,6 +37,7 @@ from aymen_gpt.evaluation import hellaswag
 from aymen_gpt.evaluation.hellaswag import render_harness, tokenize
 from aymen_gpt.evaluation.hellaswag_data import Example, evenly_spaced, load_examples
 from aymen_gpt.evaluation.load_model import load_model
+from aymen_gpt.model import cpu
 from aymen_gpt.model.gpt import GPT, PRESETS
 from aymen_gpt.model.huggingface import config_to_huggingface, to_huggingface
 from aymen_gpt.training import device as devices
@@ -54,7 +55,7 @@ def the_model(name: str | None) -> GPT:
 
 def ours(name: str | None, dtype: str) -> Work:
     if not torch.cuda.is_available():
-        devices.keep_freed_memory()  # as hellaswag.py does
+        cpu.keep_freed_memory()  # as hellaswag.py does
     model = the_model(name)
 
     def work(examples: list[Example]) -> float:

@@ -29,6 +29,7 @@ import torch.nn.functional as F
 from alternating import Timing, Work, alternate, command
 
 from aymen_gpt.commands.console import whole_number
+from aymen_gpt.model import cpu
 from aymen_gpt.model.gpt import GPT, PRESETS, GPTConfig
 from aymen_gpt.training import device as devices
 from aymen_gpt.training import optim
@@ -73,8 +74,7 @@ def ours(shape: Shape, device: devices.Device) -> Step:
     steps = iter(range(10**9))
 
     def step(tokens: torch.Tensor) -> float:
-        row, *_ = trainer.train_step(next(steps), [tokens])
-        return row["loss"]
+        return trainer.train_step(next(steps), [tokens]).loss
 
     return step
 
@@ -161,7 +161,7 @@ def build(variant: str, shape: Shape, dtype: str) -> Work:
     """A variant in its own process; every step is on new random tokens, the same for all."""
     device = devices.choose_device("auto", dtype)
     if variant == "ours" and device.place.type == "cpu":
-        devices.keep_freed_memory()  # as pretrain.py does
+        cpu.keep_freed_memory()  # as pretrain.py does
     step = VARIANTS[variant](shape, device)
 
     def once(number: int) -> float:

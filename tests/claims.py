@@ -9,20 +9,20 @@ README.md, docs/*.md  a fact is stated as 5.335<!--run.val-loss-->; in README ev
 import re
 from pathlib import Path
 
-from aymen_gpt.commands.report import all_facts
 from aymen_gpt.errors import DataError
-from aymen_gpt.reporting.facts import UNKNOWN, by_name
-from aymen_gpt.reporting.paper import stated
 from aymen_gpt.reporting.runs import read_run
+from paper.build import chosen, stated
+from paper.facts import all_facts
+from paper.facts import known as known_of
 
 DEMO = "docs/results/demo"
 NAMES = re.compile(r"GPT-[23]\b|\b124M\b|A100\b|\bAdamW?\b|bfloat")
 LABELLED = re.compile(
-    r"(?<!\\)%[^\n]*|\\(?:cited|href)\{[^{}]*\}\{[^{}]*\}|\\(?:R|fixed|cite|ref|label|url|input)\{[^{}]*\}"
+    r"(?<!\\)%[^\n]*|\\(?:cited|href)\{[^{}]*\}\{[^{}]*\}|\\(?:R|known|fixed|cite|ref|label|url|input)\{[^{}]*\}"
 )
 FORMULA = re.compile(r"\\\[.*?\\\]|\$([^$]*)\$", re.S)
 LAYOUT = re.compile(
-    r"\\multicolumn\{\d\}|\\setlength\\\w+\{[^}]*\}|\\IfFileExists\{[^{}]*\}|\\begin\{tabular\}\{\w*\}"
+    r"\\multicolumn\{\d\}|\\parbox\{[^{}]*\}|\\includegraphics\[[^]]*\]|\\setlength\\\w+\{[^}]*\}|\\IfFileExists\{[^{}]*\}|\\begin\{tabular\}\{\w*\}"
     r"|nproc\\_per\\_node=\d|runs/gpt2"
 )
 MARKED = re.compile(r"([^\s|(*>]+(?: %| [a-z]+)?)<!--((?:run|plan|published|benchmark)\.[\w.-]+)-->")
@@ -33,14 +33,15 @@ LOOKS_MEASURED = re.compile(
 
 def problems(root: Path) -> list[str]:
     try:
-        facts = by_name(all_facts(read_run(root / DEMO), root))
+        facts = all_facts(read_run(root / DEMO), root)
     except DataError as error:
         return [str(error)]
-    known = {
-        name: fact.shown for name, fact in facts.items() if fact.shown != UNKNOWN and fact.artefact.path.is_file()
-    }
+    known = known_of(facts)
     paper = (root / "research-report.tex").read_text()
-    found = [f"research-report.tex states {name}: no artefact shows it" for name in stated(paper) - known.keys()]
+    body = paper[paper.index(r"\begin{document}") :]
+    asked = stated(body) | set(re.findall(r"\\known\{([^}]*)\}", body))
+    nowhere = (stated(chosen(paper, known)) - known.keys()) | (asked - {fact.name for fact in facts})
+    found = [f"research-report.tex states {name}: no artefact shows it" for name in sorted(nowhere)]
     found += [f"research-report.tex has a number without a source: {line}" for line in unlabelled(paper)]
     found += [
         f"README.md has a number without a source: {line}" for line in unmarked((root / "README.md").read_text())

@@ -12,6 +12,7 @@ import pytest
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ["HF_HUB_OFFLINE"] = "1"
 ROOT = Path(__file__).parent.parent
+sys.path.append(str(ROOT))  # for paper/ and tools/, which are not installed
 
 
 @pytest.fixture
@@ -79,14 +80,18 @@ def door(tmp_path):
     """Run a command as a user does, in a folder of its own: door("pretrain.py", "--steps", 3)."""
 
     def run(*words, processes=None, timeout=240, **environment):
-        return subprocess.run(
+        path = f"{Path(sys.executable).parent}:{os.environ['PATH']}"  # as an activated environment has it
+        done = subprocess.run(
             door_command(*words, processes=processes),
             cwd=tmp_path,
-            env=os.environ | environment,
+            env=os.environ | {"PATH": path} | environment,
             capture_output=True,
             text=True,
             timeout=timeout,
         )
+        for name in ("stdout", "stderr"):  # the commands to type next, as if the doors lay here
+            setattr(done, name, getattr(done, name).replace(f"python {ROOT}/", "python "))
+        return done
 
     return run
 
@@ -95,4 +100,4 @@ def door_command(script, *words, processes=None):
     torchrun = (
         ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}"] if processes else []
     )
-    return [sys.executable, *torchrun, str(ROOT / script), *map(str, words)]
+    return [sys.executable, *torchrun, script if script == "-m" else str(ROOT / script), *map(str, words)]

@@ -1,14 +1,16 @@
 """Bad shards end training before it begins: exit code 65, the shard and what is wrong with it, nothing changed."""
 
+import os
 import re
+import shutil
+import subprocess
 import warnings
 
 import numpy as np
 import pytest
-from conftest import make_shards
-from test_shards import flip, llmc_bytes
+from conftest import door_command, make_shards
+from test_shards import describe_as_fineweb, flip, llmc_bytes
 
-from aymen_gpt import files
 from aymen_gpt.commands.pretrain import build
 from aymen_gpt.data import shards, tokenizer
 from aymen_gpt.errors import DataError
@@ -23,11 +25,7 @@ TRAIN, VAL = "edufineweb_train_000001.bin", "edufineweb_val_000000.bin"
 def folder(tmp_path):
     """Shards with a manifest, as fineweb.py leaves them."""
     folder = make_shards(tmp_path / "shards")
-    paths = shards.list_shards(folder, "val") + shards.list_shards(folder, "train")
-    records = [{"file": p.name, "tokens": len(shards.open_shard(p)), "sha256": files.sha256(p)} for p in paths]
-    made_by = {"name": "gpt2", "vocabulary_sha256": tokenizer.vocabulary_sha256(), "separator": tokenizer.EOT}
-    manifest = {"format": shards.FORMAT, "complete": True, "tokenizer": made_by, "source": None, "shards": records}
-    shards.write_manifest(folder, manifest)
+    describe_as_fineweb(folder)
     return folder
 
 
@@ -79,12 +77,16 @@ SPOILT = {
         lambda f: replaced(f, NPY, b""),
         "is not a readable .npy array (",
     ),
-    "objects": (33, lambda f: replaced(f, NPY, np.array([1, "a"], object)), "is not a readable .npy array ("),
+    "objects": (
+        33,
+        lambda f: replaced(f, NPY, np.array([1, "a"], object)),
+        "holds (2,) object; a shard is a row of",
+    ),
     "page": (33, lambda f: replaced(f, TRAIN, b"<!doctype html>" * 99), "not with llm.c's magic number"),
     "page in .npy": (33, lambda f: replaced(f, NPY, b"<html>" * 99), "is not a readable .npy array ("),
     "bit": (34, lambda f: flip(f / TRAIN, 5000), "rebuild it with fineweb.py --out"),
     "tokenizer": (35, lambda f: with_manifest(f, tokenizer={"name": "other"}), "made with another tokenizer"),
-    "no validation": (36, lambda f: (f / VAL).unlink(), "no val shards in"),
+    "no validation": (36, lambda f: (f / VAL).unlink(), ": rebuild it with fineweb.py --out"),
     "short": (36, lambda f: shards.write_shard(f / VAL, GOOD[:12]), ": prepare more text, or lower --block-size"),
 }
 
@@ -130,6 +132,24 @@ def test_the_command_says_it_in_one_line_and_makes_no_run_folder(door, folder, t
         done.stderr,
     )
     assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.fault(33)
+@pytest.mark.skipif(
+    os.geteuid() == 0 and not shutil.which("setpriv"), reason="root may read all; setpriv forbids it"
+)
+@pytest.mark.parametrize("name", [TRAIN, "manifest.json", "."])
+def test_what_we_may_not_read_is_one_line_with_the_reason(folder, name):
+    caps = [f"--{kind}=-dac_override,-dac_read_search" for kind in ("inh-caps", "bounding-set")]
+    unprivileged = [] if os.geteuid() else ["setpriv", *caps]
+    (folder / name).chmod(0)
+    for words in (["fineweb.py", "--verify", "--out"], ["pretrain.py", "--preset", "tiny", "--data"]):
+        done = subprocess.run([*unprivileged, *door_command(*words, folder)], capture_output=True, text=True)
+        assert done.returncode == 65, done.stderr
+        assert re.fullmatch(
+            rf"error: cannot read {folder / name}(/manifest.json)?: Permission denied: [^\n]*\n", done.stderr
+        )
+    (folder / name).chmod(0o700)
 
 
 class Alone(Ranks):

@@ -1,10 +1,26 @@
 """The defaults are the published run; presets bring the papers' recipes; nonsense is refused by its flag."""
 
+import json
+import math
+import re
+import shlex
+from dataclasses import asdict, fields, replace
+
 import pytest
 
-from aymen_gpt.errors import UsageError
-from aymen_gpt.model.gpt import PRESETS
-from aymen_gpt.training.config import RECIPES, resolve
+from aymen_gpt.errors import DataError, UsageError
+from aymen_gpt.model.gpt import PRESETS, GPTConfig
+from aymen_gpt.training.config import (
+    RECIPES,
+    TrainConfig,
+    check,
+    doubts,
+    fitting,
+    flag,
+    kind,
+    read_options,
+    resolve,
+)
 
 
 def test_without_options_it_is_the_published_run():
@@ -53,13 +69,131 @@ def test_warmup_is_at_most_a_twentieth_of_a_short_run():
 
 @pytest.mark.parametrize(
     ("options", "message"),
-    [({"preset": "gpt5"}, "--preset gpt5: expected one of gpt2"),
-     ({"steps": 0}, "--steps must be above 0, got 0"),
+    [({"preset": "gpt5"}, "--preset gpt5: expected gpt2, gpt2-medium"),
+     ({"preset": "gtp2"}, "did you mean gpt2?"),
+     ({"preset": 5}, "--preset 5: expected a name"),
+     ({"n_embd": 100, "n_head": 3}, "--n-embd 100 is not a multiple of --n-head 3: try 99"),
+     ({"run": ""}, "--run '': expected a name"),
+     ({"data": " "}, "--data ' ': expected a name"),
+     ({"init_from": ""}, "--init-from '': expected a name"),
+     ({"run": "runs/" + "r" * 256}, "expected a name of 1 to 255 bytes"),
+     ({"run": "a\0b"}, "--run 'a"),
+     ({"steps": "3"}, "--steps '3': expected a whole number from 1 to 1,000,000,000"),
+     ({"steps": 3.5}, "--steps 3.5: expected a whole number"),
+     ({"steps": True}, "--steps True: expected a whole number"),
+     ({"steps": None}, "--steps None: expected a whole number"),
+     ({"compile": "yes"}, "--compile 'yes': expected true or false"),
      ({"tokens_per_step": 1000}, "--tokens-per-step 1000 is not a multiple of --block-size 1024: try 1024"),
-     ({"val_every": -1}, "--val-every must not be negative, got -1"),
-     ({"learning_rate": float("nan")}, "--learning-rate must be above 0, got nan"),
-     ({"micro_batch": -4}, "--micro-batch must not be negative")],
+     ({"learning_rate": math.nan}, "--learning-rate nan: expected a number above 0 and up to 100")],
 )  # fmt: skip
 def test_nonsense_is_refused_by_its_flag(options, message):
-    with pytest.raises(UsageError, match=message):
+    with pytest.raises(UsageError, match=re.escape(message)):
         resolve(options)
+
+
+NUMBERS = [f for f in fields(TrainConfig) if f.metadata["range"]]
+
+
+def test_every_number_has_its_range_and_no_other_option_has():
+    assert {f.name for f in NUMBERS} == {f.name for f in fields(TrainConfig) if kind(f) in (int, float)}
+
+
+@pytest.mark.parametrize("f", NUMBERS, ids=lambda f: f.name)
+def test_a_number_out_of_its_range_is_refused_and_its_ends_are_not(f):
+    allowed, whole = f.metadata["range"], kind(f) is int
+    wrong = [
+        allowed.low - 1,
+        allowed.high + 1,
+        *allowed.without,
+        *([] if whole else [math.nan, math.inf, -math.inf]),
+    ]
+    for value in wrong:
+        if value == 0 and f.metadata["unset"]:
+            continue  # a word for None
+        with pytest.raises(UsageError, match=re.escape(f"{flag(f.name)} {value}: expected a ")):
+            check(f, value)
+        with pytest.raises(UsageError, match=re.escape(flag(f.name))):
+            resolve({f.name: value})
+    for value in {allowed.low, allowed.high} - set(allowed.without):
+        check(f, value)
+
+
+@pytest.mark.parametrize(
+    ("name", "word"),
+    [("micro_batch", "auto"), ("grad_clip", "off"), ("val_every", "end"), ("hellaswag_every", "never"),
+     ("hellaswag_limit", "all"), ("keep_every", "none")],
+)  # fmt: skip
+def test_none_has_a_word_and_zero_is_another(name, word):
+    assert [getattr(resolve({name: value}), name) for value in (None, 0, word)] == [None] * 3
+    assert getattr(resolve({name: 7}), name) == 7
+
+
+def test_each_size_is_stated_once():
+    assert not {"n_layer", "n_head", "n_embd", "block_size"} & {name for row in RECIPES.values() for name in row}
+    c = resolve({"preset": "tiny", "n_layer": 3, "n_head": 4, "n_embd": 64, "block_size": 32})
+    assert c.model == GPTConfig(block_size=32, n_layer=3, n_head=4, n_embd=64)
+
+
+def test_options_come_from_a_file_by_their_names(tmp_path):
+    path = tmp_path / "mine.toml"
+    path.write_text('preset = "tiny"\ntokens-per-step = 1e3\nblock_size = 50\nval_every = 0\nbeta1 = 0.5\n')
+    c = resolve(read_options(path) | {"block_size": 100})
+    assert (c.preset, c.tokens_per_step, c.block_size, c.val_every, c.beta1) == ("tiny", 1000, 100, None, 0.5)
+
+
+@pytest.mark.parametrize("old", [False, True])
+def test_a_run_is_described_by_its_own_record(tmp_path, old):
+    c = resolve({"preset": "tiny", "n_layer": 3, "steps": 7, "micro_batch": 2, "grad_clip": 0})
+    record = asdict(c)
+    if old:  # as the first versions wrote what was not set
+        record |= {"init_from": "", "track": "", "keep_every": 0, "val_every": 0}
+    path = tmp_path / "config.json"
+    path.write_text(json.dumps({"format": 1, "run": record}))
+    assert resolve(read_options(path)) == (replace(c, val_every=None) if old else c)
+
+
+@pytest.mark.parametrize(
+    ("name", "text", "error", "message"),
+    [("a.toml", "stpes = 3", UsageError, "a.toml: there is no option stpes; did you mean steps?"),
+     ("a.toml", "steps = [3", DataError, "a.toml is no TOML: Unclosed array"),
+     ("a.json", "[" * 100_000, DataError, "a.json is no JSON: maximum recursion depth"),
+     ("a.json", "[1]", DataError, "a.json: expected options by their names"),
+     ("a.toml", "steps = '3'", UsageError, "--steps '3': expected a whole number"),
+     ("a.toml", "micro_batch = [1]", UsageError, "--micro-batch [1]: expected a whole number"),
+     ("a.toml", "[run]\nsteps = 3\nn = 4", UsageError, "a.toml: there is no option n")],
+)  # fmt: skip
+def test_a_file_that_says_nonsense_is_refused_by_its_name(tmp_path, name, text, error, message):
+    (tmp_path / name).write_text(text)
+    with pytest.raises(error, match=re.escape(message)):
+        resolve(read_options(tmp_path / name))
+
+
+def test_a_file_that_is_not_there_or_not_text_is_bad_data(tmp_path):
+    (tmp_path / "bytes.toml").write_bytes(b"\xff")
+    for path in (tmp_path / "nowhere.toml", tmp_path, tmp_path / "bytes.toml"):
+        with pytest.raises(DataError, match=f"--config {path}"):
+            read_options(path)
+
+
+@pytest.mark.parametrize("tokens", [100, 145_000, 10**6, 10**8, 2 * 10**9, 10**10, 10**12])
+def test_what_is_advised_for_a_corpus_reads_it_a_few_times_and_raises_no_doubt(tokens):
+    program, door, *words = shlex.split(fitting(tokens, "my data"))
+    assert (program, door) == ("python", "pretrain.py")
+    c = resolve(
+        {
+            key.removeprefix("--"): int(v) if v.isdigit() else v
+            for key, v in zip(words[::2], words[1::2], strict=True)
+        }
+    )
+    assert c.data == "my data"
+    assert c.steps * c.tokens_per_step <= max(4.3 * tokens, 20 * c.tokens_per_step)
+    assert doubts(c, max(tokens, 1000)) == []
+
+
+def test_a_run_of_many_epochs_and_a_warmup_without_end_are_doubted():
+    c = resolve({"data": "small", "warmup_steps": 99_999, "steps": 30_000})
+    warmup, epochs = doubts(c, 145_000)
+    assert "--warmup-steps 99,999 is more than --steps 30,000" in warmup
+    assert "reads the 145,000 tokens of small 108,473 times" in epochs
+    assert epochs.endswith("python pretrain.py --preset demo --data small --steps 570")
+    assert doubts(resolve({"warmup_steps": 100, "steps": 100}), None) == []

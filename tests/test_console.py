@@ -1,11 +1,23 @@
 """The edges of every command: exit codes, one-line errors, numbers as people write them."""
 
-import argparse
+import ast
+import importlib
+import io
+import json
+import os
+import subprocess
+import sys
+import tomllib
+from pathlib import Path
 
 import pytest
+from conftest import ROOT
 
+import aymen_gpt
 from aymen_gpt import errors
+from aymen_gpt.__main__ import COMMANDS
 from aymen_gpt.commands import console
+from aymen_gpt.training.config import Range
 
 
 def code_of(main):
@@ -63,9 +75,149 @@ def test_whole_numbers_as_people_write_them(text, value):
     assert console.whole_number(text) == value
 
 
-@pytest.mark.parametrize("text", ["", "x", "1.5", "1e-3", "2**x", "nan", "1e999"])
-def test_other_numbers_are_refused(text):
-    parser = argparse.ArgumentParser()
-    parser.add_argument("--n", type=console.whole_number)
-    with pytest.raises(SystemExit):
-        parser.parse_args(["--n", text])
+@pytest.mark.parametrize("text", ["", "x", "1.5", "1e-3", "2**x", "2**-1", "2**9999999999", "nan", "1e999", "0"])
+def test_other_numbers_are_refused_in_a_line(text):
+    parser = console.parser("", "")
+    parser.add_argument("-n", "--number", type=console.number(Range(1, 10**6), whole=True))
+    with pytest.raises(errors.UsageError) as refused:
+        parser.parse_args(["--number", text])
+    assert str(refused.value) == f"--number {text}: expected a whole number from 1 to 1,000,000"
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [(["--numbr", "3"], "there is no option --numbr; did you mean --number?"),
+     (["--numbr=3"], "there is no option --numbr=3; did you mean --number?"),
+     (["-x"], "there is no option -x"),
+     (["more"], "there is no option more"),
+     ([], "the following arguments are required: -n/--number")],
+)  # fmt: skip
+def test_an_unknown_option_is_answered_with_the_nearest_and_the_usage(words, message):
+    parser = console.parser("", "", "python x.py [--number N] ...")
+    parser.add_argument("-n", "--number", required=not words)
+    with pytest.raises(errors.UsageError) as refused:
+        parser.parse_args(words)
+    assert str(refused.value) == f"{message}\nusage: python x.py [--number N] ... (--help lists all)"
+
+
+def test_only_the_first_rank_speaks_of_a_wrong_option(capsys, monkeypatch):
+    monkeypatch.setenv("RANK", "1")
+    assert code_of(raising(errors.UsageError("u"))) == 2
+    assert capsys.readouterr().err == ""
+
+
+@pytest.mark.parametrize("door", console.DOORS)
+def test_every_door_tells_its_version(door_run, door):
+    done = door_run([sys.executable, ROOT / f"{door}.py", "--version"])
+    assert done.stdout == f"aymen-gpt {aymen_gpt.__version__}\n", done.stderr
+
+
+@pytest.fixture
+def door_run(tmp_path):
+    def run(command, **environment):
+        environment = {"PYTHONPATH": str(ROOT)} | environment
+        return subprocess.run(command, cwd=tmp_path, env=os.environ | environment, capture_output=True, text=True)
+
+    return run
+
+
+def test_a_secret_is_hidden_and_a_path_is_not(monkeypatch):
+    for name in ("HF_TOKEN", "MY_API_KEYS", "PGPASSWORD"):
+        monkeypatch.setenv(name, f'{name}-"quoted\\')
+    for name in ("TIKTOKEN_CACHE_DIR", "TOKENIZERS_PARALLELISM", "HF_TOKEN_PATH"):
+        monkeypatch.setenv(name, f"/home/me/{name}")
+    shown = {"a": ["/home/me/TIKTOKEN_CACHE_DIR/x", "/home/me/TOKENIZERS_PARALLELISM", "/home/me/HF_TOKEN_PATH"]}
+    secret = {"b": 'HF_TOKEN-"quoted\\', "c": ('x MY_API_KEYS-"quoted\\ y', 'PGPASSWORD-"quoted\\'), "d": 1.5}
+    found = json.loads(json.dumps(errors.redact(shown | secret)))
+    assert found == shown | {"b": "***", "c": ["x *** y", "***"], "d": 1.5}
+
+
+class Terminal(io.StringIO):
+    def isatty(self):
+        return True
+
+
+def test_only_a_terminal_is_protected_from_control_characters(monkeypatch):
+    controls = [chr(c) for c in (*range(32), *range(127, 160), 0x202E, 0x2066) if chr(c) not in "\t\n"]
+    text = "\té\n深" + "".join(controls)
+    for stream, printable in ((io.StringIO(), False), (Terminal(), True)):
+        monkeypatch.setattr(sys, "stdout", stream)
+        console.show(text, end="")
+        said = stream.getvalue()
+        assert (said == text) is not printable
+        assert said.startswith("\té\n深")
+        assert set(controls).isdisjoint(said) is printable
+
+
+@pytest.mark.parametrize(
+    ("argv0", "path", "typed"),
+    [("/x/bin/aymen-gpt pretrain", "/x/bin", "aymen-gpt generate -m x"),
+     (".venv/bin/aymen-gpt pretrain", "/x/bin", ".venv/bin/aymen-gpt generate -m x"),
+     ("/y/aymen_gpt/__main__.py pretrain", "{bin}", "python -m aymen_gpt generate -m x"),
+     ("pretrain.py", "{bin}", "python generate.py -m x"),
+     ("/my dir/pretrain.py", "{bin}", "python generate.py -m x"),
+     ("pretrain.py", "/x/bin", "{bin}/python generate.py -m x")],
+)  # fmt: skip
+def test_the_next_command_works_as_it_is_printed(monkeypatch, argv0, path, typed):
+    here = Path(sys.executable).parent
+    monkeypatch.chdir(ROOT)
+    monkeypatch.setattr(sys, "argv", [argv0])
+    monkeypatch.setattr(console.shutil, "which", lambda name: f"{path.format(bin=here)}/{name}")
+    assert console.as_typed("next python generate.py -m x") == f"next {typed.format(bin=console.below(here))}"
+
+
+def test_from_another_folder_the_doors_have_their_path(monkeypatch, tmp_path):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(console.shutil, "which", lambda name: str(Path(sys.executable).with_name(name)))
+    assert console.as_typed("run python fineweb.py first") == f"run python {ROOT}/fineweb.py first"
+
+
+def test_one_command_leads_to_all_others(door_run):
+    entry = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["scripts"]["aymen-gpt"]
+    module, _, name = entry.partition(":")
+    assert callable(getattr(importlib.import_module(module), name))
+    code = f"import sys; from {module} import {name}; sys.argv[0] = '/usr/bin/aymen-gpt'; {name}()"
+    for start in ([sys.executable, "-c", code], [sys.executable, "-m", "aymen_gpt"]):
+        assert all(f"\n  {command} " in door_run(start).stdout for command in COMMANDS)
+        done = door_run([*start, "plan", "--preset", "tiny"])
+        assert done.stdout.startswith("model     tiny: 1,635,744 parameters"), done.stderr
+        done = door_run([*start, "generat"])
+        assert (done.returncode, done.stdout) == (2, "")
+        assert done.stderr.endswith("; did you mean generate?\n")
+    done = door_run([sys.executable, "-c", code, "generate", "-n", "0"])
+    assert done.stderr == "error: --samples 0: expected a whole number from 1 to 1,000,000,000\n"
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_every_command_is_a_module_that_runs(door_run, command):
+    done = door_run([sys.executable, "-m", f"aymen_gpt.commands.{command}", "--no-such-option"])
+    assert (done.returncode, done.stdout) == (2, "")
+    assert done.stderr.startswith("error: there is no option --no-such-option")
+
+
+@pytest.mark.parametrize("venv", [False, True])
+@pytest.mark.parametrize("missing", ["torch", "safetensors"])
+def test_without_its_packages_a_door_says_what_to_type(door_run, tmp_path, venv, missing):
+    (tmp_path / "aymen_gpt").symlink_to(ROOT / "aymen_gpt")
+    (tmp_path / "requirements.txt").touch()
+    (tmp_path / "generate.py").write_bytes((ROOT / "generate.py").read_bytes())
+    (tmp_path / "hidden").mkdir()
+    (tmp_path / f"hidden/{missing}.py").write_text(f"raise ModuleNotFoundError(name={missing!r})")
+    if venv:
+        (tmp_path / ".venv/bin").mkdir(parents=True)
+        (tmp_path / ".venv/bin/activate").touch()
+    done = door_run([sys.executable, "generate.py", "-m", "runs/x"], PYTHONPATH="hidden")
+    install = "python3 -m venv .venv && . .venv/bin/activate && pip install -r requirements.txt -e ."
+    advice = ". .venv/bin/activate" if venv else install
+    assert done.stderr == f"error: the package {missing} is not installed for {sys.executable}: type {advice}\n"
+    assert done.returncode == 1
+
+
+def test_an_old_python_can_read_the_doors_and_is_told_of_a_newer(door_run):
+    for path in (*(ROOT / f"{name}.py" for name in console.DOORS), *(ROOT / "aymen_gpt").glob("__*__.py")):
+        ast.parse(path.read_text(), feature_version=(3, 6))
+    code = "import sys; sys.version_info = (3, 8, 0); from aymen_gpt.__main__ import main; main('pretrain')"
+    done = door_run([sys.executable, "-c", code])
+    assert done.returncode == 1
+    assert done.stderr.startswith("error: Python 3.11 or newer is needed, this is 3.8: type ")
+    assert done.stderr.count("\n") == 1

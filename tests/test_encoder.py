@@ -118,6 +118,38 @@ def test_every_pair_of_bytes_gets_tiktokens_ids(fast):
     assert np.array_equal(fast.encode(tokenizer.utf8(text)), tokenizer.encode(text))
 
 
+UNICODE_17 = [
+    "\u088f",
+    "\u0c5c",
+    "\ua7ce",
+    "\U00010940",
+    "\U00016eb8",
+    "\U000187ff",
+    "\U0001e6ff",
+    "\U000323b0",
+    "\U00033479",
+]
+
+
+@pytest.mark.parametrize("letter", UNICODE_17)
+@pytest.mark.parametrize("text", ["{}'s", "a{}'ll", "1{}'t", " {}{}'re", "word {}'ve word", "{}'d" + "x" * 10**6])
+def test_letters_that_tiktoken_does_not_know_yet_get_its_ids(letter, text):
+    (ids,) = encoder.encode_documents([text.format(letter, letter).encode()], "gigatoken")
+    assert ids.tolist() == tokenizer.encode(text.format(letter, letter)).tolist()
+
+
+def test_every_character_there_is_gets_tiktokens_ids(fast):
+    """Each between contractions, letters, numbers and blanks; those that both know alike in few large texts."""
+    raw, around = encoder.build(), "{0}'s a{0}'ll 1{0} {0}'t"
+    for start in range(0, 0x110000, 2**16):
+        letters = [chr(i) for i in range(start, start + 2**16) if not 0xD800 <= i < 0xE000]
+        odd = [letter for letter in letters if encoder._unlike(letter.encode())]
+        text = "\n".join(map(around.format, sorted(set(letters) - set(odd))))
+        assert np.array_equal(raw.encode(text.encode()), tokenizer.gpt2().encode_to_numpy(text))
+        for text in map(around.format, odd):
+            assert fast.encode(text.encode()).tolist() == tokenizer.encode(text).tolist()
+
+
 def test_a_long_document_is_encoded_in_pieces(fast, monkeypatch):
     text = "A line of text, then another.\n" * 50
     monkeypatch.setattr(tokenizer, "PIECE", 100)

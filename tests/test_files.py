@@ -2,8 +2,11 @@
 
 import hashlib
 import os
+import shutil
+import stat
 import subprocess
 import sys
+from threading import Thread
 
 import pytest
 
@@ -26,6 +29,98 @@ def test_a_replacement_that_fails_keeps_the_old_file(tmp_path, monkeypatch):
     with pytest.raises(OSError, match="no"):
         files.replace_text(path, "new")
     assert path.read_text() == "old"
+
+
+def test_a_link_stays_a_link_and_its_target_is_replaced(tmp_path):
+    (tmp_path / "link").symlink_to("folder/new.txt")
+    for text in ("first", "second"):
+        files.replace_text(tmp_path / "link", text, follow=True)
+        assert (tmp_path / "folder/new.txt").read_text() == text
+    assert (tmp_path / "link").is_symlink()
+    assert os.listdir(tmp_path / "folder") == ["new.txt"]
+
+
+@pytest.mark.parametrize("linked", [False, True])
+def test_a_pipe_is_written_through_and_stays_a_pipe(tmp_path, linked):
+    os.mkfifo(tmp_path / "pipe")
+    (tmp_path / "link").symlink_to("pipe")
+    read: list[str] = []
+    reader = Thread(target=lambda: read.append((tmp_path / "pipe").read_text()), daemon=True)
+    reader.start()
+    files.check_writable(tmp_path / "pipe")  # which must neither block nor write
+    files.replace_text(tmp_path / ("link" if linked else "pipe"), "content", follow=True)
+    reader.join(10)
+    assert read == ["content"]
+    assert stat.S_ISFIFO((tmp_path / "pipe").stat().st_mode)
+    assert sorted(os.listdir(tmp_path)) == ["link", "pipe"]
+
+
+def test_a_device_is_written_through_and_stays_a_device(tmp_path):
+    """The node is a second /dev/full, made here: this test must not be able to hurt the real one."""
+    node = tmp_path / "full"
+    try:
+        os.mknod(node, 0o666 | stat.S_IFCHR, os.makedev(1, 7))
+        node.open("wb", buffering=0).close()
+    except OSError:
+        pytest.skip("making a device needs root, and a disk that allows devices")
+    with pytest.raises(CannotWrite, match=r"cannot write .*full: No space left on device; make room"):
+        files.replace_text(node, "content")
+    assert stat.S_ISCHR(node.stat().st_mode)
+    assert os.listdir(tmp_path) == ["full"]
+
+
+@pytest.mark.parametrize(
+    ("name", "reason"),
+    [
+        ("file/x", "a file stands where a folder should be"),
+        ("file/new/x", "a file stands where a folder should be"),
+        ("n" * 300, "File name too long"),
+        ("new/" + "n" * 300, "File name too long"),
+        ("folder", "this is a folder"),
+        ("loop/x", "Too many levels of symbolic links"),
+        ("gone/link", "a file stands where a folder should be"),
+    ],
+)
+def test_whatever_stops_the_writing_is_said_before_and_after_the_work(tmp_path, name, reason):
+    (tmp_path / "file").touch()
+    (tmp_path / "folder").mkdir()
+    (tmp_path / "gone").mkdir()
+    (tmp_path / "loop").symlink_to("loop")
+    (tmp_path / "gone/link").symlink_to("../file/x")
+    with pytest.raises(CannotWrite, match=rf"cannot write .*: {reason}; choose another"):
+        files.check_writable(tmp_path / name)
+    assert sorted(os.listdir(tmp_path)) == ["file", "folder", "gone", "loop"]
+    with pytest.raises(CannotWrite, match=rf"cannot write .*: {reason}; choose another"):
+        files.replace_text(tmp_path / name, "text", follow=True)
+
+
+def test_a_folder_that_goes_away_while_its_file_is_written_is_one_line(tmp_path):
+    def write():
+        with files.whole_file(tmp_path / "new/x"):
+            shutil.rmtree(tmp_path / "new")
+
+    with pytest.raises(CannotWrite, match=r"cannot write .*x: No such file or directory"):
+        write()
+
+
+def test_another_error_of_the_work_stays_what_it_is(tmp_path):
+    for error in (ValueError("a bug"), CannotWrite("said already"), OSError("no number: a library's own")):
+        with pytest.raises(type(error), match=str(error)), files.whole_file(tmp_path / "x"):
+            raise error
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_check_before_the_work_leaves_nothing_behind(tmp_path):
+    files.check_writable(tmp_path / "new/folder/x")
+    (tmp_path / "old").write_text("old")
+    files.check_writable(tmp_path / "old")
+    assert os.listdir(tmp_path) == ["old"]
+    assert (tmp_path / "old").read_text() == "old"
+
+
+def test_the_longest_name_a_disk_allows_can_be_written(tmp_path):
+    files.replace_text(tmp_path / ("n" * 255), "text")
+    assert (tmp_path / ("n" * 255)).read_text() == "text"
 
 
 def test_sha256_is_that_of_the_content(tmp_path):
@@ -75,6 +170,13 @@ def test_a_folder_has_one_holder_and_a_dead_one_holds_nothing(tmp_path):
     holder.kill()
     holder.communicate()
     files.lock(tmp_path / "run", "--run").close()
+
+
+def test_a_folder_whose_holder_has_not_written_its_name_yet_is_in_use_all_the_same(tmp_path):
+    with files.lock(tmp_path, "--run") as held:
+        held.truncate(0)
+        with pytest.raises(CannotWrite, match=r"is in use by another process; stop it or use another --run"):
+            files.lock(tmp_path, "--run")
 
 
 @pytest.mark.fault(22, 26)

@@ -63,13 +63,13 @@ def test_both_protocols_are_printed_and_every_answer_is_written(door, model, dat
     assert [row["ind"] for row in found["examples"]] == list(range(100, 100 + N))
     for protocol, line in scores(done).items():
         s = found[protocol]
-        assert f"{100 * s['acc']:.2f}% ± {100 * s['acc_stderr']:.2f}" in line
-        assert f"{100 * s['acc_norm']:.2f}% ± {100 * s['acc_norm_stderr']:.2f}" in line
+        assert f"{100 * s['acc']:.2f} % ± {100 * s['acc_stderr']:.2f}" in line
+        assert f"{100 * s['acc_norm']:.2f} % ± {100 * s['acc_norm_stderr']:.2f}" in line
         right = [row[protocol]["choice_norm"] == row["label"] for row in found["examples"]]
         assert s["acc_norm"] == sum(right) / N
     assert scores(done).keys() == {"completion", "harness"}
     assert f"all {N} examples of {data}" in done.stdout
-    assert re.search(r"^chance +25\.00% +25\.00%$", done.stdout, re.MULTILINE)
+    assert re.search(r"^chance +25\.00 % +25\.00 %$", done.stdout, re.MULTILINE)
     assert "published" not in done.stdout  # own data compares with nothing
     assert f"{N} of {N} scored" in done.stderr
     assert "scored" not in done.stdout
@@ -95,6 +95,9 @@ def test_one_protocol_and_a_subset_say_so(door, model, data):
     assert done.returncode == 0, done.stderr
     assert scores(done).keys() == {"harness"}
     assert f"a subset: 5 of {N} examples" in done.stdout
+    for whole in ("0", "all"):
+        done = door("hellaswag.py", "-m", model, "--protocol", "harness", "--limit", whole, "--data", data)
+        assert f"all {N} examples of {data}" in done.stdout
 
 
 def test_the_real_set_stands_beside_anchors_of_its_own_protocol(door, model):
@@ -102,19 +105,26 @@ def test_the_real_set_stands_beside_anchors_of_its_own_protocol(door, model):
     assert done.returncode == 0, done.stderr
     assert "a subset: 6 of 10,042 validation examples" in done.stdout
     published = done.stdout.partition("published")[2]
-    assert "29.55%" in published  # GPT-2 124M by completion
-    assert "31.14%" not in published  # the same by harness
+    assert "29.55 %" in published  # GPT-2 124M by completion
+    assert "31.14 %" not in published  # the same by harness
 
 
 @pytest.mark.parametrize(
     ("words", "code", "message"),
     [
-        (["--limit", "0"], 2, "error: --limit 0: expected at least 1"),
-        (["--batch-tokens", "-4"], 2, "error: --batch-tokens -4: expected at least 1"),
-        (["--protocol", "mean"], 2, "invalid choice: 'mean'"),
+        (["--limit", "-1"], 2, "error: --limit -1: expected a whole number from 1"),
+        (["--batch-tokens", "-4"], 2, "error: --batch-tokens -4: expected a whole number from 1"),
+        (["--protocol", "mean"], 2, "error: --protocol mean: expected completion, harness, both\n"),
+        (
+            ["--modle", "x"],
+            2,
+            "error: there is no option --modle; did you mean --model?\nusage: python hellaswag.py",
+        ),
+        (["-m", ""], 2, "error: --model '': expected a name"),
         (["--device", "tpu"], 2, "error: --device tpu: expected auto, cpu, mps, cuda"),
         (["--dtype", "int8"], 2, "error: --dtype int8: expected auto, float32, bfloat16, float16"),
         (["--json", "."], 2, "error: --json .: this is a folder"),
+        (["-m", "runs/none", "--json", "own.jsonl/a"], 73, "error: cannot write own.jsonl/a: a file stands where"),
         (["--compare", "a.json", "b.json", "--json", "c.json"], 2, "error: --compare reads what --json wrote"),
         (["--compare", "a.json", "b.json"], 65, "error: a.json: no such file"),
         (["--data", "nowhere.jsonl"], 65, "error: nowhere.jsonl: no such file"),
@@ -171,7 +181,9 @@ def test_two_scorings_are_compared(door, model, data, tmp_path):
     done = door("hellaswag.py", "--compare", tmp_path / "a.json", tmp_path / "b.json")
     assert done.returncode == 0, done.stderr
     assert f"the same {N} examples" in done.stdout
-    lines = re.findall(r"^(completion|harness) +(acc\w*) +([\d.]+)% +([\d.]+)% +([-+][\d.]+) ", done.stdout, re.M)
+    lines = re.findall(
+        r"^(completion|harness) +(acc\w*) +([\d.]+) % +([\d.]+) % +([-+][\d.]+) ", done.stdout, re.M
+    )
     assert len(lines) == 4
     assert f"A  {model}\nB  {other}\n" in done.stdout
     assert done.stdout.splitlines()[-1].startswith("By harness, ")

@@ -101,6 +101,10 @@ def test_ind_and_ctx_may_be_left_out_and_label_may_be_text(tmp_path):
         ({"label": ""}, "label must be"),
         ({"ctx": " "}, "ctx not empty"),
         ({"ctx_b": None}, "must be texts"),
+        ({"label": True}, "label must be"),
+        ({"label": float("nan")}, "label must be"),
+        ({"label": "1" * 5000}, "label must be"),
+        *(({"ind": ind}, "ind must be a whole number") for ind in (float("nan"), 1.5, "7", True, -1, 2**63, [1])),
     ],
 )
 def test_a_bad_row_is_named(tmp_path, change, message):
@@ -116,7 +120,9 @@ def test_a_bad_row_is_named(tmp_path, change, message):
         ("x.jsonl", '{"a": 1}\n', "row 1 lacks activity_label, ctx_a, ctx_b, endings, label"),
         ("x.jsonl", "[1]\n", "row 1 lacks activity_label"),
         ("x.jsonl", "{oops\n", "row 1 is not JSON"),
-        pytest.param("x.jsonl", "[" * 100_000, "row 1 is not JSON", id="nested"),
+        pytest.param("x.jsonl", "[" * 10**5, "row 1 is not JSON", id="nested"),
+        pytest.param("x.jsonl", '{"a":' * 10**5, "row 1 is not JSON", id="nested objects"),
+        pytest.param("x.jsonl", "9" * 5000, "row 1 is not JSON", id="number"),
         ("x.jsonl", "", "no rows"),
         ("x.parquet", "nonsense", "cannot be read as parquet"),
     ],
@@ -125,6 +131,34 @@ def test_a_bad_file_is_named(tmp_path, name, content, message):
     (tmp_path / name).write_text(content)
     with pytest.raises(DataError, match=rf"{re.escape(name)}.*{message}"):
         data.load_examples(tmp_path / name)
+
+
+@pytest.mark.parametrize("name", ["x.jsonl", "x.parquet", "x.arrow"])
+def test_a_folder_in_place_of_a_file_is_named(tmp_path, name):
+    (tmp_path / name).mkdir()
+    with pytest.raises(DataError, match=rf"{name}: Is a directory"):
+        data.load_examples(tmp_path / name)
+
+
+BAD_TABLES = {
+    "ind must be": {"ind": [float("nan")]},
+    "must be texts": {"ctx_a": pa.array([b"\xff"])},
+    "cannot be read as parquet": {"ctx_a": pa.array([b"\xff"]).view(pa.string())},
+    "endings must be": {"endings": [[["a"]] * 4]},
+}
+
+
+@pytest.mark.parametrize("message", BAD_TABLES)
+def test_a_bad_row_of_a_table_is_named(tmp_path, message):
+    columns = {name: [value] for name, value in asdict(VIDEO).items()} | BAD_TABLES[message]
+    pq.write_table(pa.table(columns), tmp_path / "x.parquet")
+    with pytest.raises(DataError, match=rf"x\.parquet.*{message}"):
+        data.load_examples(tmp_path / "x.parquet")
+
+
+def test_no_ind_in_a_row_of_a_table_is_its_number(tmp_path):
+    pq.write_table(pa.Table.from_pylist([asdict(VIDEO), asdict(VIDEO) | {"ind": None}]), tmp_path / "x.parquet")
+    assert [e.ind for e in data.load_examples(tmp_path / "x.parquet")] == [VIDEO.ind, 2]
 
 
 def test_a_missing_file_is_named():

@@ -222,6 +222,15 @@ def test_too_few_tokens_for_one_row_are_named_with_numbers(tmp_path, lists, spli
         TokenRows(folder, split, block_size=1024, seed=0)
 
 
+@pytest.mark.fault(49)
+@pytest.mark.parametrize("lists", [[range(12)], [range(2000)], []])
+def test_shards_that_are_not_all_there_yet_are_named_as_such(tmp_path, lists):
+    folder = write(tmp_path / "d", lists)
+    shards.write_manifest(folder, {"format": shards.FORMAT, "complete": False, "tokenizer": {}, "shards": []})
+    with pytest.raises(DataError, match=r"d is not finished: run the same fineweb.py command again"):
+        TokenRows(folder, "train", block_size=1024, seed=0)
+
+
 @pytest.mark.fault(38)
 @settings(deadline=None, max_examples=100)
 @given(st.integers(1, 9), st.data())

@@ -5,9 +5,9 @@ import re
 import pytest
 import torch
 
-from aymen_gpt.model import cpu_attention
 from aymen_gpt.model.gpt import GPT, PRESETS, GPTConfig
 from aymen_gpt.training import checkpoint, optim, plan
+from aymen_gpt.training.guard import Guard
 
 
 @pytest.mark.parametrize("name", PRESETS)
@@ -28,30 +28,84 @@ def test_a_checkpoint_is_as_large_as_was_said(tmp_path):
     model = GPT(config, torch.Generator().manual_seed(0))
     optimizer = optim.adamw(model, lr=1e-3, betas=(0.9, 0.95), weight_decay=0.1)
     optim.start_moments(model, optimizer)
-    snapshot = checkpoint.Snapshot(1, 1, 8, {}, {}, {}, {})
+    snapshot = checkpoint.Snapshot(1, 1, 8, {}, {}, Guard().state(), {"step": 1})
     folder = checkpoint.publish(tmp_path, checkpoint.capture(model, optimizer), snapshot, keep_last=2)
     size = sum(path.stat().st_size for path in folder.iterdir())
     assert plan.checkpoint_bytes(config) == pytest.approx(size, rel=0.01)
 
 
-@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-@pytest.mark.parametrize("rows", [4, 12])
-def test_the_memory_is_within_15_percent_of_what_a_process_takes(door, dtype, rows):
-    words = ["--preset", "demo", "--dtype", dtype, "--micro-batch", rows, "--tokens-per-step", 256 * rows]
-    done = door("pretrain.py", *words, "--plan", "--probe", OMP_NUM_THREADS="2")
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_the_activations_are_what_autograd_keeps(dtype):
+    m, rows = GPTConfig(block_size=128, n_layer=3, n_head=4, n_embd=64), 2
+    model = GPT(m, torch.Generator().manual_seed(0))
+    weights = {p.untyped_storage().data_ptr() for p in model.parameters()}
+    kept = {}
+
+    def keep(t):
+        if t.is_floating_point() and t.untyped_storage().data_ptr() not in weights:  # not the token ids
+            kept[t.untyped_storage().data_ptr()] = t  # which also keeps its memory from being used again
+        return t
+
+    with (
+        torch.autograd.graph.saved_tensors_hooks(keep, lambda t: t),
+        torch.autocast("cpu", torch.bfloat16, enabled=dtype is torch.bfloat16),
+    ):
+        model.hidden(torch.zeros(rows, m.block_size, dtype=torch.int64))
+    memory = plan.step_memory(m, rows, size=dtype.itemsize, chunk=1024)
+    assert sum(t.untyped_storage().nbytes() for t in kept.values()) == memory.activations + memory.copies
+
+
+def test_weights_gradients_and_moments_are_16_bytes_a_parameter():
+    model = GPT(PRESETS["tiny"], torch.Generator().manual_seed(0))
+    memory = plan.step_memory(PRESETS["tiny"], 1, size=4, chunk=1024)
+    assert memory.state == 16 * sum(p.numel() for p in model.parameters())
+
+
+def planned(door, *words):
+    done = door("pretrain.py", "--plan", *words, timeout=60)
     assert done.returncode == 0, done.stderr
-    measured, predicted = re.search(r"memory ([\d.]+) GB at the most, predicted ([\d.]+) GB", done.stdout).groups()
-    assert float(predicted) == pytest.approx(float(measured), rel=0.15)
+    return done.stdout
 
 
 def test_the_largest_gpt_is_planned_on_any_machine_and_nothing_is_written(door, tmp_path):
-    words = ["pretrain.py", "--preset", "gpt3-175b", "--plan", "--gpus", 1024, "--device", "cpu"]
-    done = door(*words, timeout=60)
-    assert done.returncode == 0, done.stderr
-    assert re.search(r"gpt3-175b: 17\d,\d{3},\d{3},\d{3} parameters", done.stdout)
-    assert re.search(r"memory    1024 x .*of each:", done.stdout)
-    assert "time      --probe measures it" in done.stdout
+    said = planned(door, "--preset", "gpt3-175b", "--gpus", 1024, "--device", "cpu")
+    assert re.search(r"gpt3-175b: 17\d,\d{3},\d{3},\d{3} parameters", said)
+    assert re.search(r"memory    1024 x .*micro-batch 1 rows.*of each:", said)
+    assert re.search(r"two moments +2,794 GB\n", said)
+    assert "does not fit into " in said
+    assert "time      --probe measures it" in said
     assert list(tmp_path.iterdir()) == []
+
+
+def test_another_device_is_planned_for_by_its_name(door):
+    words = ["--on", "h100", "--gpus", 8, "--mfu", 0.4, "--dollars-per-gpu-hour", 2.5]
+    said = planned(door, *words)
+    assert "memory    8 x H100, micro-batch 64 rows, bfloat16, of each:" in said
+    assert "            fits into 80 GB\n" in said
+    speed = 0.4 * 989e12 / PRESETS["gpt2"].flops_per_token
+    hours = 76_292 * 2**19 / speed / 8 / 3600
+    assert f"{speed:,.0f} tokens/s a device" in said
+    assert f"time      {hours:.1f} hours on 8 devices" in said
+    assert f"cost      {hours * 8 * 2.5:.2f} dollars at 2.5 a device and hour" in said
+    small = planned(door, "--preset", "tiny", *words, "--gpus", 1)
+    assert re.search(r"time      [\d.]+ seconds on 1 device\n", small)
+    assert "cost      less than 0.01 dollars" in small
+
+
+def test_the_micro_batch_of_a_plan_is_one_that_fits(door):
+    said = planned(door, "--preset", "gpt2-xl", "--on", "a10g")  # 24 GB, and 25 for the weights and the optimizer
+    assert "micro-batch 1 rows" in said
+    assert "does not fit into 24 GB" in said
+    said = planned(door, "--preset", "gpt2-large", "--on", "a10g")
+    rows = int(re.search(r"micro-batch (\d+) rows", said)[1])
+    assert 1 < rows < 64
+    assert "fits into 24 GB" in said
+
+
+def test_a_plan_doubts_what_the_training_would(door, shards):
+    said = planned(door, "--preset", "tiny", "--data", shards, "--steps", 99_999, "--warmup-steps", 10**6)
+    assert "warning: --warmup-steps 1,000,000 is more than --steps 99,999" in said
+    assert f"teach little; what suits them: python pretrain.py --preset demo --data {shards} --steps 310\n" in said
 
 
 def test_hours_and_dollars_follow_from_the_speed(door, tmp_path):
@@ -59,10 +113,6 @@ def test_hours_and_dollars_follow_from_the_speed(door, tmp_path):
     done = door("pretrain.py", *words)
     assert done.returncode == 0, done.stderr
     speed = int(re.search(r"AdamW: ([\d,]+) tokens/s a device", done.stdout)[1].replace(",", ""))
-    cost = int(re.search(r"cost      ([\d,]+) dollars at 3600 a device and hour", done.stdout)[1].replace(",", ""))
-    assert cost == pytest.approx(1000 * 512 / speed, rel=0.02, abs=1)
+    cost = float(re.search(r"cost      ([\d,.]+) dollars at 3600 a device", done.stdout)[1].replace(",", ""))
+    assert cost == pytest.approx(1000 * 512 / speed, rel=0.02)
     assert list(tmp_path.iterdir()) == []
-
-
-def test_the_limit_of_the_attention_for_cpus_is_its_own():
-    assert (plan.LONGEST, plan.ROWS) == (cpu_attention.LONGEST, cpu_attention.ROWS)

@@ -1,9 +1,12 @@
 """prepare.py: the shards are the documents, whoever tokenized them and however often it was interrupted."""
 
+import contextlib
+import gzip
 import hashlib
 import json
 import os
 import re
+import shutil
 import threading
 import time
 from collections import Counter
@@ -22,7 +25,7 @@ from fake_hub import COMMIT, FakeHub, talk_to
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from aymen_gpt.data import encoder, fetch, prepare, shards, sources, tokenizer
+from aymen_gpt.data import encoder, fetch, prepare, shards, shares, slices, sources, tokenizer, workers
 from aymen_gpt.data.loader import TokenRows
 from aymen_gpt.data.prepare import PrepareOptions
 from aymen_gpt.errors import AymenError, CannotWrite, DataError, NetworkError, UsageError
@@ -43,6 +46,9 @@ WORDS = [
     "<|endoftext|>",
     "é",
 ]
+
+
+REAL_WRITE = pq.write_table
 
 
 def quiet(event):
@@ -117,9 +123,7 @@ def test_the_shards_hold_every_document_behind_its_separator_in_source_order(opt
 def test_names_and_manifest_are_as_documented(options):
     prepare.prepare(options, quiet)
     manifest = json.loads((options.out / "manifest.json").read_text())
-    names = ["edufineweb_val_000000.bin"] + [
-        f"edufineweb_train_{i:06d}.bin" for i in range(1, len(manifest["shards"]))
-    ]
+    names = ["shard_val_000000.bin"] + [f"shard_train_{i:06d}.bin" for i in range(1, len(manifest["shards"]))]
     assert [record["file"] for record in manifest["shards"]] == names
     assert manifest["complete"] is True
     assert manifest["tokenizer"]["vocabulary_sha256"] == tokenizer.vocabulary_sha256()
@@ -218,8 +222,7 @@ def test_a_corpus_too_small_for_two_splits_is_an_error(tmp_path, texts):
 
 def test_validation_is_a_twentieth_of_a_middling_corpus_and_one_shard_of_a_large_one(tmp_path):
     def val_tokens(n_bytes, shard_tokens=1000_000, max_tokens=None):
-        source = sources.Source((sources.SourceFile("a.txt", n_bytes, path=Path("a.txt")),))
-        return prepare.val_tokens(PrepareOptions(shard_tokens=shard_tokens, max_tokens=max_tokens), source)
+        return prepare.val_tokens(PrepareOptions(shard_tokens=shard_tokens, max_tokens=max_tokens), n_bytes)
 
     assert val_tokens(4 * 10**9) == 1000_000
     assert val_tokens(4 * 10**6) == 50_000
@@ -316,6 +319,42 @@ def test_a_folder_of_other_options_is_refused_and_left_alone(options, change, me
     assert digest(options.out) == before
 
 
+@pytest.mark.fault(34)
+@pytest.mark.parametrize("checksum", [True, False])
+def test_a_flipped_bit_of_the_manifest_is_found_or_does_no_harm(options, tmp_path, checksum):
+    """Manifests of earlier versions have no checksum; what their numbers say is compared with the shards."""
+    prepare.prepare(options, quiet)
+    if not checksum:
+        manifest = json.loads((options.out / "manifest.json").read_bytes())
+        (options.out / "manifest.json").write_text(
+            json.dumps({k: manifest[k] for k in manifest if k != "checksum"})
+        )
+    text = (options.out / "manifest.json").read_bytes()
+    whole, out = shards.read_manifest(options.out), tmp_path / "copy"
+    for bit in range(0, 8 * len(text), 3 if checksum else 61):
+        flipped = bytearray(text)
+        flipped[bit // 8] ^= 1 << bit % 8
+        (options.out / "manifest.json").write_bytes(flipped)
+        try:
+            found = shards.read_manifest(options.out)
+        except DataError:
+            continue
+        assert found == whole or not checksum, bit
+        shutil.copytree(options.out, out, ignore=shutil.ignore_patterns(".*"))
+        for use in (shards.check_shards, shards.verify, lambda out: prepare.repair(out, quiet, workers=0)):
+            with contextlib.suppress(AymenError):
+                use(out)
+        with contextlib.suppress(AymenError):
+            prepare.prepare(replace(options, out=out), quiet)
+        shutil.rmtree(out)
+
+
+def test_a_source_is_the_same_with_or_without_a_slash(options):
+    stop_after(replace(options, source=(f"{options.source[0]}/",)), 2)
+    prepare.prepare(options, quiet)
+    assert prepare.prepare(replace(options, source=(f"{options.source[0]}//",)), quiet).already
+
+
 def stop_after(options, n_shards):
     assert killed(
         f"after:{n_shards}:aymen_gpt.data.shards:write_manifest", lambda: prepare.prepare(options, quiet)
@@ -325,8 +364,81 @@ def stop_after(options, n_shards):
 def test_a_source_that_changed_half_way_is_refused(options):
     stop_after(options, 2)
     write_jsonl(Path(options.source[0]) / "c.jsonl", make_texts(10))
-    with pytest.raises(UsageError, match="not those that .*out was begun with"):
+    write_jsonl(Path(options.source[0]) / "d.jsonl", make_texts(10))
+    (Path(options.source[0]) / "b.parquet").unlink()
+    changes = r"in/b.parquet is gone, in/c.jsonl is not the same, in/d.jsonl is new"
+    with pytest.raises(DataError, match=rf"has changed since .*out was begun \({changes}\): type .* --restart"):
         prepare.prepare(options, quiet)
+
+
+def damage(path, change):
+    """What happens to a source file while it is read, or between two commands."""
+    content = path.read_bytes()
+    os.utime(path, ns=(1, 1))
+    path.write_bytes({"cut": content[:-40], "same size": content[::-1], "longer": content + content}[change])
+
+
+CHANGES = pytest.mark.parametrize("change", ["cut", "same size", "longer"])
+KINDS = pytest.mark.parametrize("kind", [".parquet", ".jsonl", ".jsonl.gz", ".txt"])
+
+
+@pytest.fixture
+def two_files(tmp_path, monkeypatch, kind):
+    """Options for two files of a kind, each of several parts; the second one's path."""
+    monkeypatch.setattr(slices, "SLICE_BYTES", 2000)
+    folder = tmp_path / "in"
+    for name in "ab":
+        path, texts = folder / f"{name}{kind}", make_texts(150, ord(name))
+        folder.mkdir(exist_ok=True)
+        if kind == ".parquet":
+            write_parquet(path, texts, rows=30)
+        elif kind == ".txt":
+            path.write_text("\n".join(texts))
+        else:
+            content = write_jsonl(tmp_path / "plain", texts).read_bytes()
+            path.write_bytes(gzip.compress(content) if kind == ".jsonl.gz" else content)
+    return PrepareOptions(source=(str(folder),), out=tmp_path / "out", shard_tokens=500, workers=0), path
+
+
+@KINDS
+@CHANGES
+def test_a_file_that_changes_while_it_is_read_is_named_and_never_counts_as_read(two_files, change):
+    options, path = two_files
+    path = path if path.suffix == ".txt" else path.with_stem(path.stem.replace("b", "a"))
+
+    def report(event):
+        if getattr(event, "shards", 0) == 3:
+            damage(path, change)
+
+    for when in ("changed while it was read", "is not the same"):  # then, and when it is typed again
+        with pytest.raises(DataError, match=rf"{path.name} {when}.*: type the same command with --restart"):
+            prepare.prepare(options, report)
+    assert not shards.read_manifest(options.out)["complete"]
+
+
+@KINDS
+@CHANGES
+def test_a_file_that_changed_after_a_kill_is_named_and_never_mixed(two_files, change):
+    options, path = two_files
+    stop_after(options, 3)
+    damage(path, change)
+    with pytest.raises(DataError, match=rf"changed since .*in/{path.name} is not the same.*: type .* --restart"):
+        prepare.prepare(options, quiet)
+
+
+def test_an_output_folder_inside_the_source_is_no_source(options, tmp_path):
+    inside = replace(options, out=Path(options.source[0]) / "tokens/all")
+    prepare.prepare(options, quiet)
+    stop_after(inside, 3)
+    prepare.prepare(inside, quiet)
+    sorted(inside.out.glob("*.bin"))[2].unlink()
+    prepare.repair(inside.out, quiet, workers=0)
+    assert digest(inside.out) == digest(options.out)
+    prepare.prepare(replace(inside, out=tmp_path / "in/more"), quiet)  # the shards in tokens/all are no text
+    with pytest.raises(
+        UsageError, match=r"--out .*in is the source itself: take a folder of its own, as .*in/tok"
+    ):
+        prepare.prepare(replace(options, out=tmp_path / "in"), quiet)
 
 
 def test_a_full_disk_keeps_finished_shards_and_leaves_no_partial_one(options, tmp_path, monkeypatch):
@@ -406,13 +518,98 @@ def test_few_bad_rows_are_counted_and_skipped(tmp_path, reason):
 @pytest.mark.parametrize("reason", BAD_ROWS)
 def test_many_bad_rows_are_an_error_that_names_the_first(tmp_path, reason):
     options, _ = with_bad_rows(tmp_path, 2000, {1005, 1006, 1007}, reason)
-    message = (
-        r"3 of 2,000 rows have no usable text .more than 0.1%.; the first: bad.parquet, part 1, row 5: " + reason
-    )
+    message = r"3 of 2,000 rows have no usable text .more than 0.1%.: bad.parquet, slice 1, row 5: " + reason
     with pytest.raises(DataError, match=message):
         prepare.prepare(options, quiet)
     with pytest.raises(DataError, match=message):  # and again, from where it stood
         prepare.prepare(options, quiet)
+
+
+@pytest.fixture
+def dead_end(tmp_path):
+    """A folder of texts with a bad row and a file in another encoding, prepared in vain; its good texts."""
+    folder = tmp_path / "in"
+    (write_jsonl(write_parquet(folder / "a.parquet", make_texts(300)).with_name("bad.jsonl"), ["no"])).write_text(
+        "{"
+    )
+    (folder / "latin.txt").write_bytes(b"caf\xe9")
+    options = PrepareOptions((str(folder),), tmp_path / "out", 500, workers=0)
+    bad = r"bad.jsonl, slice 0, row 0: not JSON; in/latin.txt, slice 0, row 0: not UTF-8"
+    with pytest.raises(DataError, match=rf"2 of 302 rows .*: in/{bad}; .* --restart, or .* with --skip-bad-rows"):
+        prepare.prepare(options, quiet)
+    return options, make_texts(300)
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_bad_rows_can_be_left_out(dead_end, workers):
+    options, good = dead_end
+    for chosen in (options, replace(options, out=options.out / "anew", workers=workers)):
+        summary = prepare.prepare(replace(chosen, skip_bad_rows=True), quiet)
+        assert summary.totals.skipped == {"not JSON": 1, "not UTF-8": 1}
+        assert joined(tokens_of(chosen.out)) == reference(good)
+    assert digest(options.out) == digest(options.out / "anew")
+
+
+def test_a_mended_source_is_prepared_anew_and_what_was_there_is_kept(dead_end):
+    options, good = dead_end
+    for name in ("bad.jsonl", "latin.txt"):
+        (Path(options.source[0]) / name).unlink()
+    with pytest.raises(DataError, match=r"in/bad.jsonl is gone, in/latin.txt is gone\): type .* with --restart"):
+        prepare.prepare(options, quiet)
+    before = digest(options.out)
+    (options.out / "notes_202411.txt").write_text("mine")
+    events = []
+    prepare.prepare(replace(options, restart=True), events.append)
+    assert f"{options.out}/earlier-1 holds what was there" in "".join(filter(lambda e: isinstance(e, str), events))
+    assert joined(tokens_of(options.out)) == reference(good)
+    assert digest(options.out / "earlier-1") == before
+    assert (options.out / "notes_202411.txt").read_text() == "mine"
+    assert prepare.prepare(options, quiet).already
+    shards.check_shards(options.out)
+    prepare.prepare(replace(options, restart=True, shard_tokens=700), quiet)
+    assert len(digest(options.out / "earlier-2")) == len(before)
+
+
+@pytest.mark.parametrize("point", [*range(1, 9, 3)])
+def test_a_restart_can_be_killed_and_typed_again(dead_end, point):
+    options, good = dead_end
+    before = digest(options.out)
+    again = replace(options, restart=True, skip_bad_rows=True)
+    assert killed(f"before:{point}:os.rename", lambda: prepare.prepare(again, quiet))
+    prepare.prepare(again, quiet)
+    assert joined(tokens_of(options.out)) == reference(good)
+    kept = [digest(folder) for folder in options.out.glob("earlier-*")]
+    assert {name: sha for found in kept for name, sha in found.items()} == before
+
+
+def test_restart_where_nothing_is_makes_no_earlier_folder(options):
+    prepare.prepare(replace(options, restart=True), quiet)
+    assert not list(options.out.glob("earlier-*"))
+
+
+@pytest.mark.parametrize("share", [None, shares.Share(1, 1)])
+def test_a_change_of_the_source_of_a_finished_folder_is_said(options, share):
+    def work(options):
+        return shares.prepare_share(options, share, quiet) if share else prepare.prepare(options, quiet)
+
+    work(options)
+    assert work(options).already
+    write_jsonl(Path(options.source[0]) / "d.jsonl", make_texts(10))
+    with pytest.raises(
+        DataError, match=r"has changed since .* was begun \(in/d.jsonl is new\): type .* --restart"
+    ):
+        work(options)
+    assert work(replace(options, restart=True)).totals.documents == 470
+    assert work(options).already
+
+
+def test_a_finished_folder_does_not_ask_whether_the_builtin_corpus_is_another_now(options, monkeypatch):
+    path = write_parquet(options.out.parent / "builtin-1.parquet", make_texts(20))
+    monkeypatch.setattr(sources.builtin, "build", lambda: path)
+    options = replace(options, source=("builtin", *options.source))
+    prepare.prepare(options, quiet)
+    monkeypatch.setattr(sources.builtin, "build", None)
+    assert prepare.prepare(options, quiet).already
 
 
 ODD_TEXTS = {  # what a document holds -> the text that its tokens are, None when it is skipped
@@ -423,6 +620,7 @@ ODD_TEXTS = {  # what a document holds -> the text that its tokens are, None whe
     "separator": ("<|endoftext|>a<|endoftext|>", "<|endoftext|>a<|endoftext|>"),
     "one letter for ever": ("a" * 10**6, "a" * 10**6),
     "one sign for ever": ("!" * 10**6, "!" * 10**6),
+    "a letter of Unicode 17": ("a \U000323b0's", "a \U000323b0's"),
     "blanks for ever": ("a" + " " * 10**6, "a" + " " * 10**6),
 }
 
@@ -449,7 +647,9 @@ def test_a_damaged_file_is_named_and_the_shards_before_it_stay(options, workers)
     content = bytearray(path.read_bytes())
     content[4:3000] = bytes(2996)
     path.write_bytes(content)
-    with pytest.raises(DataError, match=r"b.parquet is damaged or cut off .*: delete it and get it again"):
+    with pytest.raises(
+        DataError, match=r"b.parquet is damaged or cut off .*: get it again or remove it, then type .* --restart"
+    ):
         prepare.prepare(replace(options, workers=workers), quiet)
     done = [record["file"] for record in shards.read_manifest(options.out)["shards"]]
     assert len(done) >= 2
@@ -463,11 +663,11 @@ def test_a_half_written_file_is_named_before_anything_is_written(options, kept):
     content = path.read_bytes()
     path.write_bytes(content[: int(kept * len(content)) if kept == 0.5 else kept])
     with pytest.raises(
-        DataError, match=r"b.parquet is damaged or cut off .*: delete it and get it again"
+        DataError, match=r"b.parquet is damaged or cut off .*: get it again or remove it, then type .* --restart"
     ) as caught:
         prepare.prepare(options, quiet)
     assert caught.value.exit_code == 65
-    assert digest(options.out) == {}
+    assert not options.out.exists()
     path.write_bytes(content)
     prepare.prepare(options, quiet)
     assert joined(tokens_of(options.out)) == reference(ALL_TEXTS)
@@ -487,14 +687,14 @@ def die_in_the_middle_of_the_answer():
 @pytest.mark.fault(49)
 @pytest.mark.parametrize("death", [(os._exit, 9), (die_in_the_middle_of_the_answer,)])
 def test_a_worker_that_dies_is_an_error_not_a_hang(options, monkeypatch, death):
-    class Dying(prepare.ProcessPoolExecutor):
-        def submit(self, function, part, *more):
-            if (part.file, part.index) == (1, 2):
+    class Dying(workers.ProcessPoolExecutor):
+        def submit(self, function, slice, *more):
+            if (slice.file, slice.index) == (1, 2):
                 return super().submit(*death)
-            return super().submit(function, part, *more)
+            return super().submit(function, slice, *more)
 
     threads = threading.active_count()
-    monkeypatch.setattr(prepare, "ProcessPoolExecutor", Dying)
+    monkeypatch.setattr(workers, "ProcessPoolExecutor", Dying)
     with pytest.raises(AymenError, match=r"a worker process died; finished shards are safe: run the same command"):
         prepare.prepare(replace(options, workers=2), quiet)
     deadline = time.monotonic() + 30
@@ -506,14 +706,14 @@ def test_a_worker_that_dies_is_an_error_not_a_hang(options, monkeypatch, death):
     assert joined(tokens_of(options.out)) == reference(ALL_TEXTS)
 
 
-def test_parts_are_dealt_only_so_far_ahead(tmp_path):
+def test_slices_are_dealt_only_so_far_ahead(tmp_path):
     path = write_parquet(tmp_path / "a.parquet", make_texts(40), rows=1)
     dealt = []
-    parts = sources.parts(sources.open_source([str(path)]), 0, path)
-    batches = prepare.tokenize_all((dealt.append(part) or part for part in parts), 1, "tiktoken")
+    found = slices.slices_of(sources.open_source([str(path)]), 0, path)
+    batches = workers.tokenize_all((dealt.append(slice) or slice for slice in found), 1, "tiktoken")
     for read in range(1, 31):
-        assert next(batches).part.index == read - 1
-        assert len(dealt) <= read + prepare.AHEAD
+        assert next(batches).slice.index == read - 1
+        assert len(dealt) <= read + workers.AHEAD
     batches.close()
 
 
@@ -531,6 +731,70 @@ def test_repair_rebuilds_only_what_is_damaged(options, tmp_path):
     assert digest(options.out) == expected
     assert others.items() <= {path.name: path.stat().st_mtime_ns for path in paths}.items()
     assert prepare.repair(options.out, quiet, workers=0) == []
+
+
+@pytest.mark.fault(34)
+@pytest.mark.parametrize("hashed", [True, False])
+def test_a_damaged_table_of_documents_is_found_and_repaired(options, hashed):
+    """Manifests of earlier versions have no hash of it: what is no table, or has other rows, is found."""
+    prepare.prepare(options, quiet)
+    manifest = shards.read_manifest(options.out)
+    tables = sorted(options.out.glob("*.documents.parquet"))
+    expected = digest(options.out)
+    if not hashed:
+        records = [{k: v for k, v in record.items() if k != "documents_sha256"} for record in manifest["shards"]]
+        shards.write_manifest(options.out, manifest | {"shards": records})
+        assert shards.verify(options.out) == {}
+    tables[1].write_bytes(tables[1].read_bytes()[:-9])
+    tables[2].write_bytes(b"")
+    shards.write_document_sources(next(options.out.glob("*_000004.bin")), ["one"], ["only"])
+    if hashed:
+        content = bytearray(tables[4].read_bytes())
+        content[100] ^= 1
+        tables[4].write_bytes(content)
+        tables[5].unlink()
+    names = [path.name for path in (tables[1:6] if hashed else tables[1:4])]
+    assert sorted(shards.verify(options.out)) == names
+    assert sorted(prepare.repair(options.out, quiet, workers=0)) == names
+    found = digest(options.out)
+    changed = {name for name in expected if found[name] != expected[name]}
+    assert changed == (set() if hashed else {"manifest.json"})  # it has the hashes of the repaired tables now
+    assert shards.verify(options.out) == {}
+
+
+@pytest.mark.fault(34)
+def test_a_table_that_another_pyarrow_writes_otherwise_is_repaired_too(options, monkeypatch):
+    prepare.prepare(options, quiet)
+    next(options.out.glob("*_000002.documents.parquet")).unlink()
+    monkeypatch.setattr(pq, "write_table", lambda table, file, compression: REAL_WRITE(table, file))
+    assert prepare.repair(options.out, quiet, workers=0) == ["shard_train_000002.documents.parquet"]
+    assert shards.verify(options.out) == {}
+    record = shards.read_manifest(options.out)["shards"][2]
+    assert shards.read_document_sources(options.out / record["file"], record["documents"])
+
+
+@pytest.mark.fault(49)
+def test_repair_killed_again_and_again_keeps_what_it_repaired_and_leaves_no_pile(options):
+    prepare.prepare(options, quiet)
+    expected = digest(options.out)
+    paths = sorted(options.out.glob("*.bin"))[2:5]
+    for path in paths:
+        path.unlink()
+    foreign, live = options.out / ".mine.tmp", options.out / f".checked.json.{os.getppid()}.tmp"
+    foreign.touch()
+    live.touch()
+    there = []
+    for point in ["before:1:os.replace"] * 3 + ["before:2:os.replace"] * 3:
+        assert killed(point, lambda: prepare.repair(options.out, quiet, workers=0))
+        assert len(list(options.out.glob(".shard_*.tmp"))) == 1
+        there.append([path.exists() for path in paths].count(True))
+    assert there == [0, 0, 0, 1, 2, 3]
+    prepare.repair(options.out, quiet, workers=0)
+    assert foreign.exists()
+    assert live.exists()
+    foreign.unlink()
+    live.unlink()
+    assert digest(options.out) == expected
 
 
 def test_repair_from_a_source_with_other_content_is_refused(options):
@@ -573,6 +837,10 @@ def test_fineweb_edu_comes_from_the_hub_file_by_file_and_is_not_kept(hub, tmp_pa
     assert not (options.out / ".source").exists()
     manifest = shards.read_manifest(options.out)
     assert manifest["source"]["repo"] == "HuggingFaceFW/fineweb-edu"
+    assert [record["file"] for record in manifest["shards"]][:2] == [
+        "edufineweb_val_000000.bin",
+        "edufineweb_train_000001.bin",
+    ]
     assert manifest["source"]["revision"] == COMMIT
     assert f"GET /api/datasets/HuggingFaceFW/fineweb-edu/revision/{sources.REVISION}" in hub.requests
     assert (
@@ -693,8 +961,10 @@ def test_links_in_the_folder_never_make_us_write_or_delete_outside(hub, tmp_path
         DataError, match=r"unsafe path 'sample/10BT/000_00000.parquet': a link leads out of .*source"
     ):
         prepare.prepare(options, quiet)
+    preparation = prepare.Preparation(options, quiet)
+    preparation.source = preparation.open_source()
     with pytest.raises(DataError, match="unsafe path"):
-        prepare.drop_downloads(options, prepare.find_text(options, quiet), 1)
+        preparation.drop_downloads(1)
     (options.out / ".source/sample").unlink()
     prepare.prepare(options, quiet)
     shard = sorted(options.out.glob("*.bin"))[1]
@@ -728,7 +998,7 @@ class Broken:
         return ids[:-1] if b"7" in text.split()[-1] else ids
 
 
-REAL_TOKENIZE = prepare.tokenize
+REAL_TOKENIZE = workers.tokenize
 
 
 def tokenize_broken(*work):
@@ -742,7 +1012,7 @@ def tokenize_broken(*work):
 @pytest.fixture
 def broken(monkeypatch):
     pytest.importorskip("gigatoken")
-    monkeypatch.setattr(prepare, "tokenize", tokenize_broken)
+    monkeypatch.setattr(workers, "tokenize", tokenize_broken)
 
 
 @pytest.fixture
@@ -764,7 +1034,8 @@ def test_an_encoder_that_errs_is_replaced_by_tiktoken_from_the_beginning(late, b
     assert digest(late.out) == digest(tmp_path / "right")
     (warning,) = [event for event in events if isinstance(event, str) and event.startswith("WARNING")]
     assert (
-        "gave other ids than tiktoken for c.jsonl, part 0, row 0, id-0; everything again, with tiktoken" in warning
+        "gave other ids than tiktoken for c.jsonl, slice 0, row 0, id-0; everything again, with tiktoken"
+        in warning
     )
     assert any(isinstance(event, prepare.Progress) and event.shards > 2 for event in events)
 
@@ -780,12 +1051,12 @@ def test_an_encoder_that_errs_leaves_the_same_bytes_wherever_it_is_killed(late, 
         assert digest(again.out) == expected
 
 
-def test_the_sample_is_one_document_in_a_hundred_and_some_of_every_part(tmp_path):
-    part = sources.Part(3, 8, tmp_path, 0, 0, None, 0)
-    chosen = [row for row in range(100_000) if prepare._sampled(part, row)]
+def test_the_sample_is_one_document_in_a_hundred_and_some_of_every_slice(tmp_path):
+    slice = slices.Slice(3, 8, tmp_path, 0, 0, None, 0)
+    chosen = [row for row in range(100_000) if workers._sampled(slice, row)]
     assert chosen[:2] == [0, 1]
     assert 900 < len(chosen) < 1100
-    assert prepare._sampled(replace(part, index=9), chosen[5]) is False
+    assert workers._sampled(replace(slice, index=9), chosen[5]) is False
 
 
 def test_both_encoders_write_the_same_shards_and_the_manifest_names_them(options, tmp_path):
@@ -797,7 +1068,7 @@ def test_both_encoders_write_the_same_shards_and_the_manifest_names_them(options
         manifests[name] = shards.read_manifest(chosen.out)
         assert manifests[name].pop("encoder") == {"name": name, "version": version(name)}
     assert manifests["gigatoken"] == manifests["tiktoken"]
-    assert len({shards.manifest_hash(chosen.out) for chosen in folders.values()}) == 1
+    assert len({shards.check_shards(chosen.out) for chosen in folders.values()}) == 1
 
 
 def test_a_folder_that_tiktoken_worked_on_stays_with_it(options, monkeypatch):

@@ -105,7 +105,25 @@ def test_a_second_process_on_the_same_run_is_refused(door, shards, tmp_path):
             "error: no train shards in nowhere: run python fineweb.py --out nowhere first",
         ),
         ([], 65, "error: no train shards in edu_fineweb10B: run python fineweb.py first"),
-        (["--steps", "0"], 2, "error: --steps must be above 0, got 0"),
+        (["--steps", "0"], 2, "error: --steps 0: expected a whole number from 1 to 1,000,000,000"),
+        (["--plan", "--steps", "1e300"], 2, "error: --steps 1e300: expected a whole number"),
+        (["--tokens-per-step", "2**9999999999"], 2, "error: --tokens-per-step 2**9999999999: expected"),
+        (["--timeout", "inf"], 2, "error: --timeout inf: expected a number above 0"),
+        (["--run", "r" * 300], 2, "expected a name of 1 to 255 bytes"),
+        (["--n-embd", "100"], 2, "error: --n-embd 100 is not a multiple of --n-head 12: try 96"),
+        (["--gpus", "8"], 2, "error: --gpus 8 is for planning, and this would train: add --plan"),
+        (["--plan", "--gpus", "0"], 2, "error: --gpus 0: expected a whole number from 1"),
+        (["--plan", "--gpus", "513"], 2, "error: 513 processes for 512 rows a step"),
+        (["--plan", "--mfu", "nan"], 2, "error: --mfu nan: expected a number above 0 and up to 1"),
+        (["--plan", "--mfu", "0.5"], 2, "error: --mfu 0.5: a share of what?"),
+        (["--plan", "--on", "h10"], 2, "error: --on h10: expected b200, gh200"),
+        (["--probe", "--on", "h100"], 2, "error: --probe measures this machine: leave out --on"),
+        (
+            ["--preset", "gpt3-175b"],
+            1,
+            "error: gpt3-175b does not fit: weights, gradients and moments take 2,794 GB",
+        ),
+        (["--config", "nowhere.toml"], 65, "error: --config nowhere.toml: No such file or directory"),
         (["--device", "tpu"], 2, "error: --device tpu: expected auto, cpu, mps, cuda or cuda:N"),
         (["--device", "cuda"], 2, "no CUDA device that torch can use"),
         (["--data", "spoiled"], 65, "error: shard spoiled/edufineweb_train_000001.bin"),
@@ -121,6 +139,45 @@ def test_mistakes_are_answered_in_one_line(door, tmp_path, words, code, message)
     assert message in done.stderr
     assert "Traceback" not in done.stderr
     assert len(done.stderr.strip().splitlines()) == 1
+    assert {path.name for path in tmp_path.iterdir()} <= {"spoiled", "runs"}
+
+
+def test_a_wrong_option_is_answered_once_with_the_nearest(door):
+    for processes in (None, 2):
+        done = door("pretrain.py", "--stpes", 3, processes=processes)
+        assert done.returncode == (1 if processes else 2)
+        said = [line for line in done.stderr.splitlines() if line.startswith(("error", "usage"))]
+        assert said == [
+            "error: there is no option --stpes; did you mean --steps?",
+            "usage: python pretrain.py [--preset NAME] [--data DIR] [--run DIR] ... (--help lists all)",
+        ]
+
+
+def test_flags_win_over_the_file_and_zero_switches_clipping_off(door, shards, tmp_path):
+    file = tmp_path / "mine.toml"
+    file.write_text(f'preset = "tiny"\ndata = "{shards}"\nsteps = 9\nn_layer = 3\n')
+    words = [
+        "--steps",
+        2,
+        "--grad-clip",
+        0,
+        "--warmup-steps",
+        99_999,
+        "--hellaswag-every",
+        "never",
+        "--run",
+        "run",
+    ]
+    done = door("pretrain.py", "--config", file, *words)
+    assert done.returncode == 0, done.stderr
+    assert "warning: --warmup-steps 99,999 is more than --steps 2: the rate ends at" in done.stderr
+    assert "next        python hellaswag.py -m run   or   python generate.py -m run" in done.stdout
+    config = json.loads((tmp_path / "run/config.json").read_text())
+    assert config["model"]["n_layer"] == 3
+    assert {config["run"][name] for name in ("grad_clip", "hellaswag_every")} == {None}
+    again = door("pretrain.py", "--config", "run/config.json", "--run", "again")
+    assert again.returncode == 0, again.stderr
+    assert rows(tmp_path / "again") == rows(tmp_path / "run")
 
 
 @pytest.mark.slow
@@ -144,11 +201,11 @@ def test_the_documents_of_a_step_are_listed_with_their_ids(door, tmp_path):
     assert header == ["row", "shard", "document", "first_token", "tokens", "id", "url"]
     assert {line[0] for line in lines} == {"4", "5"}  # two rows a step, steps count from 1
     assert sum(int(line[4]) for line in lines) == 2 * 65
-    assert all(line[5].startswith("id-") and line[6] == f"https://x/{line[5][3:]}" for line in lines)
+    assert all(line[5] == rf"id-{line[6][10:]}\n\t\x1b" for line in lines)
     assert door(*words, "--show-batch", 3).stdout == done.stdout
     assert door(*words, "--show-batch", 0).returncode == 2
 
 
 def write_jsonl(path, texts):
-    rows = [{"text": text, "id": f"id-{i}", "url": f"https://x/{i}"} for i, text in enumerate(texts)]
+    rows = [{"text": text, "id": f"id-{i}\n\t\x1b", "url": f"https://x/{i}"} for i, text in enumerate(texts)]
     path.write_text("".join(json.dumps(row) + "\n" for row in rows))

@@ -6,8 +6,12 @@ it small.
 
 import gzip
 import json
+import os
 import re
 import shlex
+import subprocess
+import sys
+from pathlib import Path
 
 import pytest
 from conftest import ROOT
@@ -34,21 +38,24 @@ SMALL = {  # a command of README -> what is added to it here
     "python pretrain.py --preset demo --plan --probe": "--preset tiny",
     "python pretrain.py --preset demo --plan --probe --dollars-per-gpu-hour 2.5": "--preset tiny",
     "python fineweb.py --source my/texts notes.jsonl.gz --out data/mine": "--workers 1",
-    "python fineweb.py --source hub-tokens:kjj0/finewebedu10B-gpt2 --out data/edu10B": "",
+    "hf download kjj0/finewebedu10B-gpt2 --repo-type dataset --local-dir data/edu10B": "",
+    "python pretrain.py --data data/edu10B": f"{TINY} --run runs/edu10B",
     "python pretrain.py --preset demo --data data/mine --run runs/mine": TINY,
-    "python hellaswag.py -m runs/mine --limit 1000": "--limit 4",
     "python hellaswag.py -m runs/gpt2 --json a.json": "--limit 4",
     "python hellaswag.py -m runs/mine --json b.json": "--limit 4",
     "python hellaswag.py --compare a.json b.json": "",
+    "python -m aymen_gpt.commands.report runs/mine": "",
+    "python -m aymen_gpt.commands.report runs/mine runs/tuned": "",
 }
-ELSEWHERE = {"make demo", "make test", "make report"}
+ELSEWHERE = {"make demo", "make test"}
 
 
 def commands():
-    """The lines of README's bash blocks, without their comments."""
-    blocks = re.findall(r"```bash\n(.*?)```", (ROOT / "README.md").read_text(), re.S)
+    """The lines of the bash blocks of README and docs/options.md, without their comments."""
+    pages = (ROOT / "README.md").read_text() + (ROOT / "docs/options.md").read_text()
+    blocks = re.findall(r"```bash\n(.*?)```", pages, re.S)
     lines = [re.sub(r"\s+#.*", "", line).strip() for block in blocks for line in block.splitlines()]
-    return [line for line in lines if line]
+    return list(dict.fromkeys(line for line in lines if line))
 
 
 def test_every_command_of_readme_is_known_here():
@@ -70,6 +77,14 @@ def test_the_journey_of_readme_works_as_written(door, tmp_path):
         for command in commands():
             if command not in ELSEWHERE:
                 program, *words = shlex.split(f"{command} {SMALL[command]}")
+                if program == "hf":
+                    subprocess.run(
+                        [Path(sys.executable).with_name("hf"), *words],
+                        cwd=tmp_path,
+                        env=os.environ | online,
+                        check=True,
+                    )
+                    continue
                 processes = 2 if program == "torchrun" else None
                 words = [word for word in words if not word.startswith(("--standalone", "--nproc"))]
                 done = door(*words, processes=processes, **online)
@@ -77,8 +92,10 @@ def test_the_journey_of_readme_works_as_written(door, tmp_path):
     assert (tmp_path / "runs/gpt2/checkpoints/step-000000006/model.safetensors").exists()  # 8 GPUs went on
     assert (tmp_path / "runs/gpt2/earlier-1/metrics.jsonl").exists()
     assert (tmp_path / "runs/tuned/report.html").exists()
+    assert json.loads((tmp_path / "a.json").read_text())["step"] == 6  # of runs/gpt2
     assert (tmp_path / "runs/mine/report.html").exists()
-    assert (tmp_path / "data/edu10B/manifest.json").exists()
+    assert (tmp_path / "compare.html").exists()
+    assert (tmp_path / "runs/edu10B/report.html").exists()
 
 
 def write_gzip(path, texts):
@@ -88,7 +105,9 @@ def write_gzip(path, texts):
 def test_the_published_scores_are_those_of_the_code():
     known = {(a.model, a.protocol, round(100 * a.value, 2)) for a in ANCHORS if a.metric == "acc_norm"}
     protocols = {"completion": "completion", "harness": "harness", "the paper's own": "gpt3-paper"}
-    rows = re.findall(r"\| (GPT-[^|]*?) \|[^|]*\| ([^|]*?) \| ([\d.]+) % \|", (ROOT / "README.md").read_text())
+    rows = re.findall(
+        r"\| (GPT-[^|]*?) \|[^|]*\| ([^|]*?) \| ([\d.]+) % \|", (ROOT / "docs/reproduce.md").read_text()
+    )
     assert len(rows) == 3
     for model, protocol, value in rows:
         short = model.removesuffix(" 125M")

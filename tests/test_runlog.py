@@ -2,11 +2,12 @@
 
 import json
 import os
+from datetime import datetime
 
 import pytest
 
-from aymen_gpt.errors import CannotWrite, Stopped
-from aymen_gpt.training.runlog import RunLog, console_line, stream_lines
+from aymen_gpt.errors import CannotWrite, Stopped, UsageError
+from aymen_gpt.training.runlog import FILES, RunLog, console_line
 
 
 def row(step, **more):
@@ -28,6 +29,7 @@ def write(folder, first, last, resume_at=None):
     with RunLog(folder, steps=10) as log:
         log.start({}, resume_at)
         for step in range(first, last + 1):
+            log.samples([{"step": step}])
             log.write(row(step))
 
 
@@ -35,7 +37,6 @@ def test_after_a_resume_no_step_appears_twice(tmp_path):
     write(tmp_path, 0, 7)
     write(tmp_path, 5, 8, resume_at=4)
     assert steps(tmp_path) == list(range(9))
-    assert [int(line.split()[0]) for line in (tmp_path / "log.txt").read_text().splitlines()] == list(range(9))
 
 
 def test_a_fresh_start_drops_the_rows_of_a_run_that_never_saved(tmp_path):
@@ -50,15 +51,6 @@ def test_a_line_cut_short_by_a_kill_is_dropped(tmp_path):
         f.write('{"step": 4, "lo')
     write(tmp_path, 4, 5, resume_at=4)
     assert steps(tmp_path) == [0, 1, 2, 3, 4, 5]
-
-
-def test_log_txt_has_the_original_lines():
-    hella = {"completion": {"acc_norm": 0.25117}}
-    assert list(stream_lines(row(250, val_loss=6.54321, hellaswag=hella))) == [
-        "250 train 5.000000",
-        "250 val 6.5432",
-        "250 hella 0.2512",
-    ]
 
 
 def test_the_console_line_carries_units():
@@ -108,10 +100,84 @@ def test_status_json_says_how_the_run_ended(tmp_path, error, state):
     assert (status["state"], status["step"], status["message"]) == (state, 3, str(error or ""))
 
 
-def test_samples_of_steps_done_again_are_replaced(tmp_path):
-    with RunLog(tmp_path, 10) as log:
-        for step in (0, 5, 10, 5):
-            log.samples(step, f"## step {step}\n\ntext of {step}\n")
-    text = (tmp_path / "samples.md").read_text()
-    assert [line for line in text.splitlines() if line.startswith("## ")] == ["## step 0", "## step 5"]
-    assert text.count("text of 5") == 1
+def test_samples_of_steps_done_again_are_there_once(tmp_path):
+    """A kill may come between a step's samples and its row, too: then both are logged again."""
+    for logged, resume_at in (((0, 5, 10), None), ((10,), 5)):
+        with RunLog(tmp_path, 10) as log:
+            log.start({}, resume_at)
+            for step in logged:
+                log.samples([{"step": step, "prompt": "a\nb", "text": f"text of {step}\u2028"}])
+                if step < 10 or resume_at:
+                    log.write(row(step))
+    samples = [json.loads(line) for line in (tmp_path / "samples.jsonl").read_text().splitlines()]
+    assert [sample["text"] for sample in samples] == ["text of 0\u2028", "text of 5\u2028", "text of 10\u2028"]
+
+
+def test_each_part_of_a_run_keeps_its_own_command_and_times(tmp_path):
+    for step, command, started in ((None, "one", "t1"), (3, "two", "t2")):
+        with RunLog(tmp_path, steps=10) as log:
+            log.start({"command": [command], "started": started}, step)
+    config = json.loads((tmp_path / "config.json").read_text())
+    first, second = config["history"]
+    assert (config["started"], config["command"]) == ("t1", ["two"])
+    assert [part["command"] for part in (first, second)] == [["one"], ["two"]]
+    assert [part["started"] for part in (first, second)] == ["t1", "t2"]
+    assert datetime.fromisoformat(first["ended"])
+    assert "ended" not in second  # that is status.json's
+
+
+APPENDED = {
+    "metrics.jsonl": [b"\xff\n", b"5\n", b"null\n", b'{"step": null}\n', b'{"step": ' + b"[" * 100_000 + b"\n"],
+    "samples.jsonl": [b"\xff\xfe\n", b"one\n", b"[]\n"],
+    "config.json": [b"\xff", b"more"],
+}
+INSTEAD = {
+    "config.json": [b"[]", b"", b"[" * 100_000, b'{"history": null}', b'{"history": {}}', b'{"history": [5]}']
+}
+DAMAGE = [(name, b, True) for name, contents in APPENDED.items() for b in contents]
+DAMAGE += [(name, b, False) for name, contents in INSTEAD.items() for b in contents]
+
+
+@pytest.mark.fault(61)
+@pytest.mark.parametrize(("name", "content", "appended"), DAMAGE, ids=range(len(DAMAGE)))
+def test_what_cannot_be_read_is_set_aside_and_the_run_goes_on(tmp_path, capsys, name, content, appended):
+    write(tmp_path, 0, 3)
+    path = tmp_path / name
+    damaged = path.read_bytes() + content if appended else content
+    path.write_bytes(damaged)
+    write(tmp_path, 4, 5, resume_at=9)
+    assert steps(tmp_path) == [0, 1, 2, 3, 4, 5]
+    told = [line for line in capsys.readouterr().err.splitlines() if "warning" in line]
+    assert len(told) == 1
+    assert f" {path}" in told[0]
+    assert told[0].endswith(f"set aside as {name}.damaged-1")
+    assert (tmp_path / f"{name}.damaged-1").read_bytes() == damaged
+
+
+@pytest.mark.parametrize("name", FILES)
+def test_a_folder_in_the_place_of_a_record_is_set_aside(tmp_path, capsys, name):
+    write(tmp_path, 0, 3)
+    (tmp_path / name).unlink(missing_ok=True)
+    (tmp_path / name).mkdir()
+    with RunLog(tmp_path, steps=10) as log:
+        log.start({}, 3)
+        log.samples([{"step": 4}])
+        log.write(row(4))
+        log.failure({})
+    assert capsys.readouterr().err.count("warning: ") == 1
+    assert (tmp_path / f"{name}.damaged-1").is_dir()
+    assert steps(tmp_path)[-1] == 4
+
+
+def test_a_start_that_was_logged_without_its_time_is_kept(tmp_path):
+    write(tmp_path, 0, 3)
+    (tmp_path / "config.json").write_text('{"history": [{"step": 0}]}')
+    write(tmp_path, 4, 5, resume_at=3)
+    assert [entry["step"] for entry in json.loads((tmp_path / "config.json").read_text())["history"]] == [0, 3]
+
+
+def test_a_start_that_is_refused_leaves_no_trace_in_a_folder_of_others(tmp_path):
+    (tmp_path / "mine").write_text("")
+    with pytest.raises(UsageError), RunLog(tmp_path, 1):
+        raise UsageError("no")
+    assert list(tmp_path.iterdir()) == [tmp_path / "mine"]

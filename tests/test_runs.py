@@ -1,28 +1,26 @@
 """Reading a run folder: whatever state it is in, what can be read is read and the rest is said."""
 
 import json
+import re
 
 import pytest
 
 from aymen_gpt.errors import DataError
-from aymen_gpt.reporting.runs import number, parse_metrics, parse_samples, read_run
+from aymen_gpt.reporting.runs import number, read_run
 
 
-def write_run(folder, *, config=None, metrics=None, status=None, samples=None):
+def write_run(folder, *, config=None, metrics=None, status=None, samples=None, hellaswag=None):
     folder.mkdir(parents=True, exist_ok=True)
-    files = {"config.json": config, "metrics.jsonl": metrics, "status.json": status, "samples.md": samples}
-    for name, value in files.items():
+    files = {"config.json": config, "metrics.jsonl": metrics, "status.json": status, "samples.jsonl": samples}
+    for name, value in (files | {"hellaswag.json": hellaswag}).items():
         if value is not None:
-            (folder / name).write_bytes(
-                value
-                if isinstance(value, bytes)
-                else (value if isinstance(value, str) else json.dumps(value)).encode()
-            )
+            text = value if isinstance(value, str | bytes) else json.dumps(value)
+            (folder / name).write_bytes(text if isinstance(text, bytes) else text.encode())
     return folder
 
 
 def test_a_folder_without_a_run_is_refused_by_name(tmp_path):
-    (tmp_path / "samples.md").write_text("## step 1\n")
+    (tmp_path / "samples.jsonl").write_text('{"step": 1}\n')
     with pytest.raises(DataError, match=f"no run in {tmp_path}"):
         read_run(tmp_path)
     with pytest.raises(DataError, match="nowhere"):
@@ -36,7 +34,7 @@ def test_a_whole_run_is_read(tmp_path):
             config={"model": {"n_layer": 4}, "run": "text instead of an object"},
             metrics='{"step": 1, "loss": 9.5, "lr": 0.1}\n{"step": 2, "loss": 8.5}\n',
             status={"state": "running", "step": 2},
-            samples="# Samples\n\n## step 2\n\n> Hello\n\n````text\n world\n````\n",
+            samples='{"step": 2, "prompt": "Hello", "text": " world\\n> and\\n````\\n"}\n',
         )
     )
     assert run.name == "demo"
@@ -46,30 +44,34 @@ def test_a_whole_run_is_read(tmp_path):
     assert run.series("loss") == [(1, 9.5), (2, 8.5)]
     assert run.series("lr") == [(1, 0.1)]
     assert run.status["state"] == "running"
-    assert [(s.step, s.prompt, s.text) for s in run.samples] == [(2, "Hello", " world")]
-    assert (run.n_bad_lines, run.problems) == (0, [])
+    assert [(s.step, s.prompt, s.text) for s in run.samples] == [(2, "Hello", " world\n> and\n````\n")]
+    assert run.problems == []
 
 
 @pytest.mark.fault(61)
-def test_a_half_written_last_line_is_left_out_and_counted(tmp_path):
-    run = read_run(write_run(tmp_path, metrics=b'{"step": 1, "loss": 9.5}\n{"step": 2, "lo\xe2\x82'))
-    assert run.series("loss") == [(1, 9.5)]
-    assert run.n_bad_lines == 1
-    assert "1 line of metrics.jsonl" in run.problems[0]
+@pytest.mark.parametrize("name", ["metrics", "samples"])
+def test_a_half_written_last_line_is_left_out_and_counted(tmp_path, name):
+    lines = b'{"step": 1, "loss": 9.5, "text": "a"}\n{"step": 2, "lo\xe2\x82'
+    run = read_run(write_run(tmp_path, **{"config": {}, name: lines}))
+    assert run.series("loss") == ([(1, 9.5)] if name == "metrics" else [])
+    assert [s.text for s in run.samples] == (["a"] if name == "samples" else [])
+    assert [f"1 line of {name}.jsonl could not be read" in problem for problem in run.problems] == [True]
 
 
 @pytest.mark.parametrize(
-    "line", ["null", "[1]", "7", "{}", '{"step": "3"}', '{"step": true}', '{"step": -1}', "{"]
+    "line", ["null", "[1]", "7", "{}", '{"step": "3"}', '{"step": true}', '{"step": -1}', "{", "[" * 9999]
 )
-def test_lines_that_are_no_row_are_counted(line):
-    assert parse_metrics(f'{line}\n\n{{"step": 5}}\n') == ([{"step": 5}], 1)
+def test_lines_that_are_no_row_are_counted(tmp_path, line):
+    run = read_run(write_run(tmp_path, metrics=f'{line}\n\n{{"step": 5}}\n'))
+    assert run.rows == [{"step": 5}]
+    assert run.problems[0].startswith("1 line of metrics.jsonl")
 
 
-def test_rows_come_in_order_of_step_and_a_later_line_of_a_step_wins():
+def test_rows_come_in_order_of_step_and_a_later_line_of_a_step_wins(tmp_path):
     text = '{"step": 2, "loss": 8}\n{"step": 1, "loss": 9}\n{"step": 2, "loss": 7, "val_loss": 6}\n'
-    rows, bad = parse_metrics(text)
-    assert rows == [{"step": 1, "loss": 9}, {"step": 2, "loss": 7, "val_loss": 6}]
-    assert bad == 0
+    run = read_run(write_run(tmp_path, metrics=text))
+    assert run.rows == [{"step": 1, "loss": 9}, {"step": 2, "loss": 7, "val_loss": 6}]
+    assert run.problems == []
 
 
 def test_losses_that_are_not_finite_are_gaps_and_the_latest_finite_one_is_last(tmp_path):
@@ -87,44 +89,42 @@ def test_number_takes_finite_numbers_only(value, expected):
     assert number(value) == expected
 
 
-def test_a_damaged_config_is_said_and_the_rest_is_read(tmp_path):
-    run = read_run(write_run(tmp_path, config='{"run": ', metrics='{"step": 1, "loss": 9.0}\n'))
-    assert run.config == {}
-    assert run.problems == ["config.json is not a JSON object and is left out."]
+@pytest.mark.parametrize("name", ["config", "status", "hellaswag"])
+def test_a_damaged_file_is_said_and_the_rest_is_read(tmp_path, name):
+    run = read_run(write_run(tmp_path, **{name: '{"run": ', "metrics": '{"step": 1, "loss": 9.0}\n'}))
+    assert getattr(run, name) == {}
+    (problem,) = run.problems
+    assert re.fullmatch(rf"cannot read .*{name}\.json: no JSON .*; left out here\.", problem)
     assert run.last("loss") == 9.0
 
 
-def test_both_forms_of_a_hellaswag_row_are_read(tmp_path):
-    one = {
-        "step": 10,
-        "hellaswag": {"protocol": "completion", "n": 1000, "acc_norm": 0.25, "acc_norm_stderr": 0.014},
-    }
-    two = {"step": 20, "hellaswag": {"n": 500, "completion": {"acc_norm": 0.3}, "harness": {"acc_norm": 0.31}}}
-    odd = [{"step": 30, "hellaswag": None}, {"step": 40, "hellaswag": {"completion": {"acc_norm": float("nan")}}}]
-    run = read_run(write_run(tmp_path, metrics="".join(json.dumps(r) + "\n" for r in [one, two, *odd])))
-    assert [(s.step, s.n, s.acc_norm, s.acc_norm_stderr) for s in run.scores("completion")] == [
-        (10, 1000, 0.25, 0.014),
-        (20, 500, 0.3, None),
-    ]
-    assert [(s.step, s.acc_norm) for s in run.scores("harness")] == [(20, 0.31)]
+def part(value):
+    return {"acc_norm": value, "acc_norm_stderr": 0.01}
 
 
-def test_samples_keep_what_looks_like_markup_inside_their_fence():
-    text = "## step 5\n\n> p\n\n````text\n```python\n> not a prompt\n```\n````\n\n> q\n\n````\nsecond\n````\n"
-    assert [(s.prompt, s.text) for s in parse_samples(text)] == [
-        ("p", "```python\n> not a prompt\n```"),
-        ("q", "second"),
-    ]
+SCORED = [
+    {"step": 10, "hellaswag": {"n": 250, "completion": part(0.25)}},
+    {"step": 20, "hellaswag": {"n": 250, "completion": part(0.3)}},
+    {"step": 30, "hellaswag": None},
+    {"step": 40, "hellaswag": {"completion": {"acc_norm": float("nan")}}},
+]
 
 
-def test_samples_survive_a_torn_section_and_a_repeated_step():
-    text = "## step 5\n> p\n````text\ntorn off in the mid\n"
-    text += "".join(f"## step 10\n> p\n````\n{word}\n````\n" for word in ("old", "new"))
-    assert [(s.step, s.text) for s in parse_samples(text)] == [(5, "torn off in the mid"), (10, "new")]
-
-
-def test_samples_without_a_fence_or_a_header_do_no_harm():
-    assert parse_samples("just text\n> and a quote\n") == []
-    assert [(s.step, s.prompt, s.text) for s in parse_samples("## step 1,000\n> p\n\nplain words\n")] == [
-        (1000, "p", "plain words")
-    ]
+@pytest.mark.parametrize(
+    ("file", "last"),
+    [
+        (None, (20, 250, 0.3)),
+        ({"step": 20, "n": 10042, "completion": part(0.29)}, (20, 10042, 0.29)),  # the larger one of its step
+        ({"step": 20, "n": 100, "completion": part(0.29)}, (20, 250, 0.3)),
+        ({"step": 10, "n": 10042, "completion": part(0.29)}, (20, 250, 0.3)),  # of an older checkpoint
+        ({"n": 1000, "completion": part(0.29)}, (None, 1000, 0.29)),  # of a time before files named their step
+        ({"step": "x", "n": "y", "completion": 3}, (20, 250, 0.3)),
+    ],
+)
+def test_the_newest_and_largest_score_counts(tmp_path, file, last):
+    metrics = "".join(json.dumps(r) + "\n" for r in SCORED)
+    run = read_run(write_run(tmp_path, metrics=metrics, hellaswag=file))
+    score = run.score("completion")
+    assert (score.step, score.n, score.value) == last
+    assert [(s.step, s.value) for s in run.scores("completion")] == [(10, 0.25), (20, 0.3)]
+    assert run.score("harness") is None

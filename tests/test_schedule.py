@@ -4,7 +4,7 @@ import math
 
 import pytest
 
-from aymen_gpt.training.schedule import learning_rate
+from aymen_gpt.training.optim import learning_rate
 
 PUBLISHED = {"peak": 6e-4, "warmup_steps": 715, "steps": 76_292, "min_ratio": 0.1}
 

@@ -1,18 +1,20 @@
 """shards.py: llm.c's format by its description, other people's shards, damage named, the manifest as guard."""
 
-import hashlib
 import json
 import struct
 from collections import Counter
 from itertools import chain
 
 import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 
 from aymen_gpt import files
-from aymen_gpt.data import shards, tokenizer
+from aymen_gpt.commands import fineweb
+from aymen_gpt.data import prepare, shards, tokenizer
 from aymen_gpt.data.loader import TokenRows
-from aymen_gpt.errors import CannotWrite, DataError
+from aymen_gpt.errors import CannotWrite, DataError, UsageError
 
 TOKENS = np.array([50256, 1, 2, 3, 50256, 65535 % 50257, 0], np.uint16)
 
@@ -162,6 +164,57 @@ def test_an_array_that_is_no_row_of_ids_is_refused(tmp_path, array):
         shards.open_shard(tmp_path / "x_train_000001.npy")
 
 
+def npy(descr="'<u2'", fortran="False", shape="(4,)", header=None, version=1):
+    """The bytes of a .npy file, whatever its header says."""
+    text = header or f"{{'descr': {descr}, 'fortran_order': {fortran}, 'shape': {shape}, }}"
+    size = len(text).to_bytes(2 if version == 1 else 4, "little")
+    return b"\x93NUMPY" + bytes([version, 0]) + size + text.encode() + bytes(8)
+
+
+ODD_HEADERS = [
+    *(
+        npy(descr)
+        for descr in ("'|V0'", "'|S0'", "'|O'", "'<m8'", "'<M8[s]'", "[('a','<u2')]", "('<u2',(2,))", "''")
+    ),
+    *(npy(shape=shape) for shape in ("()", "(-1,)", "(0,)", "(2,2)", "4", "None", "(1e3,)", "(10**3,)", "(99,)")),
+    *(npy(shape=shape) for shape in (f"({2**63 - 1},)", f"({2**62},)", f"({10**23},)", "[4]")),
+    *(npy(header=header) for header in ("{" * 300, "(" * 5000, "-" * 5000 + "1", "{}", "1", "\0", "'\\N{x}'")),
+    *(npy(version=version) for version in (2, 3, 4, 255)),
+]
+
+
+@pytest.mark.fault(33)
+@pytest.mark.parametrize("content", ODD_HEADERS, ids=range(len(ODD_HEADERS)))
+def test_an_odd_header_of_an_array_is_one_line(tmp_path, content):
+    path = tmp_path / "x_train_000001.npy"
+    path.write_bytes(content)
+    if content == npy(version=2):
+        assert shards.open_shard(path).tolist() == [0, 0, 0, 0]
+        return
+    with pytest.raises(DataError, match=r"^shard [^\n]*x_train_000001.npy [^\n]*$"):
+        shards.open_shard(path)
+
+
+def test_one_row_of_numpys_other_order_is_a_row(tmp_path):
+    (tmp_path / "x_train_000001.npy").write_bytes(npy(fortran="True"))
+    assert shards.open_shard(tmp_path / "x_train_000001.npy").tolist() == [0, 0, 0, 0]
+
+
+@pytest.mark.fault(33)
+@pytest.mark.parametrize("name", ["edufineweb_train_000001.bin", "manifest.json"])
+def test_a_folder_in_place_of_a_file_is_one_line(folder, name):
+    (folder / name).unlink()
+    (folder / name).mkdir()
+    for read in (
+        shards.check_shards,
+        shards.verify,
+        lambda folder: TokenRows(folder, "train", block_size=1, seed=1),
+    ):
+        if name != "manifest.json" or read in (shards.check_shards, shards.verify):
+            with pytest.raises(DataError, match=rf"^cannot read [^\n]*{name}: Is a directory: [^\n]*$"):
+                read(folder)
+
+
 @pytest.mark.fault(33)
 def test_a_cut_array_and_a_missing_shard_are_refused(tmp_path):
     np.save(tmp_path / "a.npy", TOKENS)
@@ -202,18 +255,42 @@ def test_nanogpts_two_files_are_the_two_splits(tmp_path):
         assert shards.list_shards(tmp_path, split) == [tmp_path / f"{split}.bin"]
 
 
+RIGHT = {
+    "format": "aymen-gpt shards, version 1",
+    "complete": True,
+    "tokenizer": {"name": "gpt2", "vocabulary_sha256": tokenizer.vocabulary_sha256(), "separator": 50256},
+    "source": {"repo": None, "revision": None, "files": [{"name": "a.txt", "bytes": 9, "sha256": None}]},
+    "options": {
+        "source": ["a.txt"],
+        "shard_tokens": 7,
+        "max_tokens": None,
+        "text_column": None,
+        "revision": None,
+    },
+    "encoder": {"name": "tiktoken", "version": "0"},
+    "shard_tokens": {"val": 7, "train": 7},
+    "totals": {"tokens": 14, "documents": 4, "bytes": 50, "skipped": {"empty": 1}, "first_bad": None},
+}
+
+
+def describe_as_fineweb(folder):
+    """Write the manifest that fineweb.py would have written beside these shards."""
+    paths = shards.list_shards(folder, "val") + shards.list_shards(folder, "train")
+    place = {name: dict.fromkeys(("file", "part", "row", "token"), 0) for name in ("begin", "end")}
+    records = [
+        {"file": path.name, "tokens": len(shards.open_shard(path)), "documents": 2, "sha256": files.sha256(path)}
+        for path in paths
+    ]
+    manifest = json.loads(json.dumps(RIGHT)) | {"shards": [record | place for record in records]}
+    shards.write_manifest(folder, manifest)
+
+
 @pytest.fixture
 def folder(tmp_path):
     """Two small shards with a manifest."""
-    records = []
     for index, split in enumerate(("val", "train")):
-        path = tmp_path / shards.shard_name(split, index)
-        shards.write_shard(path, TOKENS)
-        sha256 = hashlib.sha256(path.read_bytes()).hexdigest()
-        records.append({"file": path.name, "tokens": 7, "documents": 2, "sha256": sha256})
-    identity = {"name": "gpt2", "vocabulary_sha256": tokenizer.vocabulary_sha256(), "separator": 50256}
-    manifest = {"format": shards.FORMAT, "complete": True, "tokenizer": identity, "shards": records}
-    shards.write_manifest(tmp_path, manifest)
+        shards.write_shard(tmp_path / shards.shard_name(split, index), TOKENS)
+    describe_as_fineweb(tmp_path)
     return tmp_path
 
 
@@ -226,11 +303,110 @@ def test_a_sound_folder_passes_both_checks(folder):
     assert shards.verify(folder) == {}
 
 
-@pytest.mark.fault(35)
-def test_a_folder_without_manifest_is_taken_for_gpt2s_with_a_warning(folder):
+def llmc_folder(folder, val, train):
+    (folder / "tiny_shakespeare_val.bin").write_bytes(llmc_bytes(val.tolist()))
+    (folder / "tiny_shakespeare_train.bin").write_bytes(llmc_bytes(train.tolist()))
+
+
+def modded_folder(folder, val, train):
+    for name, tokens in (("val_000000", val), ("train_000001", train[:500]), ("train_000002", train[500:])):
+        (folder / f"fineweb_{name}.bin").write_bytes(llmc_bytes(tokens.tolist()))
+
+
+def nanogpt_folder(folder, val, train):
+    val.astype("<u2").tofile(folder / "val.bin")
+    train.astype("<u2").tofile(folder / "train.bin")
+    (folder / "meta.pkl").touch()
+
+
+def npy_folder(folder, val, train):
+    np.save(folder / "edufineweb_val_000000.npy", val)
+    np.save(folder / "edufineweb_train_000001.npy", train)
+
+
+def wide_npy_folder(folder, val, train):
+    npy_folder(folder, val.astype("i8"), train.astype("u4"))
+
+
+FOLDERS = [llmc_folder, modded_folder, nanogpt_folder, npy_folder, wide_npy_folder]
+FOUND = np.arange(1000, dtype=np.uint16) * 50
+FOUND[::125] = 50256
+
+
+@pytest.mark.fault(34, 35)
+@pytest.mark.filterwarnings("ignore:.*read into memory as uint16")
+@pytest.mark.parametrize("make", FOLDERS)
+def test_tokens_of_other_programs_get_a_manifest_when_they_are_read_first(tmp_path, monkeypatch, make):
+    make(tmp_path, FOUND[:300], FOUND)
+    for split, n_tokens in (("val", 300), ("train", 1000)):
+        assert TokenRows(tmp_path, split, block_size=8, seed=None).n_tokens == n_tokens
+    count = 3 if make is modded_folder else 2
+    said = rf"has no manifest.json: its {count} shards hold 1,300 tokens in 11 documents; it is written now"
+    with pytest.warns(UserWarning, match=said):
+        identity = shards.check_shards(tmp_path)
+    records = shards.read_manifest(tmp_path)["shards"]
+    assert {r["file"]: r["sha256"] for r in records} == {
+        r["file"]: files.sha256(tmp_path / r["file"]) for r in records
+    }
+    assert sum(record["tokens"] for record in records) == 1300
+    with monkeypatch.context() as patch:
+        patch.setattr(shards, "_read_through", None)  # nothing is read again
+        assert shards.check_shards(tmp_path) == identity
+    assert fineweb.main(["--out", str(tmp_path), "--verify"]) == 0
+    victim = tmp_path / records[-1]["file"]
+    flip(victim, -300)
+    again = f"get it again, or delete {tmp_path / 'manifest.json'} if it was changed on purpose"
+    for check in (shards.check_shards, lambda folder: fineweb.main(["--out", str(folder), "--verify"])):
+        with pytest.raises(DataError, match=rf"{victim.name}.* sha256 .*: {again}"):
+            check(tmp_path)
+    with pytest.raises(DataError, match=rf"cannot be repaired, {victim.name}: get its files again"):
+        fineweb.main(["--out", str(tmp_path), "--repair"])
+    (tmp_path / "manifest.json").unlink()
+    with pytest.warns(UserWarning, match="has no manifest.json"):
+        assert shards.check_shards(tmp_path) != identity
+
+
+def test_a_shard_that_came_later_is_taken_in_without_the_manifest(tmp_path):
+    modded_folder(tmp_path, FOUND[:300], FOUND)
+    with pytest.warns(UserWarning, match="has no manifest.json"):
+        before = shards.check_shards(tmp_path)
+    (tmp_path / "fineweb_train_000003.bin").write_bytes(llmc_bytes(FOUND.tolist()))
+    with pytest.raises(DataError, match=r"does not list: move it away, or delete manifest.json to have all files"):
+        shards.check_shards(tmp_path)
+    with pytest.raises(UsageError, match="holds tokens that fineweb.py did not make: take another --out"):
+        prepare.prepare(prepare.PrepareOptions(("a.txt",), tmp_path), print)
+    (tmp_path / "manifest.json").unlink()
+    with pytest.warns(UserWarning, match="its 4 shards hold 2,300 tokens"):
+        assert shards.check_shards(tmp_path) != before
+
+
+def test_tokens_in_a_folder_that_cannot_be_written_have_the_same_identity(tmp_path, disk):
+    for folder in (tmp_path, disk("1m")):
+        nanogpt_folder(folder, FOUND[:300], FOUND)
+    disk("ro")
+    with pytest.warns(UserWarning, match="it is written now"):
+        identity = shards.check_shards(tmp_path)
+    with pytest.warns(UserWarning, match="they are read at every start, because nothing can be written there"):
+        assert shards.check_shards(folder) == identity
+    assert not (folder / "manifest.json").exists()
+
+
+def test_tokens_without_any_separator_are_doubted(tmp_path):
+    nanogpt_folder(tmp_path, np.arange(100), np.arange(100))
+    with pytest.warns(UserWarning, match=r"hold 200 tokens and no separator \(id 50256\); are they GPT-2's\?"):
+        shards.check_shards(tmp_path)
+
+
+def test_a_folder_of_one_split_says_how_a_file_becomes_the_other(tmp_path):
+    (tmp_path / "fineweb_train_000001.bin").write_bytes(llmc_bytes(FOUND.tolist()))
+    with pytest.raises(
+        DataError, match=r"no val shards in .*: rename one of its files to fineweb_val_000000.bin$"
+    ):
+        TokenRows(tmp_path, "val", block_size=8, seed=None)
+
+
+def test_a_folder_without_manifest_has_nothing_to_be_compared_with(folder):
     (folder / "manifest.json").unlink()
-    with pytest.warns(UserWarning, match=r"has no manifest.json"):
-        shards.check_shards(folder)
     with pytest.raises(DataError, match=r"no manifest.json"):
         shards.verify(folder)
 
@@ -290,8 +466,8 @@ def test_training_refuses_a_flipped_bit_and_reads_right_shards_only_once(folder,
     victim = folder / shards.shard_name("train", 1)
     shards.check_shards(folder)
     read = []
-    real = files.sha256
-    monkeypatch.setattr(files, "sha256", lambda path: read.append(path.name) or real(path))
+    real = shards._read_through
+    monkeypatch.setattr(shards, "_read_through", lambda path, *more: read.append(path.name) or real(path, *more))
     shards.check_shards(folder)
     assert read == []
     flip(victim)
@@ -319,7 +495,6 @@ def test_an_id_outside_the_vocabulary_is_found_before_training(tmp_path, n_token
     shards.write_shard(path, tokens)
     position = f"{place % n_tokens:,}"
     with (
-        pytest.warns(UserWarning, match="no manifest"),
         pytest.raises(DataError, match=rf"000001.bin has id 60000 at position {position} \(vocabulary 50257\)"),
     ):
         shards.check_shards(tmp_path)
@@ -339,37 +514,114 @@ def test_verify_finds_a_flipped_bit_and_a_missing_file(folder):
 @pytest.mark.fault(53)
 @pytest.mark.parametrize("name", ["../outside.bin", "/etc/passwd", "a/b.bin", "", ".hidden.bin", "..", "x.txt"])
 def test_a_manifest_cannot_name_a_file_outside_its_folder(folder, name):
-    change(folder, shards=[{"file": name, "tokens": 1, "sha256": ""}])
+    change(folder, shards=[shards.read_manifest(folder)["shards"][0] | {"file": name}])
     with pytest.raises(DataError, match="unsafe path"):
         shards.verify(folder)
 
 
-@pytest.mark.parametrize(
-    "text", ["", "{", "[]", '{"format": 1}', '{"format": "x", "shards": []}', '{"shards": {}}']
-)
-def test_a_damaged_manifest_is_named(folder, text):
-    (folder / "manifest.json").write_text(text)
-    with pytest.raises(DataError, match=r"manifest.json (is damaged|says 'x')"):
-        shards.read_manifest(folder)
+def put(manifest, place, value):
+    """The manifest with another value in one place, as "shards 0 sha256"; without that key for DROPPED."""
+    *way, last = (int(word) if word.isdigit() else word for word in place.split())
+    inner = manifest
+    for word in way:
+        inner = inner[word]
+    inner[last] = value
+    if value is DROPPED:
+        del inner[last]
+    return manifest
 
 
-def test_the_manifest_hash_follows_the_tokens_and_nothing_else(folder):
-    before = shards.manifest_hash(folder)
-    change(folder, note="elsewhere")
-    assert shards.manifest_hash(folder) == before
+DROPPED = object()
+MISFITS = {
+    "format": [1, DROPPED, "x"],
+    "complete": [DROPPED, 1, None],
+    "tokenizer": [[], None],
+    "shards": [{}, None, [3]],
+    "shards 0 file": [DROPPED, 5],
+    "shards 0 tokens": [DROPPED, 7.0, -1, True, "7", 2**63],
+    "shards 1 sha256": [DROPPED, "", "g" * 64, 7, None],
+    "shards 1 documents": ["2", -1],
+    "shards 1 documents_sha256": [3],
+    "shards 1 begin": [0, {"file": 0, "part": 0, "row": 0}, {"file": 0, "part": 0, "row": 0, "tokem": 0}],
+    "shards 1 end": [DROPPED, []],
+    "options source": ["a.txt", DROPPED, [1]],
+    "options shard_tokens": [None, DROPPED],
+    "options max_tokens": ["1", DROPPED],
+    "source": [None, DROPPED, {}],
+    "source files 0": [
+        {},
+        1,
+        {"name": "a.txt", "bytes": "9", "sha256": None},
+        {"name": "a", "bytes": 9, "more": 1},
+    ],
+    "encoder": ["gigatoken", {"name": "other", "version": "0"}],
+    "shard_tokens train": [0, DROPPED],
+    "totals": [{}, None],
+    "totals bad": [3, {"a.txt": 1}],
+    "totals skipped": [None, {"empty": "1"}],
+}
+
+
+@pytest.mark.fault(34)
+@pytest.mark.parametrize(("place", "value"), [(place, value) for place in MISFITS for value in MISFITS[place]])
+def test_a_manifest_of_another_shape_is_named_with_the_place(folder, place, value):
+    right = shards.read_manifest(folder)
+    shards.write_manifest(folder, put(right, place, value))
+    for read in (shards.check_shards, shards.verify):
+        with pytest.raises(
+            DataError, match=r"^[^\n]*manifest.json (is damaged \(|says ('x'|1);)[^\n]*$"
+        ) as caught:
+            read(folder)
+        if "damaged" in str(caught.value):
+            assert place.split()[-1] in str(caught.value) or place.split()[0] in str(caught.value)
+
+
+def test_the_identity_follows_the_tokens_and_nothing_else(folder):
+    before = shards.check_shards(folder)
+    change(folder, totals=RIGHT["totals"] | {"documents": 5})
+    assert shards.check_shards(folder) == before
+    victim = folder / shards.shard_name("train", 1)
+    shards.write_shard(victim, TOKENS[::-1])
     records = shards.read_manifest(folder)["shards"]
-    change(folder, shards=[records[0] | {"sha256": "f" * 64}, records[1]])
-    assert shards.manifest_hash(folder) != before
-    (folder / "manifest.json").unlink()
-    assert len(shards.manifest_hash(folder)) == 64
+    change(folder, shards=[records[0], records[1] | {"sha256": files.sha256(victim)}])
+    assert shards.check_shards(folder) != before
 
 
 def test_document_sources_are_kept_beside_the_shard(tmp_path):
     path = tmp_path / shards.shard_name("train", 1)
-    assert shards.read_document_sources(path) is None
+    assert shards.read_document_sources(path, 2) is None
     shards.write_document_sources(path, ["a", None], ["u", "v"])
-    assert shards.read_document_sources(path) == [("a", "u"), (None, "v")]
+    assert shards.read_document_sources(path, 2) == [("a", "u"), (None, "v")]
     assert shards.list_shards(tmp_path, "train") == []
+
+
+@pytest.mark.fault(33)
+@pytest.mark.parametrize("content", [b"", b"<html>", "cut", "folder", "other columns", "one row", "no text"])
+def test_a_damaged_table_of_documents_is_one_line(tmp_path, content):
+    """A step's documents cannot be told then; training never reads the table."""
+    path = tmp_path / shards.shard_name("train", 1)
+    shards.write_shard(path, np.tile(TOKENS, 4))
+    shards.write_document_sources(path, ["a"] * 8, ["u"] * 8)
+    rows = TokenRows(tmp_path, "train", block_size=4, seed=1)
+    assert {(read.id, read.url) for read in rows.documents(0, 6)} == {("a", "u")}
+    table = shards.sources_path(path)
+    whole = table.read_bytes()
+    table.unlink()
+    if content == "folder":
+        table.mkdir()
+    elif content == "one row":
+        shards.write_document_sources(path, ["a"], ["u"])
+    elif content in ("other columns", "no text"):
+        columns = (
+            {"id": pa.array([b"\xff"] * 8), "url": pa.array([b""] * 8)} if content == "no text" else {"x": [1]}
+        )
+        pq.write_table(pa.table(columns), table)
+    else:
+        table.write_bytes(whole[:-9] if content == "cut" else content)
+    rows = TokenRows(tmp_path, "train", block_size=4, seed=1)
+    with pytest.raises(DataError, match=rf"^[^\n]*{table.name}[^\n]*: [^\n]*$"):
+        rows.documents(0, 6)
+    assert len(rows.rows(0, 6)) == 6
 
 
 def test_the_manifest_is_json_that_people_can_read(folder):

@@ -18,7 +18,7 @@ from fake_hub import FakeHub, talk_to
 from test_prepare import digest, grow_until_done, make_texts, quiet, tokens_of, write_jsonl, write_parquet
 
 from aymen_gpt import files
-from aymen_gpt.data import encoder, prepare, shards, shares, sources, tokenizer
+from aymen_gpt.data import encoder, prepare, shards, shares, slices, tokenizer, workers
 from aymen_gpt.data.prepare import PrepareOptions
 from aymen_gpt.data.shares import Share
 from aymen_gpt.errors import CannotWrite, DataError, NetworkError, UsageError
@@ -32,8 +32,8 @@ def no_waiting_for_the_disk(monkeypatch):
 @pytest.fixture
 def options(tmp_path, monkeypatch):
     """Files of all kinds, with rows to skip, empty files and parts without rows; about 24,000 tokens."""
-    monkeypatch.setattr(sources, "SLICE", 6000)
-    monkeypatch.setattr(sources, "LARGE", 9000)
+    monkeypatch.setattr(slices, "SLICE_BYTES", 6000)
+    monkeypatch.setattr(slices, "LARGE", 9000)
     folder = tmp_path / "in"
     write_parquet(folder / "a.parquet", make_texts(170, 1), rows=40)
     write_parquet(folder / "b.parquet", ["", *make_texts(260, 2), " \n"], rows=200)  # a row group that is cut up
@@ -58,6 +58,14 @@ def test_merged_shares_are_the_single_run_manifest_and_all(options, tmp_path, co
     assert shares.merge(merged, quiet) == replace(single, folder=merged.out)
     assert digest(merged.out) == digest(options.out)
     assert single.totals.skipped["empty"] >= 5
+
+
+def test_shares_in_a_folder_inside_the_source_are_no_source(options):
+    inside = replace(options, out=options.out.parent / "in/tokens")
+    prepare.prepare(options, quiet)
+    prepare_shares(inside, 2)
+    shares.merge(inside, quiet)
+    assert digest(inside.out) == digest(options.out)
 
 
 def test_shares_are_balanced_by_bytes(tmp_path):
@@ -87,8 +95,8 @@ def test_repair_of_a_merged_folder_works_from_the_source(options):
     prepare_shares(options, 3)
     shares.merge(options, quiet)
     expected = digest(options.out)
-    (options.out / "edufineweb_train_000003.bin").unlink()
-    assert prepare.repair(options.out, quiet, workers=0) == ["edufineweb_train_000003.bin"]
+    (options.out / "shard_train_000003.bin").unlink()
+    assert prepare.repair(options.out, quiet, workers=0) == ["shard_train_000003.bin"]
     assert digest(options.out) == expected
 
 
@@ -191,14 +199,14 @@ def test_a_share_whose_encoder_errs_is_made_again_by_tiktoken_and_so_must_be_the
     prepare.prepare(replace(options, encoder="tiktoken"), quiet)
     options = replace(options, out=tmp_path / "merged")
 
-    def doubt(part, *more):
-        if (part.file, part.index) == (5, 0):
-            raise prepare.Inexact("other ids")
+    def doubt(slice, *more):
+        if (slice.file, slice.index) == (5, 0):
+            raise workers.Inexact("other ids")
 
     monkeypatch.setattr(encoder, "missing", lambda: None)
     monkeypatch.setattr(encoder, "version", lambda name: "1")
     monkeypatch.setattr(encoder, "_gigatoken", lambda: Tiktoken)
-    monkeypatch.setattr(prepare, "_check_sample", doubt)
+    monkeypatch.setattr(workers, "_check_sample", doubt)
     prepare_shares(options, 2)
     with pytest.raises(DataError, match=r"2-of-2 has another encoder than .*1-of-2: delete one of them"):
         shares.merge(options, quiet)
@@ -218,14 +226,21 @@ def files_of(folder):
     return {name: sha256 for name, sha256 in digest(folder).items() if name != "manifest.json"}
 
 
-def test_too_many_bad_rows_are_found_at_the_merge(tmp_path):
-    path = write_parquet(tmp_path / "a.parquet", [*make_texts(300), None, None, None, None, *make_texts(300)])
+def test_too_many_bad_rows_are_found_at_the_merge_and_mended_by_its_advice(tmp_path):
+    texts = make_texts(300)
+    path = write_parquet(tmp_path / "a.parquet", [*texts, None, None, None, None, *texts])
     options = PrepareOptions((str(path),), tmp_path / "out", 1000, workers=0)
     prepare_shares(options, 2)
     with pytest.raises(
-        DataError, match=r"4 of \d+ rows have no usable text .*; the first: a.parquet, part 6, row 0"
+        DataError,
+        match=r"4 of \d+ rows have .*: a.parquet, slice 6, row 0: null; .* the commands with --part again",
     ):
         shares.merge(options, quiet)
+    assert shares.merge(replace(options, skip_bad_rows=True), quiet).totals.skipped == {"null": 4}
+    write_parquet(path, [*texts, *texts])
+    again = replace(options, restart=True)
+    prepare_shares(again, 2)
+    assert shares.merge(again, quiet).totals.documents == 600
 
 
 @pytest.mark.fault(26)
@@ -300,5 +315,3 @@ def test_the_commands_in_any_order_and_killed_by_kill_minus_nine(tmp_path):
     assert tokens_of(tmp_path / "d")
     both = run("d", "--part", "1/2", "--merge")
     assert (both.returncode, "not allowed with" in both.stderr) == (2, True)
-    tokens = run("e", "--part", "1/2", "--source", "tokens:d")
-    assert (tokens.returncode, tokens.stderr[:46]) == (2, "error: --part and --merge are for text; --sour")

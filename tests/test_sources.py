@@ -1,7 +1,8 @@
-"""sources.py: every row of every kind of file is read once, by whoever reads its part, and bad rows are named."""
+"""sources.py: every row of every kind of file is read once, by whoever reads its slice, and bad rows are named."""
 
 import gzip
 import json
+import os
 from dataclasses import replace
 from pathlib import Path
 
@@ -9,18 +10,18 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from aymen_gpt.data import sources
-from aymen_gpt.data.sources import Document
+from aymen_gpt.data import slices, sources
+from aymen_gpt.data.slices import Document
 from aymen_gpt.errors import DataError, UsageError
 
 
 def read_all(words, **more):
-    """[(file name, part, Document)] of a source, each part read alone."""
+    """[(file name, slice, Document)] of a source, each slice read alone."""
     source = sources.open_source([str(word) for word in words], **more)
     found = []
     for number, file in enumerate(source.files):
-        for part in sources.parts(source, number, file.path):
-            found += [(file.name, part.index, document) for document in sources.read(part)]
+        for slice in slices.slices_of(source, number, file.path):
+            found += [(file.name, slice.index, document) for document in slices.read(slice)]
     return found
 
 
@@ -34,7 +35,7 @@ def parquet(path, columns, **more):
     return path
 
 
-def test_row_groups_are_parts_and_rows_keep_their_id_and_url(tmp_path):
+def test_row_groups_are_slices_and_rows_keep_their_id_and_url(tmp_path):
     n = 25
     table = {
         "text": [f"t{i}" for i in range(n)],
@@ -44,26 +45,26 @@ def test_row_groups_are_parts_and_rows_keep_their_id_and_url(tmp_path):
     }
     path = parquet(tmp_path / "a.parquet", table, row_group_size=10)
     found = read_all([path])
-    assert [(part, document.row) for _, part, document in found] == [divmod(i, 10) for i in range(n)]
+    assert [(slice, document.row) for _, slice, document in found] == [divmod(i, 10) for i in range(n)]
     assert found[7][2] == Document(7, "t7", "i7", None)
 
 
-def test_a_part_can_be_read_from_any_row_on(tmp_path):
+def test_a_slice_can_be_read_from_any_row_on(tmp_path):
     path = parquet(tmp_path / "a.parquet", {"text": [str(i) for i in range(1000)]})
     source = sources.open_source([str(path)])
-    (part,) = sources.parts(source, 0, path)
+    (slice,) = slices.slices_of(source, 0, path)
     for skip in (0, 255, 256, 999, 1000):
-        rows = [document.row for document in sources.read(replace(part, skip=skip))]
+        rows = [document.row for document in slices.read(replace(slice, skip=skip))]
         assert rows == list(range(skip, 1000))
 
 
 def test_files_of_a_folder_come_in_the_order_of_their_names_and_hidden_ones_not(tmp_path):
-    for name in ("b.txt", "a/2.txt", "a/10.txt", ".hidden.txt", ".cache/x.txt", "notes.md"):
+    for name in ("b.txt", "a/2.txt", "a/10.txt", ".hidden.txt", ".cache/x.txt", "notes.md", "x.csv"):
         (tmp_path / "d" / name).parent.mkdir(parents=True, exist_ok=True)
         (tmp_path / "d" / name).write_text(name)
     source = sources.open_source([str(tmp_path / "d")])
-    assert [file.name for file in source.files] == ["d/a/10.txt", "d/a/2.txt", "d/b.txt"]
-    assert texts([tmp_path / "d"]) == ["a/10.txt", "a/2.txt", "b.txt"]
+    assert [file.name for file in source.files] == ["d/a/10.txt", "d/a/2.txt", "d/b.txt", "d/notes.md"]
+    assert texts([tmp_path / "d"]) == ["a/10.txt", "a/2.txt", "b.txt", "notes.md"]
 
 
 @pytest.mark.parametrize(
@@ -93,7 +94,7 @@ def test_a_file_without_a_usable_text_column_lists_its_columns(tmp_path, wanted)
 def test_bad_rows_of_parquet_are_named_and_the_others_kept(tmp_path):
     data = pa.array([b"good", b"\xff\xfe", None, b"", b" \n", "sp\u00e4t".encode()], pa.binary())
     strings = pa.Array.from_buffers(pa.string(), len(data), data.buffers())  # a string column that is not UTF-8
-    for name, column in (("binary", data), ("string", strings)):
+    for name, column in (("binary", data), ("string", strings), ("dictionary", strings.dictionary_encode())):
         found = read_all([parquet(tmp_path / f"{name}.parquet", {"text": column})])
         reasons = [None, "not UTF-8", "null", "empty", "empty", None]
         assert [document.skipped for _, _, document in found] == reasons
@@ -104,7 +105,9 @@ def test_bad_rows_of_parquet_are_named_and_the_others_kept(tmp_path):
 def test_a_cut_parquet_file_is_named_with_the_way_out(tmp_path, keep):
     path = parquet(tmp_path / "a.parquet", {"text": ["x" * 50] * 50})
     path.write_bytes(path.read_bytes()[:keep])
-    with pytest.raises(DataError, match=r"a.parquet is damaged or cut off .*: delete it and get it again"):
+    with pytest.raises(
+        DataError, match=r"a.parquet is damaged or cut off .*: get it again or remove it, then type .* --restart"
+    ):
         texts([path])
 
 
@@ -149,59 +152,57 @@ def test_jsonl_is_read_plain_and_compressed(tmp_path, suffix):
     assert documents[8].text == "last \ud800"
     path.write_bytes(path.read_bytes()[:-9])
     if suffix != ".jsonl":
-        with pytest.raises(DataError, match=r"is damaged or cut off .*: delete it and get it again"):
+        with pytest.raises(
+            DataError, match=r"is damaged or cut off .*: get it again or remove it, then type .* --restart"
+        ):
             read_all([path])
 
 
-def test_compressed_files_and_large_row_groups_are_cut_into_parts_that_carry_their_rows(tmp_path, monkeypatch):
-    monkeypatch.setattr(sources, "SLICE", 500)
-    monkeypatch.setattr(sources, "LARGE", 1000)
+def test_compressed_files_and_large_row_groups_are_cut_into_slices_that_carry_their_rows(tmp_path, monkeypatch):
+    monkeypatch.setattr(slices, "SLICE_BYTES", 500)
+    monkeypatch.setattr(slices, "LARGE", 1000)
     wanted = [f"{'x' * (i * 7 % 23)}{i}" for i in range(300)]
     path = tmp_path / "a.jsonl.gz"
     path.write_bytes(gzip.compress("\n".join(json.dumps({"text": text}) for text in wanted).encode()))
     table = {"text": wanted, "id": list(map(str, range(300))), "other": wanted}
     for file in (path, parquet(tmp_path / "a.parquet", table, row_group_size=100)):
         source = sources.open_source([str(file)])
-        found = list(sources.parts(source, 0, file))
-        assert [part.index for part in found] == list(range(len(found)))
+        found = list(slices.slices_of(source, 0, file))
+        assert [slice.index for slice in found] == list(range(len(found)))
         assert len(found) > 5
         assert found[-1].fraction == 1
-        assert [document.text for part in found for document in sources.read(part)] == wanted
-        later = [document.text for document in sources.read(replace(found[3], skip=5))]
-        assert later == [document.text for document in sources.read(found[3])][5:]
+        assert [document.text for slice in found for document in slices.read(slice)] == wanted
+        later = [document.text for document in slices.read(replace(found[3], skip=5))]
+        assert later == [document.text for document in slices.read(found[3])][5:]
 
 
 @pytest.mark.parametrize("slice_bytes", [1, 7, 16, 33, 1000])
 def test_slices_of_jsonl_hold_each_line_once(tmp_path, monkeypatch, slice_bytes):
-    monkeypatch.setattr(sources, "SLICE", slice_bytes)
+    monkeypatch.setattr(slices, "SLICE_BYTES", slice_bytes)
     wanted = [f"{'x' * (i * 7 % 23)}{i}" for i in range(30)]
     path = tmp_path / "a.jsonl"
     path.write_text("\n".join(json.dumps({"text": text}) for text in wanted))
     assert texts([path]) == wanted
 
 
-@pytest.mark.parametrize("slice_bytes", [1, 5, 14, 20, 64, 10_000])
-@pytest.mark.parametrize("newline", ["\n", "\r\n"])
-def test_slices_of_txt_hold_each_document_once(tmp_path, monkeypatch, slice_bytes, newline):
-    monkeypatch.setattr(sources, "SLICE", slice_bytes)
-    wanted = [f"story {i}" + "\nmore <|endoftext|> inside\n" * (i % 3) + "end" * (i % 5) for i in range(20)]
-    path = tmp_path / "a.txt"
-    path.write_bytes(f"\n<|endoftext|>{newline}".join(wanted).encode())
-    assert texts([path]) == wanted
-    path.write_bytes(
-        path.read_bytes() + f"\n<|endoftext|>{newline}".encode()
-    )  # a separator at the end adds nothing
-    assert [(d.text, d.skipped) for _, _, d in read_all([path])] == [(text, None) for text in wanted]
-
-
-def test_a_txt_file_without_separators_is_one_document_as_it_is(tmp_path):
-    content = "\n line one\r\nline two\n\n"
-    (tmp_path / "a.txt").write_bytes(content.encode())
-    assert texts([tmp_path / "a.txt"]) == [content]
-    (tmp_path / "a.txt").write_bytes("\ufeffwith a byte order mark".encode())
-    assert texts([tmp_path / "a.txt"]) == ["with a byte order mark"]
-    (tmp_path / "a.txt").write_bytes(b"")
-    assert texts([tmp_path / "a.txt"]) == []
+@pytest.mark.parametrize("slice_bytes", [7, 2**23])
+@pytest.mark.parametrize("suffix", [".txt", ".md"])
+@pytest.mark.parametrize(
+    "content",
+    [
+        "\n line one\r\nline two\n\n",
+        "one\n<|endoftext|>\ntwo\r\n<|endoftext|>\r\n" + " " * 40 + "<|endoftext|>\nthree\n<|endoftext|>\n",
+    ],
+)
+def test_a_txt_file_is_one_document_as_it_is(tmp_path, monkeypatch, slice_bytes, suffix, content):
+    monkeypatch.setattr(slices, "SLICE_BYTES", slice_bytes)
+    path = tmp_path / f"a{suffix}"
+    path.write_bytes(content.encode())
+    assert [document for _, _, document in read_all([path])] == [Document(0, content, None, path.name)]
+    path.write_bytes(f"\ufeff{content}".encode())  # a byte order mark is no text
+    assert texts([path]) == [content]
+    path.write_bytes(b"")
+    assert read_all([path]) == []
 
 
 @pytest.mark.parametrize(
@@ -225,6 +226,144 @@ def test_words_that_mean_nothing_are_refused(tmp_path, monkeypatch, words, messa
         sources.open_source(["a.txt"], revision="main")
 
 
+def test_files_that_cannot_be_read_are_named_and_never_left_out(tmp_path, monkeypatch):
+    folder = tmp_path / "in"
+    (folder / "locked").mkdir(parents=True)
+    (folder / "a.txt").write_text("a")
+
+    def refused(path, scan=os.scandir):
+        if Path(path).name == "locked":
+            raise PermissionError(13, "Permission denied", str(path))
+        return scan(path)
+
+    monkeypatch.setattr(os, "scandir", refused)
+    with pytest.raises(DataError, match=r"cannot read .*in/locked: Permission denied"):
+        sources.open_source([str(folder)])
+    monkeypatch.undo()
+    (folder / "b.txt").symlink_to("nowhere")
+    for word in (folder, folder / "b.txt"):
+        with pytest.raises(DataError, match=r"cannot read .*in/b.txt: No such file"):
+            sources.open_source([str(word)])
+    (folder / "b.txt").unlink()
+    os.mkfifo(folder / "b.txt")
+    for word in (folder, folder / "b.txt"):
+        with pytest.raises(UsageError, match=r"in/b.txt: a pipe or a device, no file"):
+            sources.open_source([str(word)])
+
+
+@pytest.mark.parametrize("word", [".", "../d", "../d/", "./../d/."])
+def test_a_folder_has_the_same_name_however_it_is_written(tmp_path, monkeypatch, word):
+    (tmp_path / "d").mkdir()
+    (tmp_path / "d/a.txt").write_text("a")
+    monkeypatch.chdir(tmp_path / "d")
+    assert [file.name for file in sources.open_source([word]).files] == ["d/a.txt"]
+
+
+ODD_IDS = {  # in a parquet column or in JSON -> what is kept of it
+    "not UTF-8": (pa.array([b"x\xff"], pa.binary()), "x\ufffd"),
+    "not UTF-8, said to be": (
+        pa.Array.from_buffers(pa.string(), 1, pa.array([b"x\xff"], pa.binary()).buffers()),
+        "x\ufffd",
+    ),
+    "a year of 9 digits": (pa.array([2**62], pa.timestamp("ms")), "<value out of range: 4611686018427387904>"),
+    "a list of what is not UTF-8": (
+        pa.ListArray.from_arrays(
+            [0, 1], pa.Array.from_buffers(pa.string(), 1, pa.array([b"\xff"], pa.binary()).buffers())
+        ),
+        None,
+    ),
+    "a number": (pa.array([7]), "7"),
+}
+
+
+@pytest.mark.parametrize("name", ["id", "url"])
+@pytest.mark.parametrize("kind", ODD_IDS)
+def test_an_odd_id_is_kept_as_far_as_it_is_text_and_hurts_nothing(tmp_path, name, kind):
+    column, kept = ODD_IDS[kind]
+    ((_, _, document),) = read_all([parquet(tmp_path / "a.parquet", {"text": ["a"], name: column})])
+    assert document == replace(Document(0, "a"), **{name: kept})
+
+
+def test_lone_surrogates_in_ids_become_letters_that_can_be_written(tmp_path):
+    path = tmp_path / os.fsdecode(b"x\xff.txt")
+    path.write_text("a")
+    (tmp_path / "a.jsonl").write_text(json.dumps({"text": "a", "id": "x\ud800", "url": ["\udfff"]}))
+    found = [document for _, _, document in read_all([tmp_path / "a.jsonl", path])]
+    assert found == [Document(0, "a", "x\ufffd", "['\\udfff']"), Document(0, "a", None, "x\ufffd.txt")]
+
+
+def test_json_that_is_nested_too_deep_is_skipped(tmp_path):
+    deep = '{"a":' * 10**5
+    (tmp_path / "a.jsonl").write_text(f'{deep}\n{{"text": "b"}}\n{"[" * 10**5}{"]" * 10**5}\n')
+    found = [document for _, _, document in read_all([tmp_path / "a.jsonl"])]
+    assert [document.skipped for document in found] == ["nested too deep", None, "nested too deep"]
+
+
+def test_a_column_that_is_there_twice_is_named_or_without_effect(tmp_path):
+    a, b = pa.array(["a"]), pa.array(["b"])
+    for names, message in (
+        (["text", "text"], r"a.parquet has 2 columns text; its columns: text \(string\), text \(str"),
+        (["text", "id", "id"], None),
+    ):
+        path = tmp_path / "a.parquet"
+        pq.write_table(pa.Table.from_arrays([a, b, b][: len(names)], names=names), path)
+        if message:
+            with pytest.raises(UsageError, match=message):
+                texts([path])
+        else:
+            assert read_all([path]) == [("a.parquet", 0, Document(0, "a"))]
+
+
+def test_a_gz_file_may_end_in_zeros_and_have_members(tmp_path):
+    lines = [json.dumps({"text": text}).encode() + b"\n" for text in "ab"]
+    (tmp_path / "a.jsonl.gz").write_bytes(gzip.compress(lines[0]) + gzip.compress(lines[1]) + bytes(1000))
+    assert texts([tmp_path / "a.jsonl.gz"]) == ["a", "b"]
+
+
+# zstd --long=31 of 200 lines would need 2 GB: a frame's header alone says so
+LONG_WINDOW = bytes.fromhex("28b52ffd 00 a8") + bytes(99)
+
+
+@pytest.mark.parametrize(
+    ("name", "spoil", "reason"),
+    [
+        ("a.jsonl", Path.unlink, r"cannot read .*a.jsonl: No such file or directory"),
+        ("a.parquet", Path.unlink, r"cannot read .*a.parquet: No such file or directory"),
+        ("a.txt", None, r"cannot read .*a.txt: Permission denied"),
+        ("a.parquet", None, r"cannot read .*a.parquet: Permission denied"),
+        (
+            "a.jsonl.zst",
+            None,
+            r"a.jsonl.zst was compressed with a window of more than 128 MB .*: compress it again",
+        ),
+    ],
+)
+def test_the_true_reason_is_said_why_a_file_cannot_be_read(tmp_path, monkeypatch, name, spoil, reason):
+    path = tmp_path / name
+    path.write_bytes(LONG_WINDOW) if name.endswith("zst") else parquet(path, {"text": ["a"]})
+    source = sources.open_source([str(path)])
+
+    def refused(*args, **more):
+        raise PermissionError(13, "Permission denied")
+
+    if spoil:
+        spoil(path)
+    else:
+        monkeypatch.setattr(Path, "read_bytes", refused)
+        monkeypatch.setattr(pq, "read_metadata", refused)
+    with pytest.raises(DataError, match=reason):
+        [list(slices.read(slice)) for slice in slices.slices_of(source, 0, path)]
+
+
 def test_the_pinned_revision_is_a_commit():
     assert len(sources.REVISION) == 40
     assert set(sources.REVISION) <= set("0123456789abcdef")
+
+
+@pytest.mark.parametrize("with_text", [False, True])
+def test_token_shards_are_never_mistaken_for_text(shards, with_text):
+    if with_text:
+        (shards / "a.jsonl").write_text('"some text"')
+    for word in (shards, shards / "edufineweb_val_000000.bin"):
+        with pytest.raises(UsageError, match=rf"no text; pretrain.py --data {shards} trains on them"):
+            sources.open_source([str(word)])

@@ -10,7 +10,7 @@ from aymen_gpt.model.gpt import GPT
 from aymen_gpt.training.config import resolve
 from aymen_gpt.training.device import choose_device
 from aymen_gpt.training.distributed import Ranks
-from aymen_gpt.training.schedule import learning_rate
+from aymen_gpt.training.optim import learning_rate
 
 STEPS = 50
 
@@ -51,8 +51,8 @@ def test_fifty_steps_have_the_losses_of_the_textbook(shards, dtype, near):
     c = resolve(given | {"dtype": dtype, "tokens_per_step": 512, "micro_batch": 3, "hellaswag_every": 0})
     device = choose_device("cpu", dtype)
     trainer = build(c, device, Ranks())
-    steps = list(trainer.batches_from(0))
-    ours = [trainer.train_step(i, batches)[0]["loss"] for i, batches in enumerate(steps)]
+    steps = [trainer.batches_of(i) for i in range(trainer.config.steps)]
+    ours = [trainer.train_step(i, batches).loss for i, batches in enumerate(steps)]
     theirs = textbook_losses(c, [torch.cat(batches) for batches in steps], device.dtype)
     assert ours[0] - ours[-1] > 1  # they learned
     assert ours == pytest.approx(theirs, abs=near)

@@ -11,6 +11,8 @@ from tiktoken.load import data_gym_to_mergeable_bpe_ranks
 from tiktoken_ext import openai_public
 
 from aymen_gpt.data import fetch, tokenizer
+from aymen_gpt.model import huggingface
+from aymen_gpt.model.gpt import GPTConfig
 
 URL = "https://openaipublic.blob.core.windows.net/gpt-2/encodings/main/"
 ODD_TEXTS = [
@@ -154,3 +156,9 @@ def test_the_slow_files_are_openais_own_bytes(tmp_path):
     ranks = data_gym_to_mergeable_bpe_ranks(str(tmp_path / "merges.txt"), str(tmp_path / "vocab.json"))
     assert ranks == tokenizer.gpt2()._mergeable_ranks
     assert len(json.loads((tmp_path / "vocab.json").read_bytes())) == 50257
+
+
+def test_the_two_rooms_that_may_not_import_each_other_agree_on_the_vocabulary():
+    encoding = tokenizer.gpt2()
+    assert tokenizer.VOCAB_SIZE == GPTConfig.vocab_size == encoding.n_vocab
+    assert tokenizer.EOT == huggingface.EOT == encoding.eot_token

@@ -1,17 +1,27 @@
-"""What every command does at its edges: errors become one line and an exit code, flags speak of tokens."""
+"""What every command does at its edges: words in, errors out as one line and an exit code."""
 
 import argparse
 import atexit
+import errno
 import io
 import math
 import os
+import re
+import shlex
+import shutil
 import sys
 import traceback
 import warnings
-from collections.abc import Callable
-from typing import NoReturn
+from collections.abc import Callable, Iterable
+from pathlib import Path
+from typing import Any, NoReturn
 
-from aymen_gpt.errors import AymenError, Stopped, UsageError, redact
+import aymen_gpt
+from aymen_gpt.errors import AymenError, CannotWrite, Stopped, UsageError, nearest, printable, redact
+from aymen_gpt.training.config import Range
+
+ROOT = Path(aymen_gpt.__file__).absolute().parent.parent
+DOORS = ("fineweb", "pretrain", "hellaswag", "generate")
 
 
 def run(main: Callable[[], int]) -> NoReturn:
@@ -22,11 +32,11 @@ def run(main: Callable[[], int]) -> NoReturn:
     # GNU's OpenMP lets a thread that waits for another spin for milliseconds. On a machine that also does other
     # work, it spins on the core the other one needs: training ran 6 times slower (docs/experiments.md).
     os.environ.setdefault("GOMP_SPINCOUNT", "1000")
-    warnings.formatwarning = lambda message, *_: f"warning: {message}\n"
+    warnings.formatwarning = lambda message, *_: f"warning: {printable(str(message))}\n"
     if isinstance(sys.stdout, io.TextIOWrapper):  # a terminal or file that cannot show a letter gets its number
         sys.stdout.reconfigure(errors="backslashreplace")
     try:
-        code = main()
+        code = finish(main)
     except AymenError as error:
         if os.environ.get("AYMEN_GPT_DEBUG"):
             traceback.print_exc()
@@ -35,10 +45,36 @@ def run(main: Callable[[], int]) -> NoReturn:
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
         code = 130
-    except BrokenPipeError:  # the reader of our output went away, as head does
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        code = 1
+    except OSError as error:
+        code = output_failed(error)
     leave(code)
+
+
+def finish(main: Callable[[], int]) -> int:
+    """The exit code of a command whose output is all written."""
+    try:
+        code = main()
+    except SystemExit as ended:  # of --help
+        code = int(ended.code or 0)
+    sys.stdout.flush()
+    return code
+
+
+def output_failed(error: OSError) -> int:
+    """The exit code when standard output takes nothing more; any other error is a bug and keeps its traceback."""
+    if error.filename is not None or error.errno not in (
+        errno.EPIPE,
+        errno.ENOSPC,
+        errno.EDQUOT,
+        errno.EFBIG,
+        errno.EIO,
+    ):
+        raise error
+    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # what is left is not tried again at the end
+    if error.errno == errno.EPIPE:  # the reader of our output went away, as head does
+        return 1
+    say(CannotWrite(f"cannot write standard output: {error.strerror}"))
+    return CannotWrite.exit_code
 
 
 def leave(code: int) -> NoReturn:
@@ -58,20 +94,134 @@ def leave(code: int) -> NoReturn:
 def say(error: AymenError) -> None:
     """The one line of an error. Under torchrun what every rank finds alike is said by the first one only."""
     rank = int(os.environ.get("RANK", 0))
-    text = redact(str(error))
+    text = printable(redact(as_typed(str(error))))
     if rank == 0:
         print(text if isinstance(error, Stopped) else f"error: {text}", file=sys.stderr)
     elif not isinstance(error, Stopped | UsageError):
         print(f"rank {rank}: error: {text}", file=sys.stderr)
 
 
-def parser(description: str, examples: str) -> argparse.ArgumentParser:
-    """An argument parser whose help ends with examples."""
-    return argparse.ArgumentParser(
+def show(text: str, end: str = "\n") -> None:
+    """Print what may come from anywhere (a model, a file's name): a terminal gets control characters escaped."""
+    print(printable(text) if sys.stdout.isatty() else text, end=end, flush=True)
+
+
+def below(path: Path) -> str:
+    """A path as one would type it: from here on where it lies below this folder."""
+    return shlex.quote(str(path.relative_to(Path.cwd()) if path.is_relative_to(Path.cwd()) else path))
+
+
+def python() -> str:
+    """How to type the interpreter that runs this."""
+    found = shutil.which("python")
+    same = found is not None and Path(found).parent == Path(sys.executable).parent
+    return "python" if same else below(Path(sys.executable))
+
+
+def as_script() -> tuple[str, str]:
+    """(script, command) of "aymen-gpt COMMAND" or "python -m aymen_gpt COMMAND": sys.argv[0] holds both then."""
+    started, _, name = sys.argv[0].rpartition(" ")
+    return (started, name) if name.isidentifier() else ("", "")
+
+
+def program(name: str) -> str:
+    """How to type another of our commands, in the way that this one was started."""
+    started, _ = as_script()
+    if started and not started.endswith(".py"):
+        short = os.path.basename(started)
+        return f"{short if shutil.which(short) == started else below(Path(started))} {name}"
+    door = ROOT / f"{name}.py"
+    return f"{python()} -m aymen_gpt {name}" if started or not door.is_file() else f"{python()} {below(door)}"
+
+
+def command_line() -> list[str]:
+    """The words of this command, for a record of what was typed."""
+    started, name = as_script()
+    if not started:
+        return ["python", *sys.argv]
+    first = ["python", "-m", "aymen_gpt"] if started.endswith(".py") else [os.path.basename(started)]
+    return [*first, name, *sys.argv[1:]]
+
+
+def as_typed(text: str) -> str:
+    """A text with its commands, written as README does ("python generate.py"), as they work here."""
+    return re.sub(rf"\bpython ({'|'.join(DOORS)})\.py\b", lambda found: program(found[1]), text)
+
+
+class Parser(argparse.ArgumentParser):
+    """Says in one line what is wrong with an argument; for an unknown one the nearest, and the usage."""
+
+    def parse_known_args(self, args: Any = None, namespace: Any = None) -> Any:
+        """As argparse does it, but what nobody knows is said before what is missing: it may be what is missing."""
+        for word in sys.argv[1:] if args is None else args:
+            if word == "--":
+                break
+            name = word.partition("=")[0]
+            like_an_option = word.startswith("--") and " " not in word
+            if like_an_option and not any(known.startswith(name) for known in self._option_string_actions):
+                self.error(f"unrecognized arguments: {word}")
+        return super().parse_known_args(args, namespace)
+
+    def _print_message(self, message: str, file: Any = None) -> None:
+        print(message, end="", file=file)  # argparse's own keeps silent about a full disk
+
+    def error(self, message: str) -> NoReturn:
+        of_one = re.match(r"argument (?:\S+/)?(-[\w-]+): (.*)", message, re.DOTALL)
+        if of_one:
+            raise UsageError(f"{of_one[1]} {of_one[2]}")
+        unknown = re.match(r"unrecognized arguments: (\S+)", message)
+        if unknown:
+            near = nearest(unknown[1].partition("=")[0], self._option_string_actions)
+            message = f"there is no option {unknown[1]}{near}"
+        raise UsageError(f"{message}\nusage: {self.usage or self.prog} (--help lists all)")
+
+
+def parser(description: str, examples: str, usage: str = "") -> argparse.ArgumentParser:
+    """An argument parser whose help ends with examples; ``usage`` is what is typed most, after the command."""
+    p = Parser(
+        usage=as_typed(usage) or None,
         description=description,
-        epilog="examples:\n" + examples,
+        epilog=f"examples:\n{as_typed(examples)}" if examples else None,
         formatter_class=lambda prog: argparse.RawDescriptionHelpFormatter(prog, max_help_position=30, width=110),
     )
+    p.add_argument("--version", action="version", version=f"aymen-gpt {aymen_gpt.__version__}")
+    return p
+
+
+def number(range: Range, *, whole: bool = False, unset: str = "") -> Callable[[str], Any]:
+    """For argparse: text -> a number in the range, or None for 0 and the word ``unset``."""
+
+    def read(text: str) -> float | None:
+        if unset and text in ("0", unset):
+            return None
+        try:
+            value = whole_number(text) if whole else float(text)
+        except (ValueError, OverflowError):
+            value = math.nan
+        if value in range:
+            return value
+        raise argparse.ArgumentTypeError(f"{text}: expected a {'whole ' if whole else ''}number {range}")
+
+    return read
+
+
+def choice(words: Iterable[str]) -> Callable[[str], str]:
+    """For argparse: one of some words."""
+    known = list(words)
+
+    def read(text: str) -> str:
+        if text in known:
+            return text
+        raise argparse.ArgumentTypeError(f"{text}: expected {', '.join(known)}{nearest(text, known)}")
+
+    return read
+
+
+def name(text: str) -> str:
+    """For argparse: text that is not empty."""
+    if not text.strip():
+        raise argparse.ArgumentTypeError("'': expected a name")
+    return text
 
 
 def whole_number(text: str) -> int:
@@ -81,10 +231,9 @@ def whole_number(text: str) -> int:
     [12, 524288, 100000000, 524288]
     """
     base, power, exponent = text.partition("**")
+    if power and not 0 <= int(exponent) <= 64:
+        raise ValueError(f"{text} is out of all ranges")
     value = int(base) ** int(exponent) if power else float(text) if "e" in text.lower() else int(text)
     if not math.isfinite(value) or value != int(value):
         raise ValueError(f"{text} is not a whole number")
     return int(value)
-
-
-whole_number.__name__ = "whole number"  # argparse names the type in its message

@@ -16,6 +16,7 @@ from pathlib import Path
 from aymen_gpt.commands import console
 from aymen_gpt.errors import AymenError
 from aymen_gpt.training.config import resolve
+from aymen_gpt.wording import percent
 
 CONFIG = resolve({"preset": "demo"})
 RUN = Path(CONFIG.run)
@@ -35,6 +36,7 @@ def main() -> int:
     score = RUN / "hellaswag.json"
     if not score.exists() or score.stat().st_mtime < newest_checkpoint().stat().st_mtime:
         call("hellaswag.py", "-m", str(RUN), "--limit", str(EXAMPLES), "--json", str(score))
+    call("-m", "aymen_gpt.commands.report", str(RUN))  # with that score
     stage(4, "the GPT writes")
     call("generate.py", "-m", str(RUN), PROMPT, "--max-tokens", "60")
     print(closing(json.loads(score.read_text()), time.monotonic() - began))
@@ -90,14 +92,14 @@ def closing(score: dict, seconds: float) -> str:
     rows = [json.loads(line) for line in (RUN / "metrics.jsonl").read_text().splitlines()]
     vals = [row["val_loss"] for row in rows if "val_loss" in row]
     found = score["completion"]
-    share = f"{100 * found['acc_norm']:.1f}% ± {100 * found['acc_norm_stderr']:.1f}"
+    share = percent(found["acc_norm"], found["acc_norm_stderr"], digits=1)
     return f"""
 === done in {seconds:.0f} s on {os.cpu_count()} cores
 loss        {vals[0]:.2f} -> {vals[-1]:.2f} nats per token on text it never trained on
-HellaSwag   {share} of {score["n"]:,} examples, where chance is 25% and GPT-2 124M has 29.6%:
+HellaSwag   {share} of {score["n"]:,} examples, where chance is 25 % and GPT-2 124M has 29.6 %:
             a model this small and young cannot do better than chance, and should not do worse
 curve       {RUN}/report.html (open it in a browser)
-samples     {RUN}/samples.md
+samples     {RUN}/samples.jsonl
 checkpoint  {newest_checkpoint()} (opens in transformers as it is)
 next        python generate.py -m {RUN} "Raised when"
             python fineweb.py --source YOUR.txt --out data/mine && \\

@@ -1,13 +1,15 @@
 """python fineweb.py: text to token shards."""
 
 import argparse
-import shlex
 import sys
 import time
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from aymen_gpt.commands import console
+from aymen_gpt.errors import DataError, UsageError, printable
+from aymen_gpt.training.config import Range, fitting
+from aymen_gpt.wording import duration
 
 if TYPE_CHECKING:
     from aymen_gpt.data.prepare import Progress, Summary
@@ -17,80 +19,102 @@ EXAMPLES = """\
   python fineweb.py --max-tokens 1e8 --out data/small      its first 100M tokens
   python fineweb.py --source builtin --out data/builtin    the documentation on this machine, no network
   python fineweb.py --source my/texts more.jsonl.gz --out data/mine
-  python fineweb.py --source hub-tokens:kjj0/finewebedu10B-gpt2 --max-tokens 1e9     tokenized by others
 
 Killed or failed? The same command again continues at the last finished shard.
 """
 MODES = ("verify", "repair", "part", "merge")
+MOST_TOKENS = 2**31 - 1  # that the header of a shard can count
 EVERY = 10.0  # seconds between two progress lines when stderr is not a terminal
 
 
 def parser() -> argparse.ArgumentParser:
-    p = console.parser("Turn text into shards of GPT-2 tokens, in llm.c's format.", EXAMPLES)
-    whole = console.whole_number
+    p = console.parser(
+        "Turn text into shards of GPT-2 tokens, in llm.c's format.",
+        EXAMPLES,
+        "python fineweb.py [--source WORD ...] [--out DIR] ...",
+    )
+    tokens = console.number(Range(1, 10**15), whole=True)
+    shard_tokens = console.number(Range(1, MOST_TOKENS), whole=True)
     text = p.add_argument_group("text")
     text.add_argument(
         "--source",
         nargs="+",
+        type=console.name,
         default=["hub"],
         metavar="WORD",
         help="`hub` (FineWeb-Edu from Hugging Face, the default), `builtin` (documentation installed with "
-        "Python), files and folders of .parquet, .jsonl, .jsonl.gz, .jsonl.zst, .txt; or what is tokens already: "
-        "`hub-tokens:OWNER/DATASET`, `tokens:FOLDER` (.bin of llm.c or nanoGPT, .npy)",
+        "Python), files and folders of .parquet, .jsonl, .jsonl.gz, .jsonl.zst, .txt, .md",
     )
     text.add_argument(
-        "--text-column", metavar="NAME", help="column or key of the text (default: text, else content)"
+        "--text-column",
+        type=console.name,
+        metavar="NAME",
+        help="column or key of the text (default: text, else content)",
     )
     text.add_argument(
-        "--revision", metavar="COMMIT", help="of the dataset on the Hub (default of FineWeb-Edu: a pinned one)"
+        "--revision",
+        type=console.name,
+        metavar="COMMIT",
+        help="of the dataset on the Hub (default of FineWeb-Edu: a pinned one)",
     )
     text.add_argument("--keep-source", action="store_true", help="keep downloaded files, in DIR/.source")
+    text.add_argument(
+        "--skip-bad-rows", action="store_true", help="leave out rows without usable text, however many there are"
+    )
     shards = p.add_argument_group("shards")
     shards.add_argument(
-        "--out", type=Path, default=Path("edu_fineweb10B"), metavar="DIR", help="default: %(default)s"
+        "--out", type=folder, default=Path("edu_fineweb10B"), metavar="DIR", help="default: %(default)s"
     )
     shards.add_argument(
-        "--shard-tokens", type=whole, default=10**8, metavar="N", help="tokens a shard (default: 1e8)"
+        "--shard-tokens", type=shard_tokens, default=10**8, metavar="N", help="tokens a shard (default: 1e8)"
     )
-    shards.add_argument("--max-tokens", type=whole, metavar="N", help="stop after so many tokens (default: all)")
+    shards.add_argument("--max-tokens", type=tokens, metavar="N", help="stop after so many tokens (default: all)")
+    shards.add_argument(
+        "--restart", action="store_true", help="begin anew; what is in DIR is set aside in DIR/earlier-1, -2, ..."
+    )
     work = p.add_argument_group("work")
     work.add_argument(
-        "--workers", type=whole, metavar="N", help="processes (default: one per CPU; 0: only this one)"
+        "--workers",
+        type=console.number(Range(0, 10_000), whole=True),
+        metavar="N",
+        help="processes (default: one per CPU; 0: only this one)",
     )
     work.add_argument(
         "--encoder",
-        choices=["gigatoken", "tiktoken"],
+        type=console.choice(("gigatoken", "tiktoken")),
+        metavar="WORD",
         default="gigatoken",
         help="their ids are the same, and checked to be; default: gigatoken where it is installed, else tiktoken",
     )
     what = work.add_mutually_exclusive_group()
     what.add_argument(
-        "--part", metavar="I/N", help="prepare only the I-th of N shares of the source, on this machine of many"
+        "--part",
+        type=console.name,
+        metavar="I/N",
+        help="prepare only the I-th of N shares of the source, on this machine of many",
     )
     what.add_argument("--merge", action="store_true", help="make the shards from all N shares in DIR/parts")
-    what.add_argument("--verify", action="store_true", help="compare every shard in DIR with its recorded sha256")
-    what.add_argument(
-        "--repair", action="store_true", help="verify, then rebuild damaged shards from their source"
-    )
+    what.add_argument("--verify", action="store_true", help="compare every file in DIR with its recorded sha256")
+    what.add_argument("--repair", action="store_true", help="verify, then rebuild damaged files from their source")
     return p
+
+
+def folder(text: str) -> Path:
+    return Path(console.name(text))
 
 
 def main(argv: list[str] | None = None) -> int:
     args = parser().parse_args(argv)
+    for mode in ("verify", "repair"):
+        if args.restart and getattr(args, mode):
+            raise UsageError(f"--restart begins anew, --{mode} does not: give one of them")
     if args.verify:
         return verify(args.out)
     if args.repair:
         return repair(args)
-    from aymen_gpt.data import adopt, shares
+    from aymen_gpt.data import shares
     from aymen_gpt.data.prepare import PrepareOptions, prepare
-    from aymen_gpt.errors import UsageError
 
-    for flag, least in (("shard_tokens", 1), ("max_tokens", 1), ("workers", 0)):
-        value = getattr(args, flag)
-        if value is not None and value < least:
-            raise UsageError(f"--{flag.replace('_', '-')} must be at least {least}, got {value}")
-    if adopt.is_tokens(args.source) and (args.part or args.merge):
-        raise UsageError(f"--part and --merge are for text; --source {' '.join(args.source)} is tokens already")
     chosen = {name: value for name, value in vars(args).items() if name not in (*MODES, "source")}
     options = PrepareOptions(source=tuple(args.source), **chosen)
     with Reporter() as reporter:
@@ -98,36 +122,32 @@ def main(argv: list[str] | None = None) -> int:
             share = shares.parse(args.part)
             summary = shares.prepare_share(options, share, reporter)
         else:
-            make = adopt.adopt if adopt.is_tokens(args.source) else shares.merge if args.merge else prepare
-            summary = make(options, reporter)
-    print(closing(summary, share=args.part))
+            summary = (shares.merge if args.merge else prepare)(options, reporter)
+    console.show(console.as_typed(closing(summary, share=args.part)))
     return 0
 
 
 def verify(out: Path) -> int:
     from aymen_gpt.data import shards
-    from aymen_gpt.errors import DataError
 
     damaged = shards.verify(out)
     if damaged:
         listed = "; ".join(f"{name}: {why}" for name, why in damaged.items())
-        raise DataError(f"{len(damaged)} damaged shards in {out} ({listed}): run fineweb.py --out {out} --repair")
-    print(f"{out}: all shards are as the manifest says")
+        raise DataError(f"{len(damaged)} damaged files in {out} ({listed}): {shards.way_out(out)}")
+    finished = (shards.read_manifest(out) or {}).get("complete")
+    more = "" if finished else "; more are to come: run the same fineweb.py command again"
+    print(f"{out}: all files are as the manifest says{more}")
     return 0
 
 
 def repair(args: argparse.Namespace) -> int:
-    from aymen_gpt.data import adopt, prepare, shards
+    from aymen_gpt.data import prepare
 
-    manifest = shards.read_manifest(args.out)
     with Reporter() as reporter:
-        if manifest is not None and adopt.is_tokens(manifest["options"]["source"]):
-            rebuilt = adopt.repair(args.out, reporter, keep_source=args.keep_source)
-        else:
-            rebuilt = prepare.repair(
-                args.out, reporter, workers=args.workers, keep_source=args.keep_source, encoder=args.encoder
-            )
-    print(f"{args.out}: {len(rebuilt)} shards rebuilt, all are as the manifest says")
+        rebuilt = prepare.repair(
+            args.out, reporter, workers=args.workers, keep_source=args.keep_source, encoder=args.encoder
+        )
+    print(f"{args.out}: {len(rebuilt)} files rebuilt, all are as the manifest says")
     return 0
 
 
@@ -163,6 +183,7 @@ class Reporter:
             self._show(event, now - self.began)
 
     def _print(self, line: str) -> None:
+        line = printable(line)
         if self.bar is not None:
             self.bar.write(line, file=sys.stderr)
         else:
@@ -184,28 +205,15 @@ class Reporter:
             self._print(f"{progress.fraction:4.0%}  {line}")
 
 
-def duration(seconds: float) -> str:
-    """
-    >>> duration(59), duration(3700)
-    ('59 s', '1 h 01 min')
-    """
-    minutes = round(seconds / 60)
-    return (
-        f"{seconds:.0f} s"
-        if seconds < 60
-        else f"{minutes // 60} h {minutes % 60:02} min"
-        if minutes > 59
-        else f"{minutes} min"
-    )
-
-
 def closing(summary: "Summary", share: str | None = None) -> str:
     totals = summary.totals
     skipped = ", ".join(f"{count:,} {reason}" for reason, count in sorted(totals.skipped.items())) or "none"
-    data = "" if str(summary.folder) == "edu_fineweb10B" else f" --data {shlex.quote(str(summary.folder))}"
     done = "already prepared" if summary.already else "prepared"
     density = f" ({totals.bytes / max(totals.tokens, 1):.2f} bytes of text per token)" if totals.bytes else ""
-    what, then = f"{summary.shards} shards (the first is for validation)", f"python pretrain.py{data}"
+    what, then = (
+        f"{summary.shards} shards (the first is for validation)",
+        fitting(totals.tokens, str(summary.folder)),
+    )
     if share:
         what, then = f"part {share}", "once all parts are prepared: the same command with --merge for --part"
     return f"""\
@@ -214,3 +222,7 @@ documents  {totals.documents:,}
 tokens     {totals.tokens:,}{density}
 skipped    {skipped}
 next       {then}"""
+
+
+if __name__ == "__main__":
+    console.run(main)

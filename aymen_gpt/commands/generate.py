@@ -2,11 +2,13 @@
 
 import argparse
 import codecs
+import os
 import sys
 from typing import TYPE_CHECKING
 
 from aymen_gpt.commands import console
-from aymen_gpt.errors import UsageError
+from aymen_gpt.errors import DataError, UsageError
+from aymen_gpt.training.config import COUNT, SEEDS, Range
 
 if TYPE_CHECKING:
     from aymen_gpt.model.gpt import GPT
@@ -19,39 +21,41 @@ EXAMPLES = """\
 
 
 def parser() -> argparse.ArgumentParser:
-    p = console.parser("Continue a text with a trained model.", EXAMPLES)
+    p = console.parser(
+        "Continue a text with a trained model.", EXAMPLES, "python generate.py -m NAME [PROMPT] [-n N] ..."
+    )
     p.add_argument("prompt", nargs="?", default="", help="text to continue; - reads it from standard input [none]")
     p.add_argument(
-        "-m", "--model", required=True, metavar="NAME", help="a run, a checkpoint, gpt2 or another Hub id"
+        "-m",
+        "--model",
+        type=console.name,
+        required=True,
+        metavar="NAME",
+        help="a run, a checkpoint, gpt2 or another Hub id",
     )
     p.add_argument("-d", "--device", default="auto", help="auto, cpu, mps, cuda or cuda:N [auto]")
-    p.add_argument(
-        "--max-tokens", type=console.whole_number, default=200, metavar="N", help="tokens to write [200]"
-    )
-    p.add_argument("--temperature", type=float, default=0.8, metavar="X", help="0 takes the likeliest token [0.8]")
-    p.add_argument(
-        "--top-k", type=console.whole_number, default=50, metavar="N", help="of the N likeliest tokens [50]"
-    )
-    p.add_argument(
-        "--top-p", type=float, default=None, metavar="X", help="of the likeliest with this probability [all]"
-    )
-    p.add_argument("--seed", type=int, default=0, metavar="N", help="the same seed writes the same text [0]")
-    p.add_argument("-n", "--samples", type=console.whole_number, default=1, metavar="N", help="texts to write [1]")
+    numbers = {
+        "--max-tokens": (COUNT, True, 200, "tokens to write [200]"),
+        "--temperature": (Range(0, 1000), False, 0.8, "0 takes the likeliest token [0.8]"),
+        "--top-k": (COUNT, True, 50, "of the N likeliest tokens [50]"),
+        "--top-p": (Range(0, 1, without=(0,)), False, None, "of the likeliest with this probability [all]"),
+        "--seed": (SEEDS, True, 0, "the same seed writes the same text [0]"),
+        "-n/--samples": (COUNT, True, 1, "texts to write [1]"),
+    }
+    for flags, (range, whole, default, help) in numbers.items():
+        p.add_argument(
+            *flags.split("/"),
+            type=console.number(range, whole=whole),
+            default=default,
+            metavar="N" if whole else "X",
+            help=help,
+        )
     return p
 
 
 def main(argv: list[str] | None = None) -> int:
     options = parser().parse_args(argv)
-
-    from aymen_gpt.model.generation import check_sampling
-
-    try:
-        check_sampling(options.temperature, options.top_k, options.top_p)
-    except ValueError as error:
-        raise UsageError(f"--{error}") from None
-    if options.samples < 1 or options.max_tokens < 1:
-        raise UsageError("--samples and --max-tokens must be at least 1")
-    prompt = sys.stdin.read() if options.prompt == "-" else options.prompt
+    prompt = text_of(options.prompt)
 
     from aymen_gpt.evaluation.load_model import load_model
     from aymen_gpt.training.device import choose_device
@@ -60,9 +64,21 @@ def main(argv: list[str] | None = None) -> int:
     model = load_model(options.model, device.place).model
     for number in range(options.samples):
         if options.samples > 1:
-            print(f"--- sample {number + 1}")
-        stream(model, prompt, options, seed=options.seed + number)
+            console.show(f"--- sample {number + 1}")
+        stream(model, prompt, options, seed=(options.seed + number) % 2**63)
     return 0
+
+
+def text_of(prompt: str) -> str:
+    """The prompt, from standard input for "-"; UsageError or DataError for bytes that are no UTF-8."""
+    if prompt == "-" and sys.stdin is None:
+        raise UsageError("the prompt - is standard input, which is closed")
+    given = sys.stdin.buffer.read() if prompt == "-" else os.fsencode(prompt)
+    try:
+        return given.decode()
+    except UnicodeDecodeError as error:
+        where = "standard input" if prompt == "-" else "the prompt"
+        raise DataError(f"{where} is no UTF-8 text: byte {given[error.start]:#x} at {error.start}") from None
 
 
 def stream(model: "GPT", prompt: str, options: argparse.Namespace, *, seed: int) -> None:
@@ -82,8 +98,12 @@ def stream(model: "GPT", prompt: str, options: argparse.Namespace, *, seed: int)
         seed=seed,
         stop=tokenizer.EOT,
     )
-    print(prompt, end="", flush=True)
+    console.show(prompt, end="")
     characters = codecs.getincrementaldecoder("utf-8")(errors="replace")
     for token in continuation:
-        print(characters.decode(encoding.decode_single_token_bytes(token)), end="", flush=True)
-    print(characters.decode(b"", final=True))
+        console.show(characters.decode(encoding.decode_single_token_bytes(token)), end="")
+    console.show(characters.decode(b"", final=True))
+
+
+if __name__ == "__main__":
+    console.run(main)

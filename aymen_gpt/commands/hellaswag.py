@@ -10,8 +10,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from aymen_gpt.commands import console
-from aymen_gpt.errors import UsageError
+from aymen_gpt.errors import UsageError, printable
+from aymen_gpt.files import check_writable, replace_text
 from aymen_gpt.reporting.anchors import ANCHORS, CHANCE, Anchor, neighbours
+from aymen_gpt.training.config import COUNT
+from aymen_gpt.wording import percent
 
 if TYPE_CHECKING:
     from aymen_gpt.evaluation.compare import Report
@@ -30,10 +33,15 @@ EXAMPLES = """\
 
 
 def parser() -> argparse.ArgumentParser:
-    p = console.parser("Score a model on HellaSwag: four endings, which is likeliest? Chance is 25%.", EXAMPLES)
+    p = console.parser(
+        "Score a model on HellaSwag: four endings, which is likeliest? Chance is 25%.",
+        EXAMPLES,
+        "python hellaswag.py [-m NAME] [--limit N] [--json FILE] ...",
+    )
     p.add_argument(
         "-m",
         "--model",
+        type=console.name,
         default="gpt2",
         metavar="NAME",
         help="a run or checkpoint folder, gpt2, gpt2-medium, gpt2-large, gpt2-xl or another Hub id [gpt2]",
@@ -44,15 +52,16 @@ def parser() -> argparse.ArgumentParser:
     )
     p.add_argument(
         "--protocol",
-        choices=("completion", "harness", "both"),
+        type=console.choice(("completion", "harness", "both")),
+        metavar="WORD",
         default="both",
         help="completion: the text as it is, as llm.c scores; harness: as lm-evaluation-harness [both]",
     )
     p.add_argument(
         "--limit",
-        type=console.whole_number,
+        type=console.number(COUNT, whole=True, unset="all"),
         metavar="N",
-        help="score N examples, evenly spaced over the set [all 10,042]",
+        help="score N examples, evenly spaced over the set; 0: all 10,042 [all]",
     )
     p.add_argument(
         "--data", type=Path, metavar="FILE", help="examples of your own, .jsonl or .parquet [validation set]"
@@ -66,7 +75,10 @@ def parser() -> argparse.ArgumentParser:
         help="score nothing; say whether two files of --json differ by more than luck",
     )
     p.add_argument(
-        "--batch-tokens", type=console.whole_number, metavar="N", help="tokens of a batch, fewer take less memory"
+        "--batch-tokens",
+        type=console.number(COUNT, whole=True),
+        metavar="N",
+        help="tokens of a batch, fewer take less memory",
     )
     return p
 
@@ -77,7 +89,7 @@ def main(argv: list[str] | None = None) -> int:
     if options.compare:
         from aymen_gpt.evaluation.compare import compare_files
 
-        print(comparison_table(compare_files(*options.compare)))
+        console.show(comparison_table(compare_files(*options.compare)))
     else:
         score(options)
     return 0
@@ -90,7 +102,8 @@ def score(options: argparse.Namespace) -> None:
     from aymen_gpt.evaluation import hellaswag
     from aymen_gpt.evaluation.hellaswag_data import evenly_spaced, load_examples
     from aymen_gpt.evaluation.load_model import load_model
-    from aymen_gpt.training.device import choose_device, keep_freed_memory
+    from aymen_gpt.model.cpu import keep_freed_memory
+    from aymen_gpt.training.device import choose_device
     from aymen_gpt.training.distributed import process_group, ranks_from_environment
 
     ranks = ranks_from_environment()
@@ -100,12 +113,14 @@ def score(options: argparse.Namespace) -> None:
     if device.dtype == torch.float32:
         torch.set_float32_matmul_precision("highest")  # no TF32 for who asks for float32
     with process_group(ranks, device.place):
+        if options.json:
+            ranks.first(lambda: check_writable(options.json))
         found = ranks.first(lambda: load_examples(options.data))  # one download, not one a rank
         examples = evenly_spaced(found, options.limit)
         first = ranks.first if ranks.world_size > 1 else None
         scored = load_model(options.model, device.place, first=first)
         if ranks.is_first:
-            print(introduction(scored.description, device, ranks), file=sys.stderr)
+            print(printable(introduction(scored.description, device, ranks)), file=sys.stderr)
         with progress_line(ranks) as progress:
             mine = hellaswag.evaluate(
                 scored.model,
@@ -126,10 +141,9 @@ def introduction(description: str, device: "Device", ranks: "Ranks") -> str:
 
 def report(result: "Result", scored: "Loaded", available: int, options: argparse.Namespace) -> None:
     from aymen_gpt.evaluation.load_model import weights_sha256
-    from aymen_gpt.files import write_whole
 
-    print(f"HellaSwag of {scored.description}")
-    print(coverage(len(result.examples), available, options.data))
+    console.show(f"HellaSwag of {scored.description}")
+    console.show(coverage(len(result.examples), available, options.data))
     print(table(result, published=options.data is None))
     if options.json:
         record = {
@@ -138,16 +152,12 @@ def report(result: "Result", scored: "Loaded", available: int, options: argparse
             "checkpoint": str(scored.path),
             "weights_sha256": weights_sha256(scored.model),
         } | result.as_dict()
-        write_whole(options.json, f"{json.dumps(record, allow_nan=False)}\n".encode())
-        print(f"every answer: {options.json}")
+        replace_text(options.json, f"{json.dumps(record, allow_nan=False)}\n", follow=True)
+        console.show(f"every answer: {options.json}")
 
 
 def check(options: argparse.Namespace) -> None:
     """What can be refused before anything is loaded."""
-    for flag in ("limit", "batch_tokens"):
-        value = getattr(options, flag)
-        if value is not None and value < 1:
-            raise UsageError(f"--{flag.replace('_', '-')} {value}: expected at least 1")
     if options.compare and (options.json or options.data):
         raise UsageError("--compare reads what --json wrote and scores nothing: give it no other option")
     if options.json and options.json.is_dir():
@@ -203,9 +213,9 @@ def table(result: "Result", *, published: bool) -> str:
     lines = [f"{'protocol':<12}{'acc':<16}{'acc_norm':<16}{'n':>6}"]
     for protocol in result.answers:
         s = result.tally(protocol).as_dict()
-        acc, norm = share(s["acc"], s["acc_stderr"]), share(s["acc_norm"], s["acc_norm_stderr"])
+        acc, norm = percent(s["acc"], s["acc_stderr"]), percent(s["acc_norm"], s["acc_norm_stderr"])
         lines.append(f"{protocol:<12}{acc:<16}{norm:<16}{len(result.examples):>6,}")
-    lines.append(f"{'chance':<12}{share(CHANCE):<16}{share(CHANCE)}")
+    lines.append(f"{'chance':<12}{percent(CHANCE):<16}{percent(CHANCE)}")
     if published:
         lines += ["", "published, on all 10,042:"]
         for protocol in result.answers:
@@ -224,15 +234,9 @@ def anchor_lines(anchors: list[Anchor]) -> list[str]:
     lines = []
     for model, by_metric in models.items():
         one = next(iter(by_metric.values()))
-        acc, norm = (share(by_metric[m].value) if m in by_metric else "-" for m in ("acc", "acc_norm"))
+        acc, norm = (percent(by_metric[m].value if m in by_metric else None) for m in ("acc", "acc_norm"))
         lines.append(f"{one.protocol:<12}{acc:<16}{norm:<16}{model:<13} {one.source}")
     return lines
-
-
-def share(p: float | None, error: float | None = None) -> str:
-    """0.2955, 0.0046 -> '29.55% ± 0.46'."""
-    text = f"{100 * (p or 0.0):5.2f}%"
-    return text if error is None else f"{text} ± {100 * error:.2f}"
 
 
 def comparison_table(report: "Report") -> str:
@@ -249,9 +253,13 @@ def comparison_table(report: "Report") -> str:
     for c in report.comparisons:
         interval = f"{100 * c.low:+.2f} to {100 * c.high:+.2f}"
         lines.append(
-            f"{c.protocol:<12}{c.measure:<10}{share(c.right_a / c.n):>8}{share(c.right_b / c.n):>9}"
+            f"{c.protocol:<12}{c.measure:<10}{percent(c.right_a / c.n):>8}{percent(c.right_b / c.n):>9}"
             f"{100 * c.difference:>+9.2f}  {interval:<19}{c.only_a:>13,}{c.only_b:>14,}{c.p:>10.2g}"
         )
     lines += ["", "p: how often two models that are equally good differ at least so much (McNemar's test, exact);"]
     lines += ["interval: bootstrap over examples, in percentage points", "", *report.verdicts()]
     return "\n".join(lines)
+
+
+if __name__ == "__main__":
+    console.run(main)

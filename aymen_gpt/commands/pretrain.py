@@ -3,19 +3,31 @@
 import argparse
 import os
 import platform
+import shlex
 import subprocess
 import sys
 from collections.abc import Callable
 from contextlib import nullcontext
-from dataclasses import Field, asdict, fields
+from dataclasses import MISSING, Field, asdict, fields
 from datetime import UTC, datetime
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import aymen_gpt
 from aymen_gpt.commands import console
-from aymen_gpt.errors import UsageError
-from aymen_gpt.training.config import RECIPES, TrainConfig, flag, resolve
+from aymen_gpt.errors import AymenError, UsageError, redact
+from aymen_gpt.training.config import (
+    COUNT,
+    RECIPES,
+    Range,
+    TrainConfig,
+    doubts,
+    flag,
+    kind,
+    read_options,
+    resolve,
+)
 
 if TYPE_CHECKING:
     from aymen_gpt.model.gpt import GPT
@@ -29,8 +41,11 @@ EXAMPLES = """\
   python pretrain.py --preset demo                       a small GPT, minutes on a laptop
   python pretrain.py --preset gpt3-medium --run runs/m   another size, another folder
   python pretrain.py --plan --gpus 8                     what the published run takes, on 8 of these devices
-  python pretrain.py --init-from gpt2 --data my-shards   go on from a model, on other text
+  python pretrain.py --init-from gpt2 --data data/mine --run runs/tuned --steps 200 --learning-rate 3e-5
+  python pretrain.py --n-layer 6 --n-embd 384 --n-head 6 --run runs/small       a shape of your own
+  python pretrain.py --config runs/demo/config.json --run runs/again            a run once more, from its record
 """
+PLANNING = ("plan", "probe", "on", "gpus", "mfu", "dollars_per_gpu_hour")
 
 
 def parser() -> argparse.ArgumentParser:
@@ -38,6 +53,13 @@ def parser() -> argparse.ArgumentParser:
         "Pretrain a GPT-2/GPT-3 on token shards. Running the same command again continues the run. "
         "Defaults are those of the gpt2 preset; each preset brings its own.",
         EXAMPLES,
+        "python pretrain.py [--preset NAME] [--data DIR] [--run DIR] ...",
+    )
+    p.add_argument(
+        "--config",
+        type=Path,
+        metavar="FILE",
+        help="options by their names from a TOML file, or a run's config.json; flags given here win",
     )
     groups: dict[str, Any] = {}
     for f in fields(TrainConfig):
@@ -63,12 +85,30 @@ def parser() -> argparse.ArgumentParser:
     plan = p.add_argument_group("planning", "do not train: print what the run would take")
     plan.add_argument("--plan", action="store_true", help="parameters, FLOPs, memory by part, steps, disk")
     plan.add_argument("--probe", action="store_true", help="with --plan: measure 20 updates, for hours and cost")
-    plan.add_argument("--gpus", type=console.whole_number, metavar="N", help="plan for N devices of this kind")
-    plan.add_argument("--mfu", type=float, metavar="X", help="assume this share of the peak instead of measuring")
-    plan.add_argument("--dollars-per-gpu-hour", type=float, metavar="X", help="price of one device, for the cost")
+    plan.add_argument(
+        "--on",
+        type=str.lower,
+        metavar="GPU",
+        help="plan for another device than this machine's: h100, h200, a100, ...",
+    )
+    plan.add_argument(
+        "--gpus", type=console.number(Range(1, 10**6), whole=True), metavar="N", help="plan for N devices"
+    )
+    plan.add_argument(
+        "--mfu",
+        type=console.number(Range(0, 1, without=(0,))),
+        metavar="X",
+        help="assume this share of the device's peak instead of measuring",
+    )
+    plan.add_argument(
+        "--dollars-per-gpu-hour",
+        type=console.number(Range(0, 10**6)),
+        metavar="X",
+        help="price of one device, for the cost",
+    )
     p.add_argument(
         "--show-batch",
-        type=console.whole_number,
+        type=console.number(COUNT, whole=True),
         metavar="N",
         help="do not train: list the documents that step N reads, with their ids and urls",
     )
@@ -76,44 +116,39 @@ def parser() -> argparse.ArgumentParser:
 
 
 def argument(f: Field[Any]) -> dict[str, Any]:
-    """What argparse is told of one field of TrainConfig."""
-    help = f.metadata["help"]
+    """What argparse needs for one field of TrainConfig; its range is checked with all others, by TrainConfig."""
+    help, unset, wanted = f.metadata["help"], f.metadata["unset"], kind(f)
     if f.name == "preset":
-        return {"choices": list(RECIPES), "metavar": "NAME", "help": f"{help} [gpt2]: {', '.join(RECIPES)}"}
+        return {"metavar": "NAME", "help": f"{help} [gpt2]: {', '.join(RECIPES)}"}
     if f.name == "compile":
         return {"action": argparse.BooleanOptionalAction, "help": help}
-    if f.name == "micro_batch":
-        return {"type": rows_or_auto, "metavar": "N", "help": f"{help} [auto]"}
-    if f.type is bool:
+    if wanted is bool:
         return {"action": "store_true", "help": help}
-    if f.default:
-        help += f" [{f.default}]"
-    kinds = {int: (console.whole_number, "N"), float: (float, "X"), str: (str, "NAME")}
-    kind, metavar = kinds[type(f.default)]
-    return {"type": kind, "metavar": metavar, "help": help}
-
-
-def rows_or_auto(text: str) -> int:
-    return 0 if text == "auto" else console.whole_number(text)
-
-
-rows_or_auto.__name__ = "number of rows"  # argparse names the type in its message
+    if f.default not in (MISSING, "runs/gpt2"):
+        help += f" [{f.default}]" if f.default is not None else f" [{unset}]" if unset else ""
+    if wanted is str:
+        return {"metavar": "NAME", "help": help}
+    read = console.number(f.metadata["range"], whole=wanted is int, unset=unset)
+    return {"type": read, "metavar": "N" if wanted is int else "X", "help": help}
 
 
 def main(argv: list[str] | None = None) -> int:
     given = vars(parser().parse_args(argv))
     step = given.pop("show_batch")
-    planned = {key: given.pop(key) for key in ("plan", "probe", "gpus", "mfu", "dollars_per_gpu_hour")}
-    mode, override = given.pop("resume"), given.pop("override_resume")
-    config = resolve(given)
+    planned = {key: given.pop(key) for key in PLANNING}
+    mode, override, file = given.pop("resume"), given.pop("override_resume"), given.pop("config")
+    config = resolve((read_options(file) if file else {}) | given)
     if step is not None:
         return show_batch(config, step)
-    if planned["plan"] or planned["probe"]:
+    if planned.pop("plan") or planned["probe"]:
         from aymen_gpt.commands.plan import show_plan
 
-        price, gpus = planned["dollars_per_gpu_hour"], planned["gpus"]
-        return show_plan(config, gpus=gpus, probe=planned["probe"], dollars=price, mfu=planned["mfu"])
+        return show_plan(config, **planned)
+    for key, value in planned.items():
+        if value:
+            raise UsageError(f"{flag(key)} {value} is for planning, and this would train: add --plan")
 
+    from aymen_gpt.model import cpu
     from aymen_gpt.training import device as devices
     from aymen_gpt.training.distributed import process_group, ranks_from_environment
     from aymen_gpt.training.resume import Resume
@@ -125,23 +160,35 @@ def main(argv: list[str] | None = None) -> int:
     stop = StopSignal()
     ranks = ranks_from_environment()
     device = devices.choose_device(config.device, config.dtype, ranks.local_rank)
+    require_memory(config, devices.memory_there(device))
     if device.place.type == "cpu":
-        devices.keep_freed_memory()
+        cpu.keep_freed_memory()
     if config.deterministic:
         devices.be_deterministic()
     folder = Path(config.run)
-    track = tracker(config.track, folder, asdict(config))
+    track = tracker(config.track, folder, redact(asdict(config)))
     with (
         process_group(ranks, device.place, config.timeout),
         RunLog(folder, config.steps, draw_report, track) if ranks.is_first else nullcontext() as log,
     ):
         trainer = build(config, device, ranks)
         if log:
-            log.say(introduction(trainer))
+            told = [introduction(trainer), *doubts(config, trainer.train_rows.n_tokens)]
+            log.say(console.as_typed("\n".join(told)))
         trainer.fit(folder, log, stop, lambda: describe(trainer), how)
     if ranks.is_first:
-        print(closing(folder))
+        console.show(console.as_typed(closing(folder)))
     return 0
+
+
+def require_memory(config: TrainConfig, there: float | None) -> None:
+    """AymenError when not even the weights, gradients and moments fit into so many GB."""
+    needed = 16 * config.model.n_params / 1e9
+    if there and needed > there:
+        raise AymenError(
+            f"{config.preset} does not fit: weights, gradients and moments take {needed:,.0f} GB and there are "
+            f"{there:,.0f}: choose a smaller --preset"
+        )
 
 
 def show_batch(config: TrainConfig, step: int) -> int:
@@ -153,27 +200,31 @@ def show_batch(config: TrainConfig, step: int) -> int:
     rows = TokenRows(Path(config.data), "train", block_size=config.block_size, seed=config.seed)
     print("row\tshard\tdocument\tfirst_token\ttokens\tid\turl")
     for read in rows.documents((step - 1) * config.rows_per_step, config.rows_per_step):
-        print(*(("" if value is None else value) for value in vars(read).values()), sep="\t")
+        print(*map(cell, vars(read).values()), sep="\t")
     return 0
+
+
+def cell(value: str | int | None) -> str:
+    """A value for a table with tabs between its columns, with control characters escaped."""
+    return "" if value is None else "".join(c if c.isprintable() else repr(c)[1:-1] for c in str(value))
 
 
 def build(config: TrainConfig, device: "Device", ranks: "Ranks") -> "Trainer":
     from aymen_gpt.data.loader import TokenRows
-    from aymen_gpt.data.shards import check_shards, manifest_hash
+    from aymen_gpt.data.shards import check_shards
     from aymen_gpt.training.trainer import Trainer
 
     data = Path(config.data)
     train = TokenRows(data, "train", block_size=config.block_size, seed=config.seed)
     val = TokenRows(data, "val", block_size=config.block_size, seed=None)
-    if ranks.is_first:
-        check_shards(data)
+    identity = ranks.first(lambda: check_shards(data))
     return Trainer(
         config,
         device,
         ranks,
         train,
         val,
-        manifest_hash(data),
+        identity,
         score=scorer(config, device, ranks),
         initial=initial_model(config, ranks) if config.init_from else None,
         settings=machine(device),
@@ -195,7 +246,8 @@ def initial_model(config: TrainConfig, ranks: "Ranks") -> "Callable[[], GPT]":
     from aymen_gpt.evaluation.load_model import load_model
 
     first = ranks.first if ranks.world_size > 1 else None
-    return lambda: load_model(config.init_from, torch.device("cpu"), shape=config.model, first=first).model
+    name, shape = config.init_from or "", config.model
+    return lambda: load_model(name, torch.device("cpu"), shape=shape, first=first).model
 
 
 def draw_report(folder: Path) -> None:
@@ -218,7 +270,7 @@ def scorer(config: TrainConfig, device: "Device", ranks: "Ranks") -> "Callable[[
     from aymen_gpt.evaluation.hellaswag_data import evenly_spaced, load_examples
 
     found = ranks.first(load_examples)  # one download, not one a rank
-    examples = evenly_spaced(found, config.hellaswag_limit or None)
+    examples = evenly_spaced(found, config.hellaswag_limit)
     mine = examples[ranks.rank :: ranks.world_size]
 
     def score(model: "GPT") -> dict[str, Any]:
@@ -242,7 +294,7 @@ def introduction(trainer: "Trainer") -> str:
         f"recipe   {c.steps:,} steps x {c.tokens_per_step:,} tokens = {tokens:,} tokens = {epochs:.2f} epochs, "
         f"peak rate {c.learning_rate:g}, {c.warmup_steps} warmup steps",
         f"machine  {ranks.world_size} x {device.name}, {str(device.dtype).removeprefix('torch.')}, "
-        f"attention {trainer.attention}, micro-batch "
+        f"micro-batch "
         f"{c.micro_batch or f'up to {trainer.micro_batch}'}{', compiled' if trainer.compiled else ''}",
         f"run      {c.run}",
     ]
@@ -261,12 +313,12 @@ def describe(trainer: "Trainer") -> dict[str, Any]:
         "format": 1,
         "run": asdict(c)
         | {
-            "device": str(device.place),
+            "device": device.place.type if c.device == "auto" else c.device,
             "dtype": str(device.dtype).removeprefix("torch."),
             "micro_batch": trainer.micro_batch,
             "compile": trainer.compiled,
         },
-        "command": ["python", *sys.argv],
+        "command": console.command_line(),
         "model": asdict(c.model),
         "n_params": c.model.n_params,
         "flops_per_token": c.model.flops_per_token,
@@ -308,11 +360,17 @@ def git_commit() -> str | None:
 
 
 def closing(folder: Path) -> str:
-    from aymen_gpt.model.folders import checkpoints
+    from aymen_gpt.model.folders import latest_valid, problem
 
+    run = shlex.quote(str(folder))
+    newest, _ = latest_valid(folder, partial(problem, remember=True))
     return (
-        f"checkpoint  {checkpoints(folder)[0]}\n"
-        f"curve       {folder}/report.html (numbers: metrics.jsonl, log.txt)\n"
-        f"samples     {folder}/samples.md\n"
-        f'next        python hellaswag.py -m {folder}   or   python generate.py -m {folder} "Once upon a time"'
+        f"checkpoint  {newest}\n"
+        f"curve       {folder}/report.html (numbers: metrics.jsonl)\n"
+        f"samples     {folder}/samples.jsonl\n"
+        f'next        python hellaswag.py -m {run}   or   python generate.py -m {run} "Once upon a time"'
     )
+
+
+if __name__ == "__main__":
+    console.run(main)

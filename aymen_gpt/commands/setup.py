@@ -7,7 +7,8 @@ command fetches what it misses by itself; doing it at set-up means that nothing 
 from aymen_gpt.commands import console
 
 
-def main() -> int:
+def main(argv: list[str] | None = None) -> int:
+    console.parser("Fetch GPT-2's vocabulary and HellaSwag, for work without a network.", "").parse_args(argv)
     from aymen_gpt.data import tokenizer
     from aymen_gpt.evaluation.hellaswag_data import load_examples
 

@@ -9,6 +9,7 @@ Row g of the whole run is found by arithmetic: there is no state to save, and re
 Permutations come from numpy's SeedSequence and raw Philox numbers, which numpy promises never to change.
 """
 
+import re
 from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import lru_cache
@@ -16,11 +17,18 @@ from pathlib import Path
 
 import numpy as np
 
-from aymen_gpt.data.shards import list_shards, open_shard, read_document_sources
+from aymen_gpt.data.shards import (
+    CHUNK,
+    MANIFEST,
+    check_finished,
+    list_shards,
+    open_shard,
+    read_document_sources,
+    way_out,
+)
 from aymen_gpt.data.tokenizer import EOT
 from aymen_gpt.errors import DataError
 
-CHUNK = 2**22  # tokens scanned at a time for document starts
 KEPT = 2  # shards whose tokens (mapped) and document order (in memory) are kept at hand
 
 
@@ -50,18 +58,17 @@ class _Order:
 class TokenRows:
     """Rows of block_size + 1 tokens, in an order that is a pure function of (seed, epoch).
 
-    ``seed`` None keeps the order of the files, as validation does. DataError when there are no shards, or
-    too few tokens for one row.
+    ``seed`` None keeps the order of the files, as validation does. DataError when there are no shards, not
+    all of them yet, or too few tokens for one row.
     """
 
     def __init__(self, folder: Path, split: str, *, block_size: int, seed: int | None) -> None:
         self.block_size = block_size
         self.seed = seed
+        check_finished(folder)
         self.paths = list_shards(folder, split)
         if not self.paths:
-            source = " --source builtin" if folder.name == "builtin" else ""
-            out = "" if str(folder) == "edu_fineweb10B" else f"{source} --out {folder}"
-            raise DataError(f"no {split} shards in {folder}: run python fineweb.py{out} first")
+            raise DataError(f"no {split} shards in {folder}: {self._way_out(folder, split)}")
         lengths = np.array([len(open_shard(path)) for path in self.paths])
         self.n_tokens = int(lengths.sum())
         self._shard_rows = (lengths - 1) // block_size
@@ -76,7 +83,21 @@ class TokenRows:
         self._tokens = lru_cache(KEPT)(self._map)
         self._begins = lru_cache(KEPT)(self._find_documents)
         self._order = lru_cache(KEPT)(self._order_documents)
-        self._sources = lru_cache(KEPT)(lambda shard: read_document_sources(self.paths[shard]))
+        self._sources = lru_cache(KEPT)(
+            lambda shard: read_document_sources(self.paths[shard], len(self._begins(shard)))
+        )
+
+    @staticmethod
+    def _way_out(folder: Path, split: str) -> str:
+        """What to do when a folder has no shards of a split."""
+        if (folder / MANIFEST).exists():
+            return way_out(folder)
+        if others := list_shards(folder, {"val": "train", "train": "val"}[split]):
+            name = re.sub(r"(train|val)(_\d{6})?\.(\w+)$", rf"{split}_000000.\3", others[0].name)
+            return f"rename one of its files to {name}"
+        source = " --source builtin" if folder.name == "builtin" else ""
+        out = "" if str(folder) == "edu_fineweb10B" else f"{source} --out {folder}"
+        return f"run python fineweb.py{out} first"
 
     def rows(self, start: int, count: int) -> np.ndarray:
         """Rows start to start + count of the run, over as many epochs as it takes.
@@ -92,7 +113,10 @@ class TokenRows:
         return out
 
     def documents(self, start: int, count: int) -> list[DocumentRead]:
-        """Which documents the rows start to start + count read, in reading order."""
+        """Which documents the rows start to start + count read, in reading order.
+
+        DataError when the table that names the documents of a shard is damaged.
+        """
         reads = []
         for row, (epoch, shard, place) in enumerate(self._places(start, count), start):
             sources = self._sources(shard)

@@ -1,46 +1,39 @@
 """Text to token shards: bounded memory, any number of workers, safe to kill at any moment.
 
-The source's parts are dealt to worker processes, which tokenize them; their batches are put back into the
-order of the source, so the shards hold the same bytes for any number of workers. Every document stands
-behind one separator (id 50256) and is cut where a shard ends. The manifest is written anew with each
-finished shard and says where in the source the next one begins: that is all that a resumed run needs.
-
-The fast encoder (encoder.py) is held against tiktoken on about one document in a hundred; which ones is a
-function of their place in the source. Should one differ, everything is done again with tiktoken alone.
+The source's slices (slices.py) are dealt to worker processes, which tokenize them (workers.py); their batches are
+put back into the order of the source (stream.py), so the shards hold the same bytes for any number of workers.
+Every document stands behind one separator (id 50256) and is cut where a shard ends. The manifest is written anew
+with each finished shard and says where in the source the next one begins: that is all that a resumed run needs.
 
 Shard 0 is the validation split. It has shard_tokens tokens, but at most a twentieth of the estimated total
 (of a small corpus 10,000 tokens or a quarter), so that any corpus gives both splits.
 """
 
+import functools
 import itertools
-import multiprocessing
 import os
 import shutil
-import signal
-import threading
-import zlib
-from collections import deque
-from collections.abc import Callable, Generator, Iterable, Iterator
-from concurrent.futures import Future, ProcessPoolExecutor, wait
-from concurrent.futures.process import BrokenProcessPool
-from contextlib import closing, contextmanager
-from dataclasses import asdict, dataclass, field, replace
+from collections.abc import Callable, Generator, Iterator
+from contextlib import closing, suppress
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from aymen_gpt import files
-from aymen_gpt.data import encoder, shards, sources, tokenizer
+from aymen_gpt.data import encoder, shards, slices, sources, tokenizer, workers
 from aymen_gpt.data.encoder import EncoderName
 from aymen_gpt.data.fetch import check_name
-from aymen_gpt.data.sources import Document, Part, Source, SourceFile
-from aymen_gpt.errors import AymenError, DataError, UsageError
+from aymen_gpt.data.output import held, set_aside
+from aymen_gpt.data.slices import Slice
+from aymen_gpt.data.sources import RESTART, Source
+from aymen_gpt.data.stream import Position, TokenStream, Totals
+from aymen_gpt.data.workers import Batch, Inexact
+from aymen_gpt.errors import DataError, UsageError
 
-AHEAD = 3  # parts dealt per worker before the first of them is needed: they bound the memory
 BYTES_PER_TOKEN = 4  # of English text, for estimates
 SMALL_VAL = 10_000  # tokens of validation that a small corpus should have
-SAMPLE = 100  # one document in so many is encoded by tiktoken too
 BAD_ROWS = 1 / 1000  # more than this share of rows without usable text is an error
 SOURCE_FOLDER = ".source"  # in the output folder: files downloaded from the Hub
 
@@ -58,31 +51,18 @@ class PrepareOptions:
     workers: int | None = None  # processes; None: one for each CPU; 0: all work in this process
     keep_source: bool = False
     encoder: EncoderName = "gigatoken"  # where it is installed, else tiktoken
+    restart: bool = False  # set aside what is there and begin anew
+    skip_bad_rows: bool = False  # leave out rows without usable text however many there are
 
+    def record(self) -> dict[str, Any]:
+        """The options that decide the bytes of the shards, as a manifest keeps them; ``./texts/`` is ``texts``."""
+        names = ("shard_tokens", "max_tokens", "text_column", "revision")
+        words = [str(Path(word)) for word in self.source]
+        return {"source": words} | {name: getattr(self, name) for name in names}
 
-class Inexact(AymenError):
-    """The fast encoder gave a document other ids than tiktoken."""
-
-
-@dataclass(frozen=True)
-class Position:
-    """A place in the source: so many files, parts of the next, rows of it and tokens of the next row."""
-
-    file: int = 0
-    part: int = 0
-    row: int = 0
-    token: int = 0
-
-
-@dataclass
-class Totals:
-    """What has become tokens so far; a document counts when its first token does."""
-
-    tokens: int = 0
-    documents: int = 0
-    bytes: int = 0  # of UTF-8 text
-    skipped: dict[str, int] = field(default_factory=dict)  # rows without usable text, by reason
-    first_bad: str | None = None  # where the first of them is that is not merely empty
+    @classmethod
+    def of(cls, record: dict[str, Any], out: Path) -> "PrepareOptions":
+        return cls(**record | {"source": tuple(record["source"])}, out=out)
 
 
 @dataclass(frozen=True)
@@ -103,269 +83,13 @@ class Summary:
     already: bool  # nothing had to be done
 
 
-@dataclass(frozen=True)
-class Batch:
-    """A part, tokenized: D documents, n tokens."""
-
-    part: Part
-    tokens: np.ndarray  # (n,) uint16, each document behind its separator
-    bounds: np.ndarray  # (D + 1,) where each document begins in tokens, and n
-    rows: list[int]  # (D,) row of each document in the part
-    sizes: list[int]  # (D,) UTF-8 bytes of each
-    ids: list[str | None]
-    urls: list[str | None]
-    skipped: list[tuple[int, str]]  # (row, reason)
-
-
-Batches = Callable[[Position], Generator[Batch, None, None]]  # a source from a position on
-
-
-@dataclass(frozen=True)
-class Piece:
-    """Consecutive tokens for a shard, and the ids and urls of the documents they belong to."""
-
-    tokens: np.ndarray
-    ids: list[str | None]
-    urls: list[str | None]
-
-
-def tokenize(part: Part, encoder_name: EncoderName) -> Batch:
-    """Read a part and turn its documents into tokens; the work that workers do."""
-    rows = list(sources.read(part))
-    documents = [row for row in rows if not row.skipped]
-    texts = [tokenizer.utf8(document.text) for document in documents]
-    ids = encoder.encode_documents(texts, encoder_name)
-    if encoder_name != "tiktoken":
-        _check_sample(part, documents, ids, encoder_name)
-    separator = np.array([tokenizer.EOT], np.uint16)
-    pieces = [piece for tokens in ids for piece in (separator, tokens)]
-    return Batch(
-        replace(part, content=None),
-        np.concatenate(pieces, dtype=np.uint16, casting="unsafe") if pieces else np.empty(0, np.uint16),
-        np.cumsum([0, *(1 + len(tokens) for tokens in ids)]),
-        [document.row for document in documents],
-        list(map(len, texts)),
-        [document.id for document in documents],
-        [document.url for document in documents],
-        [(row.row, row.skipped) for row in rows if row.skipped],
-    )
-
-
-def _check_sample(part: Part, documents: list[Document], ids: list[np.ndarray], encoder_name: EncoderName) -> None:
-    """Inexact when a document of the sample has other ids than tiktoken's."""
-    for document, found in zip(documents, ids, strict=True):
-        if _sampled(part, document.row) and not np.array_equal(found, tokenizer.encode(document.text)):
-            program = f"{encoder_name} {encoder.version(encoder_name)}"
-            place = [f"{part.path.name}, part {part.index}, row {document.row}", document.id, document.url]
-            raise Inexact(f"{program} gave other ids than tiktoken for {', '.join(filter(None, place))}")
-
-
-def _sampled(part: Part, row: int) -> bool:
-    """Two rows of every part and one in a hundred, the same in any run."""
-    return row < 2 or zlib.crc32(b"%d %d %d" % (part.file, part.index, row)) % SAMPLE == 0
-
-
-def tokenize_all(parts: Iterable[Part], workers: int, encoder_name: EncoderName) -> Generator[Batch, None, None]:
-    """The parts tokenized by that many processes (0: by this one), in their order whoever is faster."""
-    if workers == 0:
-        yield from (tokenize(part, encoder_name) for part in parts)
-        return
-    spawn = multiprocessing.get_context("spawn")
-    pool = ProcessPoolExecutor(workers, spawn, _begin_worker)
-    waiting: deque[Future[Batch]] = deque()
-    try:
-        for part in parts:
-            waiting.append(pool.submit(tokenize, part, encoder_name))
-            if len(waiting) > AHEAD * workers:
-                yield _result(waiting.popleft(), pool)
-        while waiting:
-            yield _result(waiting.popleft(), pool)
-    except BrokenProcessPool:
-        raise AymenError(
-            "a worker process died; finished shards are safe: run the same command again "
-            "(with fewer --workers if memory ran out, or with --encoder tiktoken)"
-        ) from None
-    finally:
-        # Workers have nothing to tidy up. Asked to end instead, one would wait for ever on a lock of the queue
-        # that another, killed from outside while they end, still held; and this process would wait for it.
-        processes, answers = list((pool._processes or {}).values()), pool._result_queue._writer  # type: ignore
-        pool.shutdown(wait=False, cancel_futures=True)
-        for process in processes:
-            process.kill()
-        answers.close()  # or the pool's thread waits for ever for the other half of an answer
-
-
-def _result(future: "Future[Batch]", pool: ProcessPoolExecutor) -> Batch:
-    """What the worker made. A pool does not notice that a worker died in the middle of its answer; this does."""
-    while not wait([future], timeout=1).done:
-        if not all(process.is_alive() for process in (pool._processes or {}).values()):
-            raise BrokenProcessPool
-    return future.result()
-
-
-def _begin_worker() -> None:
-    """Leave Ctrl-C to the parent, and end when the parent does, even by kill -9."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-    threading.Thread(target=_end_with_parent, daemon=True).start()
-
-
-def _end_with_parent() -> None:
-    parent = multiprocessing.parent_process()
-    assert parent is not None
-    parent.join()
-    os._exit(1)
-
-
-class TokenStream:
-    """The source from a position on, as one stream of tokens that knows where it is and what it has counted."""
-
-    def __init__(self, source: Source, batches: Iterator[Batch], position: Position, totals: Totals) -> None:
-        self.position = position  # of the next token
-        self.totals = totals
-        self.part: Part | None = None  # the newest one seen
-        self._source = source
-        self._batches = batches
-        self._batch: Batch | None = None
-        self._used = position.token  # tokens of the batch that are taken
-        self._told = 0  # its skipped rows that are counted
-
-    def take(self, n: int) -> Piece | None:
-        """The next tokens, at least one and at most ``n``; None at the end of the source."""
-        batch = self._current()
-        if batch is None:
-            return None
-        start, stop = self._used, min(self._used + n, len(batch.tokens))
-        first = int(np.searchsorted(batch.bounds, start, side="right")) - 1
-        end = int(np.searchsorted(batch.bounds, stop, side="left"))  # documents first to end have tokens here
-        new = first if start == batch.bounds[first] else first + 1
-        self.totals.tokens += stop - start
-        self.totals.documents += end - new
-        self.totals.bytes += sum(batch.sizes[new:end])
-        self._used = stop
-        cut = 0 if stop == batch.bounds[end] else stop - int(batch.bounds[end - 1])
-        row = batch.rows[end - 1] + (cut == 0)
-        self.position = Position(batch.part.file, batch.part.index, row, cut)
-        self._count_skipped(batch, row)
-        return Piece(batch.tokens[start:stop], batch.ids[first:end], batch.urls[first:end])
-
-    def ended(self) -> bool:
-        return self._current() is None
-
-    def _current(self) -> Batch | None:
-        """The batch that has the next token; None at the end of the source."""
-        while self._batch is None or self._used >= len(self._batch.tokens):
-            if self._batch is not None:
-                self._count_skipped(self._batch, None)
-                self._used, self._told = 0, 0
-            self._batch = next(self._batches, None)
-            if self._batch is None:
-                return None
-            self.part = self._batch.part
-        return self._batch
-
-    def _count_skipped(self, batch: Batch, before_row: int | None) -> None:
-        for row, reason in batch.skipped[self._told :]:
-            if before_row is not None and row >= before_row:
-                return
-            self._told += 1
-            self.totals.skipped[reason] = self.totals.skipped.get(reason, 0) + 1
-            if reason != "empty" and self.totals.first_bad is None:
-                name = self._source.files[batch.part.file].name
-                self.totals.first_bad = f"{name}, part {batch.part.index}, row {row}: {reason}"
-
-
 def prepare(options: PrepareOptions, report: Report) -> Summary:
     """Bring the folder ``options.out`` to completion, from wherever an earlier call left it.
 
-    UsageError when the folder was begun with other options, DataError when the source is bad or too small,
-    NetworkError, CannotWrite; after any of them the finished shards stay.
+    UsageError when the folder was begun with other options, DataError when the source is bad, too small or has
+    changed, NetworkError, CannotWrite; after any of them the finished shards stay.
     """
-    with begun(options, lambda: find_text(options, report), val_tokens) as (manifest, source):
-        if source is None:
-            shards.check_shards(options.out)
-            return summary(options.out, manifest, already=True)
-
-        def work(manifest: dict[str, Any]) -> dict[str, Any]:
-            def batches(position: Position) -> Generator[Batch, None, None]:
-                return tokenized(options, manifest, _parts(options, source, position, report))
-
-            return write_shards(options, source, manifest, batches, report)
-
-        manifest = exactly(options, source, manifest, report, work)
-        finish(options, source, manifest)
-        return summary(options.out, manifest, already=False)
-
-
-@contextmanager
-def begun(
-    options: PrepareOptions, find: Callable[[], Source], val_tokens: Callable[[PrepareOptions, Source], int]
-) -> Iterator[tuple[dict[str, Any], Source | None]]:
-    """Hold the folder: its manifest, new or as an earlier call left it, and its source; None when it is complete.
-
-    UsageError when it was begun with other options, CannotWrite when another process holds it.
-    """
-    with files.lock(options.out, "--out"):
-        manifest = shards.read_manifest(options.out)
-        if manifest is not None:
-            check_same_options(options, manifest)
-            if manifest["complete"]:
-                yield manifest, None
-                return
-        source = open_source(options, manifest, find)
-        for leftover in options.out.glob(".*.tmp"):
-            leftover.unlink()
-        yield manifest or _new_manifest(options, source, val_tokens(options, source)), source
-
-
-def finish(options: PrepareOptions, source: Source, manifest: dict[str, Any]) -> None:
-    manifest["complete"] = True
-    shards.write_manifest(options.out, manifest)
-    drop_downloads(options, source, len(source.files))
-
-
-def exactly(
-    options: PrepareOptions,
-    source: Source,
-    manifest: dict[str, Any],
-    report: Report,
-    work: Callable[[dict[str, Any]], dict[str, Any]],
-) -> dict[str, Any]:
-    """Do the work that a manifest lacks; should the fast encoder prove inexact, all of it with tiktoken.
-
-    Returns the manifest that the work returns.
-    """
-    _choose_encoder(options, manifest, report)
-    try:
-        return work(manifest)
-    except Inexact as error:
-        report(f"WARNING: {error}; everything again, with tiktoken")
-        return work(_begin_again(options, source, manifest))
-
-
-def _begin_again(options: PrepareOptions, source: Source, manifest: dict[str, Any]) -> dict[str, Any]:
-    """The manifest of a preparation that has not begun and will use tiktoken; it is on the disk already."""
-    again = _new_manifest(options, source, val_tokens(options, source)) | {"encoder": _encoder("tiktoken")}
-    shards.write_manifest(options.out, again)
-    for record in manifest["shards"]:
-        for path in options.out.glob(Path(record["file"]).stem + ".*"):
-            path.unlink()
-    return again
-
-
-def _choose_encoder(options: PrepareOptions, manifest: dict[str, Any], report: Report) -> None:
-    """Note the encoder in the manifest. A folder that tiktoken has worked on stays with it."""
-    begun_with = manifest.get("encoder") or {"name": "gigatoken"}
-    name: EncoderName = "gigatoken"
-    if options.encoder == "tiktoken" or begun_with["name"] == "tiktoken":
-        name = "tiktoken"
-    elif reason := encoder.missing():
-        report(f"encoding with tiktoken: {reason}")
-        name = "tiktoken"
-    manifest["encoder"] = _encoder(name)
-
-
-def _encoder(name: EncoderName) -> dict[str, str]:
-    return {"name": name, "version": encoder.version(name)}
+    return Preparation(options, report).run()
 
 
 def repair(
@@ -376,85 +100,277 @@ def repair(
     keep_source: bool = False,
     encoder: EncoderName = "gigatoken",
 ) -> list[str]:
-    """Rebuild the damaged shards of a folder from their source rows; returns their names."""
-    with files.lock(out, "--out"):
+    """Rebuild the damaged files of a folder from their source rows; returns their names."""
+    with held(out):
+        files.sweep(out)
         damaged = shards.verify(out)
         manifest = shards.read_manifest(out)
         if not damaged or manifest is None:
             return []
-        options = recorded_options(out, manifest)
+        if "options" not in manifest or not all("begin" in record for record in manifest["shards"]):
+            raise DataError(f"{out} cannot be repaired, {', '.join(damaged)}: get its files again")
+        options = PrepareOptions.of(manifest["options"], out)
         options = replace(options, workers=workers, keep_source=keep_source, encoder=encoder)
-        source = open_source(options, manifest, lambda: find_text(options, report))
-        _choose_encoder(options, manifest, report)
-        for record in manifest["shards"]:
-            if record["file"] in damaged:
-                report(f"rebuilding {record['file']} ({damaged[record['file']]})")
-                _rebuild(options, source, manifest, record, report)
-        drop_downloads(options, source, len(source.files))
+        Preparation(options, report).repair(manifest, damaged)
         return list(damaged)
 
 
-def _rebuild(
-    options: PrepareOptions, source: Source, manifest: dict[str, Any], record: dict[str, Any], report: Report
-) -> None:
-    path = options.out / record["file"]
-    begin = Position(**record["begin"])
-    with closing(tokenized(options, manifest, _parts(options, source, begin, report))) as batches:
-        stream = TokenStream(source, batches, begin, Totals())
-        found = _write_shard(stream, path, record["tokens"], lambda: None)
-    if found["sha256"] != record["sha256"]:
-        path.unlink()
-        raise DataError(f"{path} cannot be rebuilt: its source or its tokenizer gives other tokens now")
+class Preparation:
+    """One output folder on its way to completion. shares.py has other ways to fill one.
+
+    Once ``run`` or ``repair`` has begun, ``source`` and ``manifest`` are those of the folder.
+    """
+
+    to_restart = "the same command with --restart"
+
+    def __init__(self, options: PrepareOptions, report: Report) -> None:
+        self.options, self.out, self.report = options, options.out, report
+        self.no_text = options.out  # no file in there is taken for text
+        self.source = Source(())
+        self.manifest: dict[str, Any] = {}
+
+    def run(self) -> Summary:
+        """Do all that is left to do."""
+        with held(self.out):
+            if self.options.restart:
+                set_aside(self.out, self.report)
+            known = shards.read_manifest(self.out)
+            if known is not None:
+                check_options(self.options, known)
+                self.manifest = known
+            if known is not None and known["complete"]:
+                self.check_complete()
+                return self.summary(already=True)
+            self.source = self.open_source()
+            files.sweep(self.out)
+            self.manifest = self.manifest or self.new_manifest(self.val_tokens())
+            self.fill()
+            self.manifest["complete"] = True
+            self.save()
+            self.drop_downloads(len(self.source.files))
+            return self.summary(already=False)
+
+    def summary(self, *, already: bool) -> Summary:
+        return Summary(self.out, len(self.manifest["shards"]), Totals.of(self.manifest), already)
+
+    def check_complete(self) -> None:
+        """What is asked when nothing is left to do: is all this still true?"""
+        self.check_source()
+        shards.check_shards(self.out)
+
+    # The source
+
+    def find_source(self, words: tuple[str, ...]) -> Source:
+        """The files that the words of --source mean now."""
+        if "builtin" in words:
+            self.report("gathering the documentation that is installed with Python (half a minute the first time)")
+        revision, text_column = self.options.revision, self.options.text_column
+        return sources.open_source(words, revision=revision, text_column=text_column, out=self.no_text)
+
+    def open_source(self, *, to_repair: bool = False) -> Source:
+        """The source of the options. DataError unless it is the one that the folder was begun with.
+
+        To repair, files of the same names and sizes are enough: the hash of the shard is what decides.
+        """
+        record = self.manifest.get("source")
+        known = record and sources.from_record(record, self.options.text_column or "text")
+        if known and known.repo:
+            return known
+        source = self.find_source(self.options.source)
+        if known:
+            changed = sources.difference(known.files, source.files, times=not to_repair)
+            self._refuse_if(changed, "put back what it was made from" if to_repair else RESTART)
+        return source
+
+    def check_source(self) -> None:
+        """DataError when files of a complete folder's source have changed. They need not be there any more.
+
+        What comes from the Hub is what it was, and the builtin corpus is another with every package renewed.
+        """
+        known = [f for f in sources.from_record(self.manifest["source"]).files if f.modified_ns is not None]
+        if known:
+            with suppress(UsageError):
+                found = self.find_source(tuple(word for word in self.options.source if word != "builtin"))
+                self._refuse_if(sources.difference(known, found.files), RESTART)
+
+    def _refuse_if(self, changed: str, way: str) -> None:
+        if changed:
+            raise DataError(f"the source has changed since {self.out} was begun ({changed}): {way}")
+
+    def bring(self, number: int) -> Path:
+        """The path of a file of the source, downloaded into the output folder if need be."""
+        file, count = self.source.files[number], len(self.source.files)
+        if file.path is None:
+            self.report(f"downloading {file.name} ({file.bytes / 1e9:.1f} GB, file {number + 1} of {count})")
+        return sources.bring(self.source, number, self.out / SOURCE_FOLDER)
+
+    def drop_downloads(self, count: int) -> None:
+        """Delete the first ``count`` files of the source where they were downloaded."""
+        if self.source.repo is None or self.options.keep_source:
+            return
+        folder = self.out / SOURCE_FOLDER
+        for file in self.source.files[:count]:
+            check_name(file.name, folder)
+            (folder / file.name).unlink(missing_ok=True)
+        if count == len(self.source.files):
+            shutil.rmtree(folder, ignore_errors=True)
+
+    # The manifest
+
+    def new_manifest(self, val_tokens: int) -> dict[str, Any]:
+        return {
+            "format": shards.FORMAT,
+            "complete": False,
+            "options": self.options.record(),
+            "source": self.source.record(),
+            "tokenizer": shards.TOKENIZER,
+            "encoder": None,
+            "shard_tokens": {"val": val_tokens, "train": self.options.shard_tokens},
+            "totals": asdict(Totals()),
+            "shards": [],
+        }
+
+    def val_tokens(self) -> int:
+        """The tokens of shard 0."""
+        return val_tokens(self.options, sources_bytes=slices.estimated_bytes(self.source))
+
+    def save(self) -> None:
+        shards.write_manifest(self.out, self.manifest)
+
+    # The work
+
+    def fill(self) -> None:
+        """Write what the manifest lacks; should the fast encoder prove inexact, all of it with tiktoken."""
+        self.choose_encoder()
+        try:
+            self.write()
+        except Inexact as error:
+            self.report(f"WARNING: {error}; everything again, with tiktoken")
+            self.begin_again()
+            self.write()
+
+    def choose_encoder(self) -> None:
+        """Note the encoder in the manifest. A folder that tiktoken has worked on stays with it."""
+        before = self.manifest.get("encoder") or {"name": "gigatoken"}
+        name: EncoderName = "gigatoken"
+        if self.options.encoder == "tiktoken" or before["name"] == "tiktoken":
+            name = "tiktoken"
+        elif reason := encoder.missing():
+            self.report(f"encoding with tiktoken: {reason}")
+            name = "tiktoken"
+        self.manifest["encoder"] = _with_version(name)
+
+    def begin_again(self) -> None:
+        """Go back to the beginning, with tiktoken. The manifest forgets the shards before they are deleted."""
+        written = self.manifest["shards"]
+        self.manifest = self.new_manifest(self.val_tokens()) | {"encoder": _with_version("tiktoken")}
+        self.save()
+        for record in written:
+            for path in self.out.glob(Path(record["file"]).stem + ".*"):
+                path.unlink()
+
+    def write(self) -> None:
+        """Write what the manifest lacks, with the encoder it names."""
+        self.append_shards()
+        if len(self.manifest["shards"]) >= 2:
+            return
+        total = self.manifest["totals"]["tokens"]  # the estimate was too high; now the total is known
+        if total < 20:
+            raise DataError(f"the source has only {total} tokens: too few for training and validation")
+        self.report(f"a small corpus ({total:,} tokens): again, with a tenth of it for validation")
+        self.manifest = self.new_manifest(total // 10) | {"encoder": self.manifest["encoder"]}
+        self.append_shards()
+
+    def append_shards(self) -> None:
+        """Append shards to the manifest, saving it with each, until the source or max_tokens is exhausted."""
+        done, totals = self.manifest["shards"], Totals.of(self.manifest)
+        position = Position.of(done[-1]["end"]) if done else Position()
+        limit = self.options.max_tokens or 2**63
+        if done:
+            self.report(f"continuing after {len(done)} finished shards ({totals.tokens:,} tokens)")
+        with closing(self.batches(position)) as batches:
+            stream = TokenStream(self.source, batches, position, totals)
+            while totals.tokens < limit and not stream.ended():
+                split = "train" if done else "val"
+                room = min(self.manifest["shard_tokens"][split], limit - totals.tokens)
+                name = shards.shard_name(split, len(done), "edufineweb" if self.source.repo else "shard")
+                done.append(_write_shard(stream, self.out / name, room, self._tell))
+                self.manifest["totals"] = asdict(totals)
+                self.check_bad_rows(totals, at_least=100)
+                self.save()
+                self.drop_downloads(stream.position.file)
+        self.manifest["totals"] = asdict(totals)
+        self.check_bad_rows(totals, at_least=1)
+
+    def check_bad_rows(self, totals: Totals, at_least: int) -> None:
+        """DataError when too many rows, and at least so many, have no usable text."""
+        skipped = sum(totals.skipped.values())
+        bad, rows = skipped - totals.skipped.get("empty", 0), skipped + totals.documents
+        if bad >= at_least and bad > BAD_ROWS * rows and not self.options.skip_bad_rows:
+            first = "; ".join(f"{name}, {place}" for name, place in totals.bad.items())
+            raise DataError(
+                f"{bad:,} of {rows:,} rows have no usable text (more than {BAD_ROWS:.1%}): {first}; mend or "
+                f"remove them and type {self.to_restart}, or leave such rows out with --skip-bad-rows"
+            )
+
+    def _tell(self, stream: TokenStream) -> None:
+        slice, before = stream.slice, self.bytes_before
+        reached = before[slice.file] + self.source.files[slice.file].bytes * slice.fraction if slice else 0
+        of_limit = stream.totals.tokens / (self.options.max_tokens or 2**63)
+        fraction = max(reached / max(before[-1], 1), of_limit)
+        self.report(Progress(stream.totals, len(self.manifest["shards"]), fraction))
+
+    @functools.cached_property
+    def bytes_before(self) -> list[int]:
+        """How many bytes the source has before each of its files, and in all."""
+        return list(itertools.accumulate((file.bytes for file in self.source.files), initial=0))
+
+    def batches(self, position: Position) -> Generator[Batch, None, None]:
+        """The source from a position on, tokenized."""
+        return self.tokenized(self.slices(position))
+
+    def tokenized(self, dealt: Iterator[Slice]) -> Generator[Batch, None, None]:
+        tokenizer.vocabulary()  # fetched once, before the workers want it
+        count = (os.cpu_count() or 1) if self.options.workers is None else self.options.workers
+        return workers.tokenize_all(dealt, count, self.manifest["encoder"]["name"])
+
+    def slices(self, position: Position) -> Iterator[Slice]:
+        """The slices from a position on; a file on the Hub is downloaded when its turn comes."""
+        for number in range(position.file, len(self.source.files)):
+            for slice in slices.slices_of(self.source, number, self.bring(number)):
+                if (number, slice.index) == (position.file, position.slice):
+                    yield replace(slice, skip=position.row)
+                elif (number, slice.index) > (position.file, position.slice):
+                    yield slice
+
+    def repair(self, manifest: dict[str, Any], damaged: dict[str, str]) -> None:
+        """Rebuild the files that are damaged, {name: why}, of a folder that is held."""
+        self.manifest = manifest
+        self.source = self.open_source(to_repair=True)
+        self.choose_encoder()
+        for record in manifest["shards"]:
+            names = {record["file"], shards.sources_path(Path(record["file"])).name} & damaged.keys()
+            if names:
+                self.report("rebuilding " + ", ".join(f"{name} ({damaged[name]})" for name in sorted(names)))
+                self._rebuild(record)
+        self.drop_downloads(len(self.source.files))
+
+    def _rebuild(self, record: dict[str, Any]) -> None:
+        path, begin = self.out / record["file"], Position.of(record["begin"])
+        with closing(self.batches(begin)) as batches:
+            stream = TokenStream(self.source, batches, begin, Totals())
+            found = _write_shard(stream, path, record["tokens"], lambda stream: None)
+        if found["sha256"] != record["sha256"]:
+            path.unlink()
+            raise DataError(f"{path} cannot be rebuilt: its source or its tokenizer gives other tokens now")
+        if found["documents_sha256"] != record.get("documents_sha256"):  # another pyarrow writes the same rows
+            record["documents_sha256"] = found["documents_sha256"]
+            self.save()
 
 
-def write_shards(
-    options: PrepareOptions, source: Source, manifest: dict[str, Any], batches: Batches, report: Report
+def _write_shard(
+    stream: TokenStream, path: Path, room: int, tell: Callable[[TokenStream], None]
 ) -> dict[str, Any]:
-    """Write what the manifest lacks; returns it, or the one that took its place."""
-    _append_shards(options, source, manifest, batches, report)
-    if len(manifest["shards"]) >= 2:
-        return manifest
-    total = manifest["totals"]["tokens"]  # the estimate was too high; now the total is known
-    if total < 20:
-        raise DataError(f"the source has only {total} tokens: too few for training and validation")
-    report(f"a small corpus ({total:,} tokens): again, with a tenth of it for validation")
-    again = _new_manifest(options, source, total // 10) | {"encoder": manifest["encoder"]}
-    _append_shards(options, source, again, batches, report)
-    return again
-
-
-def _append_shards(
-    options: PrepareOptions, source: Source, manifest: dict[str, Any], batches: Batches, report: Report
-) -> None:
-    """Append shards to the manifest, saving it with each, until the source or max_tokens is exhausted."""
-    done = manifest["shards"]
-    totals = Totals(**manifest["totals"])
-    position = Position(**done[-1]["end"]) if done else Position()
-    limit = options.max_tokens or 2**63
-    before = list(itertools.accumulate((file.bytes for file in source.files), initial=0))
-    if done:
-        report(f"continuing after {len(done)} finished shards ({totals.tokens:,} tokens)")
-
-    def tell() -> None:
-        part = stream.part
-        reached = before[part.file] + source.files[part.file].bytes * part.fraction if part else 0
-        report(Progress(totals, len(done), max(reached / max(before[-1], 1), totals.tokens / limit)))
-
-    with closing(batches(position)) as found:
-        stream = TokenStream(source, found, position, totals)
-        while totals.tokens < limit and not stream.ended():
-            split = "train" if done else "val"
-            room = min(manifest["shard_tokens"][split], limit - totals.tokens)
-            done.append(_write_shard(stream, options.out / shards.shard_name(split, len(done)), room, tell))
-            manifest["totals"] = asdict(totals)
-            _check_bad_rows(totals, at_least=100)
-            shards.write_manifest(options.out, manifest)
-            drop_downloads(options, source, stream.position.file)
-    manifest["totals"] = asdict(totals)
-    _check_bad_rows(totals, at_least=1)
-
-
-def _write_shard(stream: TokenStream, path: Path, room: int, tell: Callable[[], None]) -> dict[str, Any]:
     """Fill one shard from the stream; returns its record for the manifest."""
     begin = stream.position
     ids: list[str | None] = []
@@ -467,103 +383,25 @@ def _write_shard(stream: TokenStream, path: Path, room: int, tell: Callable[[], 
             ids.extend(piece.ids)
             urls.extend(piece.urls)
             yield piece.tokens
-            tell()
+            tell(stream)
 
     n_tokens = shards.write_shard(path, pieces())
     shards.write_document_sources(path, ids, urls)
     counts = {"file": path.name, "tokens": n_tokens, "documents": len(ids), "sha256": files.sha256(path)}
-    return counts | {"begin": asdict(begin), "end": asdict(stream.position)}
+    counts["documents_sha256"] = files.sha256(shards.sources_path(path))
+    return counts | {"begin": begin.record(), "end": stream.position.record()}
 
 
-def tokenized(
-    options: PrepareOptions, manifest: dict[str, Any], parts: Iterable[Part]
-) -> Generator[Batch, None, None]:
-    tokenizer.vocabulary()  # fetched once, before the workers want it
-    workers = (os.cpu_count() or 1) if options.workers is None else options.workers
-    return tokenize_all(parts, workers, manifest["encoder"]["name"])
-
-
-def _parts(options: PrepareOptions, source: Source, position: Position, report: Report) -> Iterator[Part]:
-    """The parts from a position on; a file on the Hub is downloaded when its turn comes."""
-    for number in range(position.file, len(source.files)):
-        path = bring(options, source, number, report)
-        for part in sources.parts(source, number, path):
-            if (number, part.index) == (position.file, position.part):
-                yield replace(part, skip=position.row)
-            elif (number, part.index) > (position.file, position.part):
-                yield part
-
-
-def bring(options: PrepareOptions, source: Source, number: int, report: Report) -> Path:
-    """The path of a file of the source, downloaded into the output folder if need be."""
-    file = source.files[number]
-    if file.path is None:
-        report(f"downloading {file.name} ({file.bytes / 1e9:.1f} GB, file {number + 1} of {len(source.files)})")
-    return sources.bring(source, number, options.out / SOURCE_FOLDER)
-
-
-def drop_downloads(options: PrepareOptions, source: Source, count: int) -> None:
-    """Delete the first ``count`` files of the source where they were downloaded."""
-    if source.repo is None or options.keep_source:
-        return
-    folder = options.out / SOURCE_FOLDER
-    for file in source.files[:count]:
-        check_name(file.name, folder)
-        (folder / file.name).unlink(missing_ok=True)
-    if count == len(source.files):
-        shutil.rmtree(folder, ignore_errors=True)
-
-
-def find_text(options: PrepareOptions, report: Report) -> Source:
-    if "builtin" in options.source:
-        report("gathering the documentation that is installed with Python (half a minute the first time)")
-    return sources.open_source(options.source, revision=options.revision, text_column=options.text_column)
-
-
-def open_source(options: PrepareOptions, manifest: dict[str, Any] | None, find: Callable[[], Source]) -> Source:
-    """The source that ``find`` finds; for a folder already begun, the one it was begun with."""
-    known = manifest["source"] if manifest else None
-    if known and known["repo"]:
-        return described(known, options.text_column or "text")
-    source = find()
-    if known and _description(source)["files"] != known["files"]:
-        raise UsageError(
-            f"the files of --source are not those that {options.out} was begun with: take another --out"
-        )
-    return source
-
-
-def described(known: dict[str, Any], text_column: str | None = None) -> Source:
-    """A manifest's description as the source that it was, its files out of reach. DataError for unsafe names."""
-    listed = tuple(SourceFile(**file) for file in known["files"])
-    for file in listed:
-        check_name(file.name)
-    return Source(listed, text_column, known["repo"], known["revision"])
-
-
-def _description(source: Source) -> dict[str, Any]:
-    listed = [{"name": file.name, "bytes": file.bytes, "sha256": file.sha256} for file in source.files]
-    return {"repo": source.repo, "revision": source.revision, "files": listed}
-
-
-def _deciding_options(options: PrepareOptions) -> dict[str, Any]:
-    """The options that decide the bytes of the shards, as the manifest keeps them."""
-    names = ("shard_tokens", "max_tokens", "text_column", "revision")
-    return {"source": list(options.source)} | {name: getattr(options, name) for name in names}
-
-
-def recorded_options(out: Path, manifest: dict[str, Any]) -> PrepareOptions:
-    given = manifest["options"] | {"source": tuple(manifest["options"]["source"])}
-    return PrepareOptions(**given, out=out)
-
-
-def check_same_options(options: PrepareOptions, manifest: dict[str, Any]) -> None:
-    for name, wanted in _deciding_options(options).items():
-        found = manifest["options"][name]
-        if found != wanted:
+def check_options(options: PrepareOptions, manifest: dict[str, Any]) -> None:
+    """UsageError unless the folder was begun with these options."""
+    if "options" not in manifest:
+        raise UsageError(f"{options.out} holds tokens that fineweb.py did not make: take another --out")
+    known = PrepareOptions.of(manifest["options"], options.out).record()
+    for name, wanted in options.record().items():
+        if known[name] != wanted:
             flag = "--" + name.replace("_", "-")
             raise UsageError(
-                f"{options.out} was prepared with {flag} {_typed(found)}, not {_typed(wanted)}: "
+                f"{options.out} was prepared with {flag} {_typed(known[name])}, not {_typed(wanted)}: "
                 f"give the same options, or another --out"
             )
 
@@ -572,36 +410,11 @@ def _typed(value: object) -> str:
     return "unset" if value is None else " ".join(map(str, value)) if isinstance(value, list) else str(value)
 
 
-def _new_manifest(options: PrepareOptions, source: Source, val_tokens: int) -> dict[str, Any]:
-    return {
-        "format": shards.FORMAT,
-        "complete": False,
-        "options": _deciding_options(options),
-        "source": _description(source),
-        "tokenizer": {
-            "name": "gpt2",
-            "vocabulary_sha256": tokenizer.vocabulary_sha256(),
-            "separator": tokenizer.EOT,
-        },
-        "encoder": None,
-        "shard_tokens": {"val": val_tokens, "train": options.shard_tokens},
-        "totals": asdict(Totals()),
-        "shards": [],
-    }
+def _with_version(name: EncoderName) -> dict[str, str]:
+    return {"name": name, "version": encoder.version(name)}
 
 
-def val_tokens(options: PrepareOptions, source: Source) -> int:
-    estimate = min(sources.estimated_bytes(source) // BYTES_PER_TOKEN, options.max_tokens or 2**63)
+def val_tokens(options: PrepareOptions, sources_bytes: int) -> int:
+    """The tokens of shard 0 for about so many bytes of text."""
+    estimate = min(sources_bytes // BYTES_PER_TOKEN, options.max_tokens or 2**63)
     return max(1, min(options.shard_tokens, max(estimate // 20, min(estimate // 4, SMALL_VAL))))
-
-
-def _check_bad_rows(totals: Totals, at_least: int) -> None:
-    skipped = sum(totals.skipped.values())
-    bad, rows = skipped - totals.skipped.get("empty", 0), skipped + totals.documents
-    if bad >= at_least and bad > BAD_ROWS * rows:
-        share = f"{bad:,} of {rows:,} rows have no usable text (more than {BAD_ROWS:.1%})"
-        raise DataError(f"{share}; the first: {totals.first_bad}")
-
-
-def summary(folder: Path, manifest: dict[str, Any], *, already: bool) -> Summary:
-    return Summary(folder, len(manifest["shards"]), Totals(**manifest["totals"]), already)

@@ -1,4 +1,4 @@
-"""Token shards: llm.c's .bin files, the folder that holds them, and the manifest beside them.
+"""Token shards: llm.c's .bin files, and the folder that holds them.
 
 A shard is 256 little-endian int32 (magic 20240520, version 1, number of tokens, zeros) and then the tokens
 as little-endian uint16. llm.c and modded-nanogpt read and write the same files. nanoGPT's headerless
@@ -10,30 +10,39 @@ import hashlib
 import json
 import re
 import warnings
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import suppress
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from aymen_gpt import files
+from aymen_gpt.data import fetch
+from aymen_gpt.data.manifest import (
+    FORMAT,
+    MANIFEST,
+    TOKENIZER,
+    manifest_hash,
+    read_manifest,
+    unreadable,
+    write_manifest,
+)
 from aymen_gpt.data.tokenizer import EOT, VOCAB_SIZE, vocabulary_sha256
 from aymen_gpt.errors import CannotWrite, DataError
-from aymen_gpt.files import whole_file, write_whole
+from aymen_gpt.files import read_json, whole_file, write_whole
 
 MAGIC, VERSION = 20240520, 1
 HEADER_BYTES = 256 * 4
-MANIFEST = "manifest.json"
-FORMAT = "aymen-gpt shards, version 1"
 CHECKED = ".checked.json"  # in a folder of shards: which files check_shards has read and found right
-CHUNK = 2**22  # tokens whose ids are looked at together
+CHUNK = 2**22  # tokens of a shard that are looked at together
 READERS = 4  # shards that are read at the same time to be checked
 
 
-def shard_name(split: str, index: int) -> str:
-    return f"edufineweb_{split}_{index:06d}.bin"
+def shard_name(split: str, index: int, corpus: str = "edufineweb") -> str:
+    """The name that llm.c's loader finds by the pattern CORPUS_train_*.bin."""
+    return f"{corpus}_{split}_{index:06d}.bin"
 
 
 def write_shard(path: Path, tokens: np.ndarray | Iterable[np.ndarray]) -> int:
@@ -59,15 +68,35 @@ def open_shard(path: Path) -> np.ndarray:
 
     DataError names the file, what was found and what was expected.
     """
-    if not path.is_file():
-        raise _damaged(path, "is missing")
-    return _open_npy(path) if path.suffix == ".npy" else _open_bin(path)
+    with _readable(path):
+        return _open_npy(path) if path.suffix == ".npy" else _open_bin(path)
+
+
+@contextmanager
+def _readable(path: Path) -> Iterator[None]:
+    """Turn what the system says of a file of the folder into a DataError."""
+    try:
+        yield
+    except FileNotFoundError:
+        raise _damaged(path, "is missing") from None
+    except OSError as error:
+        raise unreadable(path, error) from None
 
 
 def _damaged(path: Path, why: str) -> DataError:
-    has_manifest = (path.parent / MANIFEST).is_file()
-    way_out = f"rebuild it with fineweb.py --out {path.parent} --repair" if has_manifest else "get it again"
-    return DataError(f"shard {path} {why}: {way_out}")
+    kind = "" if path.suffix == ".parquet" else "shard "
+    return DataError(f"{kind}{path} {why}: {way_out(path.parent)}")
+
+
+def way_out(folder: Path) -> str:
+    """What to do when a file of the folder is damaged."""
+    with suppress(DataError):
+        manifest = read_manifest(folder) or {}
+        if "options" in manifest:
+            return f"rebuild it with fineweb.py --out {folder} --repair"
+        if manifest:
+            return f"get it again, or delete {folder / MANIFEST} if it was changed on purpose"
+    return "get it again"
 
 
 def _open_bin(path: Path) -> np.ndarray:
@@ -88,27 +117,29 @@ def _open_bin(path: Path) -> np.ndarray:
     return np.memmap(path, "<u2", "r", offset=offset, shape=(n_tokens,))
 
 
-def is_llmc(path: Path) -> bool:
-    with path.open("rb") as file:
-        return file.read(4) == MAGIC.to_bytes(4, "little")
-
-
-def map_tokens(path: Path) -> np.ndarray:
-    """The tokens of a shard as its file has them, memory-mapped: (n_tokens,) of any integer type.
-
-    DataError as ``open_shard``; ids are not looked at.
-    """
-    return _map_npy(path) if path.suffix == ".npy" else open_shard(path)
-
-
 def _map_npy(path: Path) -> np.ndarray:
-    try:
-        tokens = np.lib.format.open_memmap(path, mode="r")  # .npy and nothing else: no pickles, no archives
-    except (ValueError, EOFError) as error:
-        raise _damaged(path, f"is not a readable .npy array ({error})") from None
-    if tokens.ndim != 1 or not len(tokens) or not np.issubdtype(tokens.dtype, np.integer):
-        raise DataError(f"shard {path} holds {tokens.shape} {tokens.dtype}; a shard is a row of uint16")
-    return tokens
+    """The tokens as the file has them: (n_tokens,) of any integer type; no pickle, no archive.
+
+    numpy reads only the header: asked to map a file itself, it crashes with some headers.
+    """
+    with path.open("rb") as file:
+        try:
+            version = np.lib.format.read_magic(file)
+            read = {(1, 0): np.lib.format.read_array_header_1_0, (2, 0): np.lib.format.read_array_header_2_0}[
+                version
+            ]
+            shape, _, dtype = read(file)
+        except OSError:
+            raise
+        except Exception as error:  # ValueError, TypeError, RecursionError, MemoryError, tokenize's own, ...
+            reason = fetch.one_line(f"{type(error).__name__}: {error}")
+            raise _damaged(path, f"is not a readable .npy array ({reason})") from None
+        offset, size = file.tell(), path.stat().st_size
+    if len(shape) != 1 or shape[0] < 1 or dtype.kind not in "iu":
+        raise DataError(f"shard {path} holds {shape} {dtype}; a shard is a row of uint16")
+    if (expected := offset + shape[0] * dtype.itemsize) != size:
+        raise _damaged(path, f"is not a readable .npy array ({size:,} bytes, not {expected:,})")
+    return np.memmap(path, dtype, "r", offset=offset, shape=shape)
 
 
 def _open_npy(path: Path) -> np.ndarray:
@@ -132,18 +163,21 @@ def _tell_once(notice: str) -> None:
 def list_shards(folder: Path, split: str) -> list[Path]:
     """The shards of a split ("train" or "val") in the order of their numbers; temporary files never match.
 
-    A folder without numbered shards may hold nanoGPT's single train.bin or val.bin.
+    A folder without numbered shards may hold one without a number: nanoGPT's train.bin, llm.c's NAME_train.bin.
     """
-    pattern = re.compile(rf"\w[\w.-]*_{split}_(\d{{6}})\.(?:bin|npy)")
+    pattern = re.compile(rf"(?:\w[\w.-]*_)?{split}(?:_(\d{{6}}))?\.(?:bin|npy)")
     found: dict[int, Path] = {}
-    for path in sorted(folder.iterdir()) if folder.is_dir() else []:
+    with _readable(folder):
+        inside = sorted(folder.iterdir()) if folder.is_dir() else []
+    for path in inside:
         if match := pattern.fullmatch(path.name):
-            index = int(match[1])
+            index = int(match[1] or -1)
             if index in found:
-                raise DataError(f"two {split} shards have number {index}: {found[index]} and {path.name}")
+                number = f"have number {index}" if match[1] else "have no number"
+                raise DataError(f"two {split} shards {number}: {found[index]} and {path.name}")
             found[index] = path
-    single = folder / f"{split}.bin"
-    return [found[index] for index in sorted(found)] or [single] * single.is_file()
+    numbered = [found[index] for index in sorted(found) if index >= 0]
+    return numbered or list(found.values())
 
 
 def sources_path(shard: Path) -> Path:
@@ -160,106 +194,116 @@ def write_document_sources(shard: Path, ids: list[str | None], urls: list[str | 
         pq.write_table(table, file, compression="zstd")
 
 
-def read_document_sources(shard: Path) -> list[tuple[str | None, str | None]] | None:
-    """(id, url) of each document of a shard, None when nobody recorded them."""
+def read_document_sources(shard: Path, n_documents: int) -> list[tuple[str | None, str | None]] | None:
+    """(id, url) of each document of a shard, None when nobody recorded them. DataError for a damaged table."""
+    import pyarrow as pa
     import pyarrow.parquet as pq
 
     path = sources_path(shard)
-    if not path.is_file():
+    if not path.exists():
         return None
-    table = pq.read_table(path)
-    return list(zip(table["id"].to_pylist(), table["url"].to_pylist(), strict=True))
+    with _readable(path):
+        path.open("rb").close()
+    try:  # from the path: Arrow's threads must hold no Python object when the process ends (they abort it)
+        table = pq.read_table(path, columns=["id", "url"])
+        rows = list(zip(table["id"].to_pylist(), table["url"].to_pylist(), strict=True))
+    except (pa.ArrowException, OSError, ValueError, LookupError) as error:
+        raise _damaged(path, f"is damaged ({fetch.one_line(str(error))})") from None
+    if len(rows) != n_documents or {field.type for field in table.schema} != {pa.string()}:
+        raise _damaged(path, f"is damaged (it does not name {n_documents:,} documents)")
+    return rows
 
 
-def write_manifest(folder: Path, manifest: dict[str, Any]) -> None:
-    write_whole(folder / MANIFEST, (json.dumps(manifest, indent=1) + "\n").encode())
-
-
-def read_manifest(folder: Path) -> dict[str, Any] | None:
-    """The folder's manifest, None when it has none; DataError when it cannot be used."""
-    path = folder / MANIFEST
-    try:
-        manifest = json.loads(path.read_bytes())
-        found = manifest["format"]
-        names = [shard["file"] for shard in manifest["shards"]]
-    except FileNotFoundError:
-        return None
-    except (ValueError, KeyError, TypeError) as error:
-        raise DataError(f"{path} is damaged ({type(error).__name__}: {error})") from None
-    if found != FORMAT:
-        raise DataError(f"{path} says {found!r}; this version reads {FORMAT!r}")
-    for name in names:
-        if not re.fullmatch(r"\w[\w.-]*\.(bin|npy)", name):
-            raise DataError(f"{path} lists the unsafe path {name!r}")
-    return manifest
-
-
-def manifest_hash(folder: Path) -> str:
-    """The identity of a folder's tokens, for a run's records: tokenizer, and each shard's name and hash.
-
-    Without a manifest the names and sizes stand in for the hashes.
-    """
-    if manifest := read_manifest(folder):
-        shards = [[shard["file"], shard["tokens"], shard["sha256"]] for shard in manifest["shards"]]
-        content: Any = [manifest["tokenizer"], shards]
-    else:
-        paths = list_shards(folder, "val") + list_shards(folder, "train")
-        content = [[path.name, path.stat().st_size] for path in paths]
-    return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
-
-
-def check_shards(folder: Path) -> None:
+def check_shards(folder: Path) -> str:
     """What training asks when it starts: is every shard what the manifest says, and every id one of GPT-2's?
 
-    All bytes are read, a GB a second and core, but only once: CHECKED remembers the files that were right by
-    their size, time of change and inode. DataError names the first file that is wrong.
+    Returns the identity of the tokens. All bytes are read, a GB a second and core, but only once: CHECKED
+    remembers the files that were right by their size, time of change and inode. A folder without a manifest, as
+    other programs make it, gets one. DataError names the first file that is wrong.
     """
     paths = list_shards(folder, "val") + list_shards(folder, "train")
-    hashes: dict[str, str] = {}
+    check_finished(folder)
     if manifest := read_manifest(folder):
-        _check_manifest(folder, manifest, {path.name for path in paths})
-        hashes = {shard["file"]: shard["sha256"] for shard in manifest["shards"]}
-    elif paths:
-        warnings.warn(f"{folder} has no {MANIFEST}: taking its ids for GPT-2's", stacklevel=2)
-    checked = _read_checked(folder)
-    right = {path.name: [*_version(path), hashes.get(path.name)] for path in paths}
-    new = [path for path in paths if checked.get(path.name) != right[path.name]]
+        _check_folder(folder, manifest, {path.name for path in paths})
+    recorded = {shard["file"]: shard["sha256"] for shard in manifest["shards"]} if manifest else {}
+    checked, versions = _read_checked(folder), {path.name: _version(path) for path in paths}
+    new = [path for path in paths if checked.get(path.name) != [*versions[path.name], recorded.get(path.name, "")]]
     with ThreadPoolExecutor(READERS) as pool:
-        list(pool.map(lambda path: _check_shard(path, hashes.get(path.name)), new))
+        found = list(pool.map(lambda path: _read_through(path, recorded.get(path.name)), new))
+    if manifest is None:
+        manifest = {"format": FORMAT, "complete": True, "tokenizer": TOKENIZER, "shards": found}
+        warnings.warn(f"{folder} has no {MANIFEST}: {_take_in(folder, manifest)}", stacklevel=2)
     if new:
+        right = {shard["file"]: [*versions[shard["file"]], shard["sha256"]] for shard in manifest["shards"]}
         with suppress(CannotWrite):  # then they are read again the next time
             write_whole(folder / CHECKED, json.dumps(right, indent=1).encode())
+    return manifest_hash(manifest)
+
+
+def _take_in(folder: Path, manifest: dict[str, Any]) -> str:
+    """Write the manifest of shards that another program made; returns what they are, in words."""
+    tokens, documents = (sum(shard[key] for shard in manifest["shards"]) for key in ("tokens", "documents"))
+    what = f"its {len(manifest['shards'])} shards hold {tokens:,} tokens in {documents:,} documents"
+    if not documents:
+        what = f"its shards hold {tokens:,} tokens and no separator (id {EOT}); are they GPT-2's?"
+    try:
+        write_manifest(folder, manifest)
+    except CannotWrite:
+        return f"{what}; they are read at every start, because nothing can be written there"
+    return f"{what}; it is written now, with their sha256"
 
 
 def _read_checked(folder: Path) -> dict[str, Any]:
-    try:
-        found = json.loads((folder / CHECKED).read_bytes())
-    except (OSError, ValueError):
-        return {}
-    return found if isinstance(found, dict) else {}
+    with suppress(DataError):
+        return read_json(folder / CHECKED)
+    return {}
 
 
 def _version(path: Path) -> tuple[int, int, int]:
-    status = path.stat()
+    with _readable(path):
+        status = path.stat()
     return status.st_size, status.st_mtime_ns, status.st_ino
 
 
-def _check_shard(path: Path, sha256: str | None) -> None:
-    if sha256 and (why := _other_content(path, sha256)):
-        raise _damaged(path, f"has {why}")
-    tokens = open_shard(path)
+def _read_through(path: Path, sha256: str | None) -> dict[str, Any]:
+    """The record of a shard for a manifest, of all its bytes. DataError for another sha256 or a wrong id."""
+    tokens, documents, wrong = open_shard(path), 0, None
+    with _readable(path), path.open("rb") as file:
+        mapped = tokens.offset if isinstance(tokens, np.memmap) else None
+        digest = hashlib.sha256(file.read(mapped))
     for start in range(0, len(tokens), CHUNK):
-        check_ids(path, tokens[start : start + CHUNK], start)
+        piece = tokens[start : start + CHUNK]
+        documents += int(np.count_nonzero(piece == EOT))
+        wrong = wrong or _wrong_id(piece, start)
+        if mapped is not None:
+            digest.update(piece.data)
+    found = digest.hexdigest()
+    if sha256 and found != sha256:
+        raise _damaged(path, f"has {_differing(found, sha256)}")
+    if wrong:
+        raise DataError(f"shard {path} has {wrong}")
+    return {"file": path.name, "tokens": len(tokens), "documents": documents, "sha256": found}
 
 
-def _other_content(path: Path, sha256: str) -> str | None:
-    found = files.sha256(path)
-    return None if found == sha256 else f"sha256 {found[:12]}…, not {sha256[:12]}…"
+def _wrong_id(tokens: np.ndarray, start: int) -> str | None:
+    """The first id outside GPT-2's vocabulary, in words; ``tokens`` begin at ``start`` in the shard."""
+    if tokens.max() < VOCAB_SIZE:
+        return None
+    at = int(np.argmax(tokens >= VOCAB_SIZE))
+    return f"id {tokens[at]} at position {start + at:,} (vocabulary {VOCAB_SIZE})"
 
 
-def _check_manifest(folder: Path, manifest: dict[str, Any], present: set[str]) -> None:
-    if not manifest["complete"]:
+def _differing(found: str, sha256: str) -> str:
+    return f"sha256 {found[:12]}…, not {sha256[:12]}…"
+
+
+def check_finished(folder: Path) -> None:
+    """DataError when a preparation of the folder was interrupted."""
+    if (manifest := read_manifest(folder)) and not manifest["complete"]:
         raise DataError(f"{folder} is not finished: run the same fineweb.py command again")
+
+
+def _check_folder(folder: Path, manifest: dict[str, Any], present: set[str]) -> None:
     made_with = manifest["tokenizer"]
     if (made_with.get("vocabulary_sha256"), made_with.get("separator")) != (vocabulary_sha256(), EOT):
         name = f"{made_with.get('name')}, separator {made_with.get('separator')}"
@@ -269,32 +313,38 @@ def _check_manifest(folder: Path, manifest: dict[str, Any], present: set[str]) -
         )
     listed = {shard["file"]: shard["tokens"] for shard in manifest["shards"]}
     if extra := sorted(present - set(listed)):
-        raise DataError(f"{folder} holds {extra[0]}, which its {MANIFEST} does not list: move it away")
+        or_take_it = "" if "options" in manifest else f", or delete {MANIFEST} to have all files read anew"
+        raise DataError(f"{folder} holds {extra[0]}, which its {MANIFEST} does not list: move it away{or_take_it}")
     for name, n_tokens in listed.items():
         found = len(open_shard(folder / name))
         if found != n_tokens:
             raise _damaged(folder / name, f"has {found:,} tokens, {MANIFEST} says {n_tokens:,}")
 
 
-def check_ids(path: Path, tokens: np.ndarray, start: int) -> None:
-    """DataError for the first id outside GPT-2's vocabulary; ``tokens`` begin at ``start`` in the shard."""
-    if len(tokens) and (tokens.max() >= VOCAB_SIZE or tokens.min() < 0):
-        position = int(np.argmax((tokens >= VOCAB_SIZE) | (tokens < 0)))
-        raise DataError(
-            f"shard {path} has id {tokens[position]} at position {start + position:,} (vocabulary {VOCAB_SIZE})"
-        )
-
-
 def verify(folder: Path) -> dict[str, str]:
-    """Read every byte of every shard in the manifest; what is damaged, and why, by file name."""
+    """Read every byte of every file in the manifest; what is damaged, and why, by file name."""
     manifest = read_manifest(folder)
     if manifest is None:
         raise DataError(f"{folder} has no {MANIFEST}, so there is nothing to compare its shards with")
-    damaged = {}
-    for shard in manifest["shards"]:
-        path = folder / shard["file"]
-        if not path.is_file():
-            damaged[path.name] = "missing"
-        elif why := _other_content(path, shard["sha256"]):
-            damaged[path.name] = why
-    return damaged
+    return {name: why for shard in manifest["shards"] for name, why in _damage(folder, shard)}
+
+
+def _damage(folder: Path, shard: dict[str, Any]) -> Iterator[tuple[str, str]]:
+    """(file, what is wrong with it) of a shard and its table of documents."""
+    path = folder / shard["file"]
+    table = sources_path(path)
+    for file, sha256 in ((path, shard["sha256"]), (table, shard.get("documents_sha256"))):
+        if sha256 is None:
+            continue
+        if not file.exists():
+            yield file.name, "missing"
+            continue
+        with _readable(file):
+            found = files.sha256(file)
+        if found != sha256:
+            yield file.name, _differing(found, sha256)
+    if "documents_sha256" not in shard and "documents" in shard:
+        try:
+            read_document_sources(path, shard["documents"])
+        except DataError:
+            yield table.name, "damaged"

@@ -3,10 +3,10 @@
     python fineweb.py --part 2/8 ...    the second of eight shares -> DIR/parts/2-of-8, wherever DIR can be seen
     python fineweb.py --merge ...       all of them, with the same options -> DIR
 
-Shares are contiguous and about equal in bytes. A part of the source (sources.py) belongs to the share in which its
-first byte lies; compressed files are not divided. A share is kept in bundles: the tokens of whole parts in llm.c's
-format, and a parquet table with every row of them, one row group for a part. Read again they are the very batches
-that workers hand to prepare.py, which writes the shards from them as it does from its own workers'.
+Shares are contiguous and about equal in bytes. A slice of the source (slices.py) belongs to the share in which its
+first byte lies; compressed files are not divided. A share is kept in bundles: the tokens of whole slices in
+llm.c's format, and a parquet table with all their rows, one row group for a slice. Read again they are the very
+batches that workers hand to prepare.py, which writes the shards from them as it does from its own workers'.
 """
 
 import functools
@@ -22,9 +22,12 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from aymen_gpt import files
-from aymen_gpt.data import prepare, shards, sources
-from aymen_gpt.data.prepare import Batch, Batches, Position, PrepareOptions, Progress, Report, Summary, Totals
-from aymen_gpt.data.sources import Part, Source
+from aymen_gpt.data import shards, sources
+from aymen_gpt.data.prepare import Preparation, PrepareOptions, Progress, Report, Summary, check_options
+from aymen_gpt.data.slices import COMPRESSED, Slice, slices_of
+from aymen_gpt.data.sources import Source
+from aymen_gpt.data.stream import Position, Totals
+from aymen_gpt.data.workers import Batch
 from aymen_gpt.errors import DataError, UsageError
 
 if TYPE_CHECKING:
@@ -63,15 +66,7 @@ def prepare_share(options: PrepareOptions, share: Share, report: Report) -> Summ
 
     Errors as ``prepare.prepare``; rows without usable text are judged when all shares are merged.
     """
-    options = replace(options, out=share.folder(options.out))
-    with prepare.begun(options, lambda: prepare.find_text(options, report), prepare.val_tokens) as begun:
-        manifest, source = begun
-        if source is not None:
-            manifest = prepare.exactly(
-                options, source, manifest, report, lambda new: _append_bundles(options, source, share, new, report)
-            )
-            prepare.finish(options, source, manifest)
-        return prepare.summary(options.out, manifest, already=source is None)
+    return SharePreparation(options, share, report).run()
 
 
 def merge(options: PrepareOptions, report: Report) -> Summary:
@@ -79,21 +74,97 @@ def merge(options: PrepareOptions, report: Report) -> Summary:
 
     It can be killed and continued as that can. DataError names shares that are missing, unfinished or damaged.
     """
-    finished = functools.cache(lambda: _finished_shares(options))  # not asked for when nothing is left to do
-    with prepare.begun(
-        options,
-        lambda: prepare.described(finished()[0].manifest["source"]),
-        lambda *_: finished()[0].manifest["shard_tokens"]["val"],
-    ) as (manifest, source):
-        if source is None:
-            shards.check_shards(options.out)
-            return prepare.summary(options.out, manifest, already=True)
-        if manifest["source"] != finished()[0].manifest["source"]:
-            raise UsageError(f"{options.out} was begun with other files than its parts: take another --out")
-        manifest["encoder"] = finished()[0].manifest["encoder"]
-        manifest = prepare.write_shards(options, source, manifest, _stored(finished()), report)
-        prepare.finish(options, source, manifest)
-        return prepare.summary(options.out, manifest, already=False)
+    return Merge(options, report).run()
+
+
+class SharePreparation(Preparation):
+    """One share of the source, as bundles in a folder of its own."""
+
+    def __init__(self, options: PrepareOptions, share: Share, report: Report) -> None:
+        super().__init__(replace(options, out=share.folder(options.out)), report)
+        self.no_text = options.out
+        self.share = share
+
+    def check_complete(self) -> None:
+        self.check_source()
+
+    def write(self) -> None:
+        """Append bundles to the manifest, saving it with each, until the share or max_tokens is exhausted."""
+        done, totals = self.manifest["shards"], Totals.of(self.manifest)
+        begin = Position.of(done[-1]["end"]) if done else Position()
+        limit = self.options.max_tokens or 2**63  # no share needs more, whatever stands before it
+
+        def tell(batch: Batch) -> None:
+            totals.tokens += len(batch.tokens)
+            totals.documents += len(batch.rows)
+            totals.bytes += sum(batch.sizes)
+            for _, reason in batch.skipped:
+                totals.skipped[reason] = totals.skipped.get(reason, 0) + 1
+            fraction = self._place(batch.slice.file, batch.slice.fraction) - (self.share.number - 1)
+            self.report(Progress(totals, len(done), min(max(fraction, totals.tokens / limit), 1)))
+
+        with closing(self.batches(begin)) as batches:
+            while totals.tokens < limit and (first := next(batches, None)) is not None:
+                room = min(self.options.shard_tokens, limit - totals.tokens)
+                path = self.out / f"tokens_{len(done):06d}.bin"
+                done.append(_write_bundle(path, chain([first], batches), room, tell))
+                self.manifest["totals"] = asdict(totals)
+                self.save()
+                self.drop_downloads(done[-1]["end"]["file"])
+
+    def slices(self, position: Position) -> Iterator[Slice]:
+        """The slices of the share from there on; only files that hold some of them are opened or downloaded."""
+        for number in range(position.file, len(self.source.files)):
+            packed = self.source.files[number].name.endswith(COMPRESSED)
+            owner = self._owner(number, 0)
+            if not owner <= self.share.number <= (owner if packed else self._owner(number, 1)):
+                continue
+            for slice in slices_of(self.source, number, self.bring(number)):
+                if owner == self.share.number and (number, slice.index) >= (position.file, position.slice):
+                    yield slice
+                if not packed:
+                    owner = self._owner(number, slice.fraction)
+
+    def _owner(self, file: int, fraction: float) -> int:
+        """The number of the share that owns what stands behind this fraction of a file."""
+        return min(int(self._place(file, fraction)) + 1, self.share.count)
+
+    def _place(self, file: int, fraction: float) -> float:
+        """Where this fraction of a file ends, in shares: 1.5 is the middle of the second."""
+        before = self.bytes_before
+        return (before[file] + fraction * self.source.files[file].bytes) * self.share.count / max(before[-1], 1)
+
+
+class Merge(Preparation):
+    """The shards of the whole source, from its finished shares: neither the source nor the network is read."""
+
+    to_restart = "the commands with --part again, each with --restart, and then this one with --restart"
+
+    @functools.cached_property
+    def finished(self) -> "list[Finished]":
+        return _finished_shares(self.options)
+
+    def check_complete(self) -> None:
+        shards.check_shards(self.out)
+
+    def open_source(self, *, to_repair: bool = False) -> Source:
+        record = self.finished[0].manifest["source"]
+        if self.manifest and self.manifest["source"] != record:
+            raise UsageError(f"{self.out} was begun with other files than its parts: take another --out")
+        return sources.from_record(record)
+
+    def val_tokens(self) -> int:
+        return int(self.finished[0].manifest["shard_tokens"]["val"])
+
+    def fill(self) -> None:
+        self.manifest["encoder"] = self.finished[0].manifest["encoder"]
+        self.write()
+
+    def batches(self, position: Position) -> Generator[Batch, None, None]:
+        for share in self.finished:
+            for record in share.manifest["shards"]:
+                if (record["end"]["file"], record["end"]["part"]) > (position.file, position.slice):
+                    yield from _read_bundle(share.folder / record["file"], record, position)
 
 
 @dataclass(frozen=True)
@@ -129,68 +200,10 @@ def _finished_shares(options: PrepareOptions) -> list[Finished]:
 
 def _check_alike(options: PrepareOptions, finished: list[Finished]) -> None:
     for share in finished:
-        prepare.check_same_options(replace(options, out=share.folder), share.manifest)
+        check_options(replace(options, out=share.folder), share.manifest)
         for key in ("source", "tokenizer", "encoder"):
             if share.manifest[key] != finished[0].manifest[key]:
                 raise DataError(f"{share.folder} has another {key} than {finished[0].folder}: delete one of them")
-
-
-def _append_bundles(
-    options: PrepareOptions, source: Source, share: Share, manifest: dict[str, Any], report: Report
-) -> dict[str, Any]:
-    """Append bundles to the manifest, saving it with each, until the share or max_tokens is exhausted."""
-    done, totals = manifest["shards"], Totals(**manifest["totals"])
-    begin = Position(**done[-1]["end"]) if done else Position()
-    limit = options.max_tokens or 2**63  # no share needs more, whatever stands before it
-
-    def tell(batch: Batch) -> None:
-        totals.tokens += len(batch.tokens)
-        totals.documents += len(batch.rows)
-        totals.bytes += sum(batch.sizes)
-        for _, reason in batch.skipped:
-            totals.skipped[reason] = totals.skipped.get(reason, 0) + 1
-        fraction = _place(source, share, batch.part.file, batch.part.fraction) - (share.number - 1)
-        report(Progress(totals, len(done), min(max(fraction, totals.tokens / limit), 1)))
-
-    with closing(
-        prepare.tokenized(options, manifest, _own_parts(options, source, share, begin, report))
-    ) as batches:
-        while totals.tokens < limit and (first := next(batches, None)) is not None:
-            room = min(options.shard_tokens, limit - totals.tokens)
-            path = options.out / f"tokens_{len(done):06d}.bin"
-            done.append(_write_bundle(path, chain([first], batches), room, tell))
-            manifest["totals"] = asdict(totals)
-            shards.write_manifest(options.out, manifest)
-            prepare.drop_downloads(options, source, done[-1]["end"]["file"])
-    return manifest
-
-
-def _own_parts(
-    options: PrepareOptions, source: Source, share: Share, begin: Position, report: Report
-) -> Iterator[Part]:
-    """The parts of the share from ``begin`` on; only files that hold some of them are opened or downloaded."""
-    for number in range(begin.file, len(source.files)):
-        packed = source.files[number].name.endswith(tuple(sources.COMPRESSION))
-        owner = _owner(source, share, number, 0)
-        if not owner <= share.number <= (owner if packed else _owner(source, share, number, 1)):
-            continue
-        for part in sources.parts(source, number, prepare.bring(options, source, number, report)):
-            if owner == share.number and (number, part.index) >= (begin.file, begin.part):
-                yield part
-            if not packed:
-                owner = _owner(source, share, number, part.fraction)
-
-
-def _owner(source: Source, share: Share, file: int, fraction: float) -> int:
-    """The number of the share that owns what stands behind this fraction of a file."""
-    return min(int(_place(source, share, file, fraction)) + 1, share.count)
-
-
-def _place(source: Source, share: Share, file: int, fraction: float) -> float:
-    """Where this fraction of a file ends, in shares: 1.5 is the middle of the second."""
-    before = sum(f.bytes for f in source.files[:file])
-    total = before + sum(f.bytes for f in source.files[file:])
-    return (before + fraction * source.files[file].bytes) * share.count / max(total, 1)
 
 
 def rows_path(bundle: Path) -> Path:
@@ -217,7 +230,7 @@ def _write_bundle(
                 table.write_table(pa.Table.from_pylist(rows, schema), row_group_size=len(rows))
             n_tokens += len(batch.tokens)
             documents += len(batch.rows)
-            end = Position(batch.part.file, batch.part.index + 1)
+            end = Position(batch.slice.file, batch.slice.index + 1)
             tell(batch)
             yield batch.tokens
             if n_tokens >= room:
@@ -226,12 +239,12 @@ def _write_bundle(
     with files.whole_file(rows_path(path)) as file, pq.ParquetWriter(file, schema, compression="zstd") as table:
         n_tokens = shards.write_shard(path, pieces(table))
     hashes = {"sha256": files.sha256(path), "rows_sha256": files.sha256(rows_path(path))}
-    return {"file": path.name, "tokens": n_tokens, "documents": documents} | hashes | {"end": asdict(end)}
+    return {"file": path.name, "tokens": n_tokens, "documents": documents} | hashes | {"end": end.record()}
 
 
 def _rows(batch: Batch) -> list[dict[str, Any]]:
     """The rows of a batch, skipped ones among them, as the table keeps them."""
-    part = {"file": batch.part.file, "part": batch.part.index, "fraction": batch.part.fraction}
+    part = {"file": batch.slice.file, "part": batch.slice.index, "fraction": batch.slice.fraction}
     lengths = np.diff(batch.bounds).tolist()
     columns = zip(batch.rows, lengths, batch.sizes, batch.ids, batch.urls, strict=True)
     rows = [
@@ -242,18 +255,8 @@ def _rows(batch: Batch) -> list[dict[str, Any]]:
     return sorted(rows, key=itemgetter("row"))
 
 
-def _stored(finished: list[Finished]) -> Batches:
-    def batches(position: Position) -> Generator[Batch, None, None]:
-        for share in finished:
-            for record in share.manifest["shards"]:
-                if (record["end"]["file"], record["end"]["part"]) > (position.file, position.part):
-                    yield from _read_bundle(share.folder / record["file"], record, position)
-
-    return batches
-
-
 def _read_bundle(path: Path, record: dict[str, Any], position: Position) -> Iterator[Batch]:
-    """The batches of a bundle from a position on, as ``prepare.tokenize`` made them."""
+    """The batches of a bundle from a position on, as ``workers.tokenize`` made them."""
     import pyarrow.parquet as pq
 
     for file, key in ((path, "sha256"), (rows_path(path), "rows_sha256")):
@@ -267,9 +270,9 @@ def _read_bundle(path: Path, record: dict[str, Any], position: Position) -> Iter
         rows = table.read_row_group(group).to_pylist()
         stop = start + sum(row["tokens"] for row in rows)
         place = rows[0]["file"], rows[0]["part"]
-        if place == (position.file, position.part):
+        if place == (position.file, position.slice):
             rows = [row for row in rows if row["row"] >= position.row]
-        if place >= (position.file, position.part) and rows:
+        if place >= (position.file, position.slice) and rows:
             yield _batch(rows, tokens[stop - sum(row["tokens"] for row in rows) : stop])
         start = stop
 
@@ -277,7 +280,7 @@ def _read_bundle(path: Path, record: dict[str, Any], position: Position) -> Iter
 def _batch(rows: list[dict[str, Any]], tokens: np.ndarray) -> Batch:
     documents = [row for row in rows if row["skipped"] is None]
     return Batch(
-        part=Part(rows[0]["file"], rows[0]["part"], Path(), 0, 0, None, rows[0]["fraction"]),
+        slice=Slice(rows[0]["file"], rows[0]["part"], Path(), 0, 0, None, rows[0]["fraction"]),
         tokens=tokens,
         bounds=np.cumsum([0, *(row["tokens"] for row in documents)]),
         rows=[row["row"] for row in documents],

@@ -1,42 +1,29 @@
-"""Where text comes from: the words after --source become files, and files become parts.
+"""Where text comes from: the words after --source become files, in one fixed order.
 
-A part (one row group of a parquet file, one slice of a jsonl or txt file) is small to describe, can be sent
-to another process, and can be read there alone; what cannot be entered half-way (a compressed file, a very
-large row group) is cut up here, and its parts carry their rows with them. Files and parts have one fixed
-order, so (file, part, row) names a document for good; rows are counted in the part, skipped ones included.
-
-    hub              FineWeb-Edu's sample-10BT from the Hugging Face Hub (the default)
-    builtin          the documentation on this machine (builtin.py)
-    PATH             a file or a folder of .parquet, .jsonl, .jsonl.gz, .jsonl.zst or .txt files
-
-What is tokens already (hub-tokens:OWNER/DATASET, tokens:FOLDER) is adopt.py's.
+hub              FineWeb-Edu's sample-10BT from the Hugging Face Hub (the default)
+builtin          the documentation on this machine (builtin.py)
+PATH             a file or a folder of .parquet, .jsonl, .jsonl.gz, .jsonl.zst, .txt or .md files
 """
 
-import functools
-import io
-import json
-from collections.abc import Iterator, Sequence
+import os
+import stat
+from collections import Counter
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import Any
 
 from aymen_gpt.data import builtin, fetch, shards
-from aymen_gpt.data.tokenizer import END_OF_TEXT
-from aymen_gpt.errors import AymenError, DataError, NetworkError, UsageError
-
-if TYPE_CHECKING:
-    import pyarrow as pa
-    import pyarrow.parquet as pq
+from aymen_gpt.errors import DataError, NetworkError, UsageError
 
 DATASET, DATASET_FOLDER = "HuggingFaceFW/fineweb-edu", "sample/10BT"
 # The commit that public training code of 2025 and 2026 pins: 14 files, 28.5 GB, 9,672,101 documents.
 REVISION = "87f09149ef4734204d70ed1d046ddc9ca3f2b8f9"
-SUFFIXES = (".parquet", ".jsonl", ".jsonl.gz", ".jsonl.zst", ".txt")
-SLICE = 2**23  # bytes of a jsonl or txt file that make one part
-LARGE = 2**25  # bytes of a row group that is cut into parts
-COMPRESSION = {".gz": "gzip", ".zst": "zstd"}
-LONGEST_SEPARATOR = 32  # bytes, more than a line of <|endoftext|> has
+WHOLE = (".txt", ".md")  # files that are one document
+SUFFIXES = (".parquet", ".jsonl", ".jsonl.gz", ".jsonl.zst", *WHOLE)
+RESTART = "type the same command with --restart to prepare what is there now"
+NAMED = 5  # files that an error names at most
 
 
 @dataclass(frozen=True)
@@ -47,6 +34,7 @@ class SourceFile:
     bytes: int
     sha256: str | None = None
     path: Path | None = None
+    modified_ns: int | None = None  # None where its name already says what is in it
 
 
 @dataclass(frozen=True)
@@ -58,35 +46,43 @@ class Source:
     repo: str | None = None  # of the Hub, when the files come from there
     revision: str | None = None  # the commit that the files belong to
 
-
-@dataclass(frozen=True)
-class Part:
-    """A piece of a file that is read alone: a row group, or the lines that begin in bytes start to stop."""
-
-    file: int  # number in Source.files
-    index: int  # number in the file
-    path: Path
-    start: int
-    stop: int
-    text_column: str | None
-    fraction: float  # of the file that is read when this part is
-    content: Any = None  # the part's rows, when they travel with it: bytes, or an arrow RecordBatch
-    skip: int = 0  # rows at the beginning that are not wanted
+    def record(self) -> dict[str, Any]:
+        """The source as a manifest keeps it."""
+        names = ("name", "bytes", "sha256", "modified_ns")
+        listed = [{name: getattr(file, name) for name in names} for file in self.files]
+        return {"repo": self.repo, "revision": self.revision, "files": listed}
 
 
-@dataclass(frozen=True)
-class Document:
-    """One row of a part; ``skipped`` says why it has no usable text."""
-
-    row: int
-    text: str
-    id: str | None = None
-    url: str | None = None
-    skipped: Literal["empty", "null", "not a string", "not UTF-8", "not JSON"] | None = None
+def from_record(record: dict[str, Any], text_column: str | None = None) -> Source:
+    """The source that a manifest names, its files out of reach. DataError for names that lead elsewhere."""
+    listed = tuple(SourceFile(**file) for file in record["files"])
+    for file in listed:
+        fetch.check_name(file.name)
+    return Source(listed, text_column, record["repo"], record["revision"])
 
 
-def open_source(words: Sequence[str], *, revision: str | None = None, text_column: str | None = None) -> Source:
-    """The files that the words mean, in order. UsageError when there are none."""
+def difference(before: Iterable[SourceFile], now: Iterable[SourceFile], *, times: bool = True) -> str:
+    """How the files of a source differ, in words; "" when they do not. ``times``: of change, they count too."""
+    old, new = ({file.name: (file.bytes, times and file.modified_ns) for file in files} for files in (before, now))
+    differ = sorted(name for name in old | new if old.get(name) != new.get(name))
+    words = [
+        f"{name} {'is new' if name not in old else 'is gone' if name not in new else 'is not the same'}"
+        for name in differ
+    ]
+    return ", ".join(words[:NAMED]) + f" and {len(words) - NAMED:,} more" * (len(words) > NAMED)
+
+
+def open_source(
+    words: Sequence[str],
+    *,
+    revision: str | None = None,
+    text_column: str | None = None,
+    out: Path | None = None,
+) -> Source:
+    """The files that the words mean, in order, without those in ``out``. UsageError when there are none.
+
+    DataError for files and folders that cannot be read.
+    """
     if list(words) == ["hub"]:
         with or_by_hand("give a folder that has them, --source FOLDER"):
             commit, listed = fetch.hub_list(
@@ -98,35 +94,75 @@ def open_source(words: Sequence[str], *, revision: str | None = None, text_colum
         return Source(files, text_column or "text", DATASET, commit)
     if revision is not None:
         raise UsageError(f"--revision names a commit of {DATASET}; it needs --source hub")
-    found = [file for word in words for file in _files_of(word)]
-    names = [file.name for file in found]
-    if twice := {name for name in names if names.count(name) > 1}:
-        raise UsageError(f"--source holds {min(twice)} twice; give each file once")
+    found = [file for word in words for file in _files_of(word, out)]
+    name, times = Counter(file.name for file in found).most_common(1)[0]
+    if times > 1:
+        raise UsageError(f"--source holds {name} twice; give each file once")
     return Source(tuple(found), text_column)
 
 
-def _files_of(word: str) -> list[SourceFile]:
+def _files_of(word: str, out: Path | None) -> list[SourceFile]:
     if word == "hub":
         raise UsageError("--source hub cannot be mixed with other sources")
-    path = builtin.build() if word == "builtin" else Path(word)
-    if path.is_dir():
-        if shards.list_shards(path, "train") or shards.list_shards(path, "val"):
-            raise UsageError(
-                f"--source {word}: the folder holds token shards, no text; take --source tokens:{word}"
-            )
-        inside = (entry for entry in path.rglob("*") if entry.is_file() and entry.name.endswith(SUFFIXES))
-        named = {entry.relative_to(path).as_posix(): entry for entry in inside}
-        named = {name: named[name] for name in sorted(named) if not name.startswith(".") and "/." not in name}
-        if not named:
-            raise UsageError(f"--source {word}: the folder holds none of {', '.join(SUFFIXES)}")
-        return [SourceFile(f"{path.name}/{name}", p.stat().st_size, path=p) for name, p in named.items()]
-    if not path.exists():
+    if word == "builtin":  # the name of the file carries the versions of all that it was made from
+        path = builtin.build()
+        return [SourceFile(path.name, path.stat().st_size, path=path)]
+    path = Path(word)
+    if not os.path.lexists(path):
         raise UsageError(f"--source {word}: no such file or folder (else it is `hub` or `builtin`)")
+    if stat.S_ISDIR(status_of(path).st_mode):
+        return _files_in(path, out)
     if path.suffix in (".bin", ".npy"):
-        raise UsageError(f"--source {word}: tokens, no text; take its folder, --source tokens:{path.parent}")
+        raise UsageError(f"--source {word}: tokens, no text; pretrain.py --data {path.parent} trains on them")
     if not path.name.endswith(SUFFIXES):
         raise UsageError(f"--source {word}: cannot read this kind of file, only {', '.join(SUFFIXES)}")
-    return [SourceFile(path.name, path.stat().st_size, path=path)]
+    return [_file(path.name, path)]
+
+
+def _files_in(folder: Path, out: Path | None) -> list[SourceFile]:
+    """The files of a folder in the order of their names, without hidden ones and what lies in ``out``."""
+    if shards.list_shards(folder, "train") or shards.list_shards(folder, "val"):
+        raise UsageError(
+            f"--source {folder}: it holds token shards, no text; pretrain.py --data {folder} trains on them"
+        )
+    out = out and out.resolve()
+    if out == folder.resolve():
+        raise UsageError(f"--out {folder} is the source itself: take a folder of its own, as {folder / 'tokens'}")
+
+    def refuse(error: OSError) -> None:
+        raise DataError(f"cannot read {error.filename}: {error.strerror}")
+
+    named: dict[str, Path] = {}
+    for here, folders, names in os.walk(folder, onerror=refuse):
+        folders[:] = [name for name in folders if name[0] != "." and Path(here, name).resolve() != out]
+        paths = (Path(here, name) for name in names if _is_text(name, names))
+        named |= {path.relative_to(folder).as_posix(): path for path in paths}
+    if not named:
+        raise UsageError(f"--source {folder}: the folder holds none of {', '.join(SUFFIXES)}")
+    base = os.path.basename(os.path.abspath(folder))
+    return [_file(f"{base}/{name}".lstrip("/"), named[name]) for name in sorted(named)]
+
+
+def _is_text(name: str, beside: Sequence[str]) -> bool:
+    """Whether a file of a folder is text by its name: not hidden, and no table that belongs to a shard."""
+    stem, _, kind = name.removesuffix(".parquet").rpartition(".")
+    table = kind in ("documents", "rows") and f"{stem}.bin" in beside
+    return name[0] != "." and name.endswith(SUFFIXES) and not table
+
+
+def _file(name: str, path: Path) -> SourceFile:
+    status = status_of(path)
+    if not stat.S_ISREG(status.st_mode):
+        raise UsageError(f"--source {path}: a pipe or a device, no file; write its text into a file first")
+    return SourceFile(name, status.st_size, path=path, modified_ns=status.st_mtime_ns)
+
+
+def status_of(path: Path) -> os.stat_result:
+    """What the system says of a file. DataError when it says nothing."""
+    try:
+        return path.stat()
+    except OSError as error:
+        raise DataError(f"cannot read {path}: {error.strerror}") from None
 
 
 def bring(source: Source, number: int, folder: Path) -> Path:
@@ -153,232 +189,3 @@ def or_by_hand(way: str) -> Iterator[None]:
         yield
     except NetworkError as error:
         raise NetworkError(f"{error}; or {way}") from None
-
-
-def estimated_bytes(source: Source) -> int:
-    """About how many bytes of text the source has: a function of its files, cheap to find out."""
-    return sum(_estimated_bytes(file) for file in source.files)
-
-
-def _estimated_bytes(file: SourceFile) -> int:
-    if file.path is not None and file.name.endswith(".parquet"):
-        with _readable(file.path):
-            groups = _parquet(file.path).metadata
-            return sum(groups.row_group(i).total_byte_size for i in range(groups.num_row_groups))
-    return file.bytes * (2 if file.name.endswith((".parquet", ".gz", ".zst")) else 1)
-
-
-def parts(source: Source, number: int, path: Path) -> Iterator[Part]:
-    """The parts of one file, in order. DataError when it is not what its name says."""
-    kind = source.files[number].name
-    with _readable(path):
-        if kind.endswith(".parquet"):
-            found = _parquet_parts(path, source.text_column)
-        elif kind.endswith((".gz", ".zst")):
-            found = _compressed_parts(path, source.text_column)
-        else:
-            found = _text_parts(path, source.text_column)
-        for index, part in enumerate(found):
-            yield replace(part, file=number, index=index)
-
-
-def _parquet_parts(path: Path, text_column: str | None) -> Iterator[Part]:
-    column = _text_column(path, text_column)
-    file = _parquet(path)
-    groups = [file.metadata.row_group(i) for i in range(file.num_row_groups)]
-    total = sum(group.num_rows for group in groups)
-    done = 0
-    for i, group in enumerate(groups):
-        done += group.num_rows
-        part = Part(0, 0, path, i, i + 1, column, done / max(total, 1))
-        if group.total_byte_size <= LARGE:
-            yield part
-        else:
-            rows = max(group.num_rows * SLICE // group.total_byte_size, 1)
-            for batch in _batches(file, part, rows):
-                yield replace(part, content=batch)
-
-
-def _compressed_parts(path: Path, text_column: str | None) -> Iterator[Part]:
-    import pyarrow as pa
-
-    with path.open("rb") as packed, pa.input_stream(packed, compression=COMPRESSION[path.suffix]) as stream:
-        file = io.BufferedReader(stream, 2**20)
-        while lines := file.readlines(SLICE):
-            content = b"".join(lines)
-            yield Part(0, 0, path, 0, len(content), text_column, packed.tell() / path.stat().st_size, content)
-
-
-def _text_parts(path: Path, text_column: str | None) -> Iterator[Part]:
-    size = path.stat().st_size
-    for start in range(0, size, SLICE):
-        stop = min(start + SLICE, size)
-        yield Part(0, 0, path, start, stop, text_column, stop / size)
-
-
-def read(part: Part) -> Iterator[Document]:
-    """The rows of a part from ``part.skip`` on. DataError when the file is damaged."""
-    with _readable(part.path):
-        if part.path.name.endswith(".parquet"):
-            yield from _read_parquet(part)
-        elif part.path.name.endswith(".txt"):
-            yield from _read_txt(part)
-        else:
-            yield from _read_jsonl(part)
-
-
-@contextmanager
-def _readable(path: Path) -> Iterator[None]:
-    import pyarrow as pa
-
-    try:
-        yield
-    except (pa.ArrowException, OSError, EOFError) as error:
-        if isinstance(error, AymenError):
-            raise
-        reason = fetch.one_line(str(error))
-        raise DataError(f"{path} is damaged or cut off ({reason}): delete it and get it again") from None
-
-
-def _document(row: int, value: object, id: object = None, url: object = None) -> Document:
-    if isinstance(value, bytes):
-        try:
-            value = value.decode("utf-8-sig")
-        except UnicodeDecodeError:
-            return Document(row, "", skipped="not UTF-8")
-    if value is None:
-        return Document(row, "", skipped="null")
-    if not isinstance(value, str):
-        return Document(row, "", skipped="not a string")
-    if not value or value.isspace():
-        return Document(row, "", skipped="empty")
-    return Document(row, value, None if id is None else str(id), None if url is None else str(url))
-
-
-def _parquet(path: Path) -> "pq.ParquetFile":
-    """The file opened so that it reads no more than it must."""
-    import pyarrow.parquet as pq
-
-    metadata = _metadata(path, path.stat().st_mtime_ns)
-    return pq.ParquetFile(path, metadata=metadata, buffer_size=2**20, pre_buffer=False)
-
-
-@functools.lru_cache(maxsize=2)
-def _metadata(path: Path, changed_ns: int) -> "pq.FileMetaData":
-    """The file's footer, read once: it describes all row groups (6 ms for 730 of them), a part needs one."""
-    import pyarrow.parquet as pq
-
-    return pq.read_metadata(path)
-
-
-def _batches(file: "pq.ParquetFile", part: Part, rows: int) -> Iterator["pa.RecordBatch"]:
-    names = [name for name in ("id", "url") if name in file.schema_arrow.names and name != part.text_column]
-    columns = [part.text_column, *names]
-    return file.iter_batches(rows, row_groups=[part.start], columns=columns, use_threads=False)
-
-
-def _text_column(path: Path, wanted: str | None) -> str:
-    """The column that holds the text: the wanted one, else text, else content, else the only one of strings."""
-    schema = _parquet(path).schema_arrow
-    strings = [field.name for field in schema if _holds_text(field.type)]
-    names = [wanted] if wanted else ["text", "content", *(strings if len(strings) == 1 else [])]
-    for name in names:
-        if name in strings:
-            return name
-    columns = ", ".join(f"{field.name} ({field.type})" for field in schema)
-    raise UsageError(
-        f"{path} has no text column {wanted or 'text'}; its columns: {columns}; use --text-column NAME"
-    )
-
-
-def _holds_text(kind: "pa.DataType") -> bool:
-    import pyarrow as pa
-
-    if pa.types.is_dictionary(kind):
-        kind = kind.value_type
-    names = ("is_string", "is_large_string", "is_string_view", "is_binary", "is_large_binary")
-    return any(getattr(pa.types, name)(kind) for name in names)
-
-
-def _read_parquet(part: Part) -> Iterator[Document]:
-    row = 0
-    for batch in _batches(_parquet(part.path), part, 256) if part.content is None else [part.content]:
-        wanted = batch.slice(min(max(part.skip - row, 0), len(batch)))
-        row += len(batch) - len(wanted)
-        nothing = [None] * len(wanted)
-        known = [wanted.column(n).to_pylist() if n in wanted.schema.names else nothing for n in ("id", "url")]
-        for text, id, url in zip(_texts(wanted.column(part.text_column)), *known, strict=True):
-            yield _document(row, text, id, url)
-            row += 1
-
-
-def _texts(column: "pa.Array") -> list[Any]:
-    """The values as Python objects; a string that is not UTF-8 stays bytes."""
-    import pyarrow as pa
-
-    try:
-        return column.to_pylist()
-    except UnicodeDecodeError:
-        return column.cast(pa.large_binary()).to_pylist()
-
-
-def _read_jsonl(part: Part) -> Iterator[Document]:
-    row = -1
-    for offset, line in _lines(part, part.start - 1):
-        if offset >= part.stop:
-            return
-        row += offset >= part.start
-        if row < part.skip or line.isspace():
-            continue
-        try:
-            record = json.loads(line.decode("utf-8-sig"))
-        except UnicodeDecodeError:
-            yield Document(row, "", skipped="not UTF-8")
-        except ValueError:
-            yield Document(row, "", skipped="not JSON")
-        else:
-            known = record if isinstance(record, dict) else {}
-            yield _document(row, _text_of(record, part.text_column), known.get("id"), known.get("url"))
-
-
-def _text_of(record: object, key: str | None) -> object:
-    if not isinstance(record, dict):
-        return record
-    strings = [name for name, value in record.items() if isinstance(value, str)]
-    names = [key] if key else ["text", "content", *(strings if len(strings) == 1 else [])]
-    return next((record[name] for name in names if name in record), None)
-
-
-def _read_txt(part: Part) -> Iterator[Document]:
-    """Documents that begin in the part: the file's first byte, and what follows a line of <|endoftext|>."""
-    url, row = part.path.name, 0
-    lines: list[bytes] | None = [] if part.start == 0 else None  # of the document being read, None before it
-    for offset, line in _lines(part, part.start - LONGEST_SEPARATOR):
-        if line.strip() != END_OF_TEXT.encode():
-            if lines is not None:
-                lines.append(line)
-            elif offset >= part.stop:
-                return
-            continue
-        if lines is not None:
-            if row >= part.skip:
-                yield _document(row, b"".join(lines).removesuffix(b"\n"), None, url)
-            row += 1
-        after = offset + len(line)
-        lines = [] if part.start <= after < part.stop else None
-        if after >= part.stop:
-            return
-    if lines is not None and row >= part.skip:
-        yield _document(row, b"".join(lines), None, url)
-
-
-def _lines(part: Part, start: int) -> Iterator[tuple[int, bytes]]:
-    """(offset, line) of every whole line that begins after byte ``start``, or at the first byte."""
-    with part.path.open("rb") if part.content is None else io.BytesIO(part.content) as file:
-        offset = max(start, 0)
-        if offset:
-            file.seek(offset)
-            offset += len(file.readline())  # the rest of a line that belongs to an earlier part
-        for line in file:
-            yield offset, line
-            offset += len(line)

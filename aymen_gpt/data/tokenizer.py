@@ -24,7 +24,7 @@ if TYPE_CHECKING:
     import tiktoken
 
 VOCAB_SIZE = 50257  # 256 bytes + 50,000 merges + <|endoftext|>
-EOT = 50256  # stands in front of every document
+EOT = VOCAB_SIZE - 1  # <|endoftext|>, stands in front of every document
 END_OF_TEXT = "<|endoftext|>"
 ENCODER_JSON_SHA256 = "196139668be63f3b5d6574427317ae82f612a97c5d1cdaf36ed2256dbf636783"
 VOCAB_BPE_SHA256 = "1ce1664773c50f3e0cc8842619a93edc4624525b728b188a9e0be33b7726adc5"

@@ -14,8 +14,8 @@ import numpy as np
 
 from aymen_gpt.errors import DataError
 from aymen_gpt.files import read_json
+from aymen_gpt.wording import PROTOCOLS
 
-PROTOCOLS = ("completion", "harness")
 MEASURES = {"acc": "choice", "acc_norm": "choice_norm"}
 SHOWN = 0.05  # a smaller p shows a difference
 RESAMPLES = 10_000

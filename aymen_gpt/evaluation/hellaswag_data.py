@@ -99,8 +99,12 @@ def parquet(examples: Sequence[Example]) -> bytes:
 
 def read_examples(path: Path) -> list[Example]:
     """The examples of a .jsonl, .parquet or .arrow file; DataError names the file and the row."""
-    if not path.is_file():
-        raise DataError(f"{path}: no such file; expected HellaSwag rows as .jsonl or .parquet")
+    try:
+        path.open("rb").close()
+    except FileNotFoundError:
+        raise DataError(f"{path}: no such file; expected HellaSwag rows as .jsonl or .parquet") from None
+    except OSError as error:
+        raise DataError(f"{path}: {error.strerror}; expected a file of HellaSwag rows") from None
     rows = _table_rows(path) if path.suffix in (".parquet", ".arrow") else _json_rows(path)
     examples = [_example(row, number, f"{path}: row {number}") for number, row in enumerate(rows, 1)]
     if not examples:
@@ -117,7 +121,7 @@ def _table_rows(path: Path) -> list[dict[str, Any]]:
             return pq.ParquetFile(path).read().to_pylist()
         with pa.OSFile(str(path)) as file:
             return pa.ipc.open_stream(file).read_all().to_pylist()
-    except (pa.ArrowException, OSError) as error:
+    except (pa.ArrowException, OSError, ValueError) as error:  # ValueError: text that is not UTF-8
         raise DataError(f"{path}: cannot be read as {path.suffix[1:]}: {str(error).splitlines()[0]}") from None
 
 
@@ -148,7 +152,10 @@ def _example(row: Any, number: int, where: str) -> Example:
         raise DataError(f"{where}: endings must be {N_ENDINGS} texts, none empty, found {found}")
     if str(row["label"]) not in ("0", "1", "2", "3"):  # text in the Hub's copy, number in the authors'
         raise DataError(f"{where}: label must be 0, 1, 2 or 3, found {row['label']!r}")
-    return Example(ind=row.get("ind", number), endings=endings, label=int(row["label"]), **texts)
+    ind = number if row.get("ind") is None else row["ind"]
+    if type(ind) is not int or not 0 <= ind < 2**63:
+        raise DataError(f"{where}: ind must be a whole number, found {str(ind)[:80]}")
+    return Example(ind=ind, endings=endings, label=int(row["label"]), **texts)
 
 
 def evenly_spaced(examples: Sequence[T], limit: int | None) -> list[T]:

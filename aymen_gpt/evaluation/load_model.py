@@ -124,7 +124,7 @@ def is_hub_id(name: str) -> bool:
 
 
 def newest_checkpoint(run: Path) -> tuple[Path, str]:
-    folder, problems = folders.latest_valid(run)
+    folder, problems = folders.latest_valid(run, folders.model_problem)
     if folder is None:
         if not problems:
             raise DataError(f"no checkpoint yet in {run}: let its training get to one, or name another model")
@@ -134,8 +134,8 @@ def newest_checkpoint(run: Path) -> tuple[Path, str]:
 
 
 def verify(folder: Path) -> None:
-    """A folder that has a manifest must match it; others are the reader's own and taken as they are."""
-    why = folders.problem(folder) if (folder / "manifest.json").is_file() else None
+    """A model whose folder has a manifest must match it; others are the reader's own and taken as they are."""
+    why = folders.model_problem(folder) if (folder / "manifest.json").is_file() else None
     if why:
         raise DataError(f"{folder} is damaged: {why}; use another checkpoint of the run")
 

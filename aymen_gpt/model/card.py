@@ -8,6 +8,8 @@ import json
 import shlex
 from typing import Any
 
+from aymen_gpt.wording import HELLASWAG_EXAMPLES, PROTOCOLS, percent
+
 # Licences of text that we know; of everything else the card says that it does not know.
 LICENCES = {"HuggingFaceFW/fineweb-edu": "ODC-By 1.0, and Common Crawl's terms of use"}
 
@@ -53,7 +55,7 @@ def _get(found: Any, *keys: str) -> Any:
 def _protocols(scored: Values) -> dict[str, Values]:
     """Accuracies by protocol, of a row like {"hellaswag": {"n": 250, "completion": {"acc": ...}}}."""
     found = scored.get("hellaswag") or {}
-    return {protocol: found[protocol] for protocol in ("completion", "harness") if protocol in found}
+    return {protocol: found[protocol] for protocol in PROTOCOLS if protocol in found}
 
 
 def _metadata(name: str, run: Values, scored: Values) -> str:
@@ -106,11 +108,11 @@ def _score(scored: Values) -> str:
     scores, n = _protocols(scored), _get(scored, "hellaswag", "n")
     if not scores:
         return "Not scored yet. `python hellaswag.py -m .` scores this checkpoint by both protocols."
-    some = f"{n:,} of 10,042 validation examples" if n else "validation examples"
+    some = f"{n:,} of {HELLASWAG_EXAMPLES:,} validation examples" if n else "validation examples"
     lines = [f"At step {scored.get('step')}, over {some}, ± one standard error:", ""]
     lines += ["| protocol | acc | acc_norm |", "|---|---|---|"]
     for protocol, part in scores.items():
-        cells = (_share(part.get(m), part.get(f"{m}_stderr")) for m in ("acc", "acc_norm"))
+        cells = (percent(part.get(m), part.get(f"{m}_stderr")) for m in ("acc", "acc_norm"))
         lines.append(f"| {protocol} | {' | '.join(cells)} |")
     return "\n".join(
         [
@@ -120,12 +122,6 @@ def _score(scored: Values) -> str:
             "-m .` scores this checkpoint by both.",
         ]
     )
-
-
-def _share(value: float | None, error: float | None) -> str:
-    if value is None:
-        return "-"
-    return f"{100 * value:.2f} %" + (f" ± {100 * error:.2f}" if error is not None else "")
 
 
 def _data(run: Values) -> str:

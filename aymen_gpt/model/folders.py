@@ -1,9 +1,16 @@
 """Where the checkpoints of a run are, and which of them can be trusted. Needs no torch."""
 
-import json
+import re
+from collections.abc import Callable
 from pathlib import Path
 
-from aymen_gpt.files import sha256
+from aymen_gpt.errors import DataError
+from aymen_gpt.files import read_json, sha256
+
+MODEL = ("config.json", "model.safetensors")  # the files that a model is read from
+TRAINING = (*MODEL, "state.json", "optimizer.safetensors")  # and those that its training goes on from
+NAME = re.compile(r"step-([0-9]{9})")
+_hashes: dict[tuple[int, ...], str] = {}  # what this process has read, by device, inode, size and time of change
 
 
 def checkpoint_folder(run: Path, step: int) -> Path:
@@ -11,45 +18,65 @@ def checkpoint_folder(run: Path, step: int) -> Path:
 
 
 def checkpoints(run: Path) -> list[Path]:
-    """Checkpoint folders of a run, newest first, damaged ones included."""
-    return sorted((run / "checkpoints").glob("step-?????????"), reverse=True)
+    """Checkpoint folders of a run, newest first, damaged ones included; DataError when they cannot be listed."""
+    folder = run / "checkpoints"
+    try:
+        return sorted((p for p in folder.iterdir() if NAME.fullmatch(p.name)), reverse=True)
+    except FileNotFoundError:
+        return []
+    except OSError as error:
+        raise DataError(f"cannot read {folder}: {error.strerror}") from None
 
 
 def step_of(checkpoint: Path) -> int:
     return int(checkpoint.name.removeprefix("step-"))
 
 
-def problem(checkpoint: Path) -> str | None:
-    """Why a checkpoint cannot be trusted, in words; None when every file is as its manifest says."""
+def problem(checkpoint: Path, needed: tuple[str, ...] = TRAINING, *, remember: bool = False) -> str | None:
+    """Why a checkpoint cannot be trusted, in words; None when each needed file is as the manifest says.
+
+    With ``remember`` a file that this process has read before is not read again, unless its size, inode or time of
+    change is another.
+    """
     try:
-        files = json.loads((checkpoint / "manifest.json").read_text())["files"]
-    except (OSError, ValueError, KeyError):
+        manifest = read_json(checkpoint / "manifest.json")
+    except DataError:
         return "manifest.json is missing or unreadable"
-    for name, expected in files.items():
-        path = checkpoint / name
-        if Path(name).name != name:
-            return f"manifest.json names a file outside the folder: {name}"
-        if not path.is_file():
+    step, files = manifest.get("step"), manifest.get("files")
+    if NAME.fullmatch(checkpoint.name) and step != step_of(checkpoint):
+        return f"manifest.json is that of step {step}"
+    for name in needed:
+        entry = files.get(name) if isinstance(files, dict) else None
+        size, hashed = (entry.get("bytes"), entry.get("sha256")) if isinstance(entry, dict) else (None, None)
+        if not isinstance(size, int) or not isinstance(hashed, str):
+            return f"manifest.json does not have the size and sha256 of {name}"
+        try:
+            status = (checkpoint / name).stat()
+            if status.st_size != size:
+                return f"{name} is {status.st_size:,} bytes, its manifest says {size:,}"
+            version = (status.st_dev, status.st_ino, status.st_size, status.st_mtime_ns)
+            if not (remember and version in _hashes):
+                _hashes[version] = sha256(checkpoint / name)
+        except FileNotFoundError:
             return f"{name} is missing"
-        if path.stat().st_size != expected["bytes"]:
-            return f"{name} is {path.stat().st_size:,} bytes, its manifest says {expected['bytes']:,}"
-        if sha256(path) != expected["sha256"]:
+        except OSError as error:
+            return f"{name} cannot be read: {error.strerror}"
+        if _hashes[version] != hashed:
             return f"{name} has another sha256 than its manifest says"
     return None
 
 
-def strangers(checkpoint: Path) -> list[str]:
-    """Names in a checkpoint's folder that its manifest does not know."""
-    known = json.loads((checkpoint / "manifest.json").read_text())["files"]
-    return sorted(p.name for p in checkpoint.iterdir() if p.name not in known and p.name != "manifest.json")
+def model_problem(checkpoint: Path) -> str | None:
+    """Why the model of a checkpoint cannot be trusted; its training state may be damaged or gone."""
+    return problem(checkpoint, MODEL)
 
 
-def latest_valid(run: Path) -> tuple[Path | None, list[str]]:
-    """The newest checkpoint that verifies, and one line for each newer one that does not."""
+def latest_valid(run: Path, why: Callable[[Path], str | None] = problem) -> tuple[Path | None, list[str]]:
+    """The newest checkpoint that ``why`` has nothing against, and one line for each newer one."""
     problems: list[str] = []
     for folder in checkpoints(run):
-        why = problem(folder)
-        if why is None:
+        reason = why(folder)
+        if reason is None:
             return folder, problems
-        problems.append(f"{folder}: {why}")
+        problems.append(f"{folder}: {reason}")
     return None, problems

@@ -5,7 +5,10 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
+from aymen_gpt.errors import DataError
 from aymen_gpt.model.gpt import GPT
+
+COLD = 1e-6  # logits divided by less would overflow
 
 
 def choose(
@@ -18,11 +21,11 @@ def choose(
 ) -> int:
     """One token id drawn from logits (V,).
 
-    ``temperature`` divides the logits, 0 takes the likeliest token; ``top_k`` keeps the k likeliest;
-    ``top_p`` keeps the smallest set of likeliest tokens with at least that probability (nucleus sampling,
-    arXiv:1904.09751). The order is temperature, top_k, top_p, as in transformers.
+    ``temperature`` divides the logits, 0 (or less than COLD) takes the likeliest token; ``top_k`` keeps the k
+    likeliest; ``top_p`` keeps the smallest set of likeliest tokens with at least that probability (nucleus
+    sampling, arXiv:1904.09751). The order is temperature, top_k, top_p, as in transformers.
     """
-    if temperature == 0:
+    if temperature < COLD:
         return int(logits.argmax())
     logits = logits.float() / temperature
     if top_k is not None and top_k < logits.numel():
@@ -31,6 +34,7 @@ def choose(
     if top_p is not None and top_p < 1:
         ordered, order = probabilities.sort(descending=True)
         dropped = ordered.cumsum(-1) - ordered >= top_p  # the mass before a token already suffices
+        dropped[0] = False  # whatever top_p is rounded to
         probabilities[order[dropped]] = 0.0
     return int(torch.multinomial(probabilities, 1, generator=generator))
 
@@ -60,7 +64,8 @@ def generate(
     """Yield up to ``max_tokens`` token ids that continue ``prompt``, ending before the token ``stop``.
 
     The same seed gives the same tokens on the same device. A text longer than the model's context goes on
-    from its later half (positions are absolute, so cached keys cannot slide).
+    from its later half (positions are absolute, so cached keys cannot slide). Raises DataError when the
+    logits are not finite.
     """
     check_sampling(temperature, top_k, top_p)
     if not prompt:
@@ -74,6 +79,8 @@ def generate(
             fresh, caches = len(tokens), model.new_caches(1)
         hidden = model.hidden(torch.tensor([tokens[-fresh:]], device=device), caches)  # (1, fresh, C)
         logits = model.logits(hidden[0, -1])  # (V,)
+        if not logits.max().isfinite():  # NaN is the largest
+            raise DataError("the model gives logits that are not finite: there is no text to draw from them")
         token = choose(logits, temperature=temperature, top_k=top_k, top_p=top_p, generator=generator)
         if token == stop:
             return

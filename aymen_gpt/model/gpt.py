@@ -13,7 +13,6 @@ Letters in the shape comments:
 """
 
 import math
-from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -126,9 +125,6 @@ def attention(qkv: Tensor, n_head: int, cache: LayerCache | None = None, mask: T
 
 
 class CausalSelfAttention(nn.Module):
-    # Without a cache; a trainer may know a faster one for its device.
-    attention: Callable[[Tensor, int], Tensor] = staticmethod(attention)
-
     def __init__(self, config: GPTConfig) -> None:
         super().__init__()
         self.n_head = config.n_head
@@ -137,9 +133,7 @@ class CausalSelfAttention(nn.Module):
 
     def forward(self, x: Tensor, cache: LayerCache | None = None, mask: Tensor | None = None) -> Tensor:
         qkv = self.c_attn(x)  # (B, T, 3C)
-        plain = cache is None and mask is None
-        y = self.attention(qkv, self.n_head) if plain else attention(qkv, self.n_head, cache, mask)
-        return self.c_proj(y)  # (B, T, C)
+        return self.c_proj(attention(qkv, self.n_head, cache, mask))  # (B, T, C)
 
 
 class MLP(nn.Module):

@@ -24,7 +24,7 @@ TRANSPOSED = ("attn.c_attn.weight", "attn.c_proj.weight", "mlp.c_fc.weight", "ml
 SIZES = {"block_size": "n_positions"} | {name: name for name in ("vocab_size", "n_layer", "n_head", "n_embd")}
 VOCAB_SIZE = GPTConfig.vocab_size  # rows of an embedding past GPT-2's 50,257 are padding ...
 MOST_ROWS = 51_200  # ... up to here, where Megatron-LM pads to on 8 GPUs; with more they are of another tokenizer
-EOT = 50256  # <|endoftext|>, GPT-2's only special token
+EOT = VOCAB_SIZE - 1  # <|endoftext|>, GPT-2's only special token
 
 
 def to_huggingface(tensors: dict[str, Tensor], vocab_size: int) -> dict[str, Tensor]:

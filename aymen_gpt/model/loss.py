@@ -6,12 +6,13 @@ into gradients on the spot (softmax minus one-hot) and dropped. The result is th
 ``F.cross_entropy(F.linear(hidden, weight).float(), targets, reduction="sum")`` and its backward.
 """
 
-from functools import lru_cache
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+
+from aymen_gpt.model import cpu
 
 SMALL = 1e-37  # float32 keeps 24 bits of a probability down to here, 86 nats; below, fewer and fewer
 
@@ -34,7 +35,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
         loss = hidden.new_zeros((), dtype=torch.float32)
         d_hidden = torch.empty_like(hidden) if with_grad else None  # (N, C)
         d_weight: Tensor | None = None  # (Vp, C)
-        logits_room, p_room = _rooms(chunk_tokens, w)
+        logits_room, p_room = cpu.rooms(chunk_tokens, w)
         piece = chunk_tokens if p_room is None else p_room.size(0)
         for start in range(0, hidden.size(0), chunk_tokens):
             part = slice(start, start + chunk_tokens)
@@ -78,20 +79,9 @@ def _log_p(logits: Tensor, t: Tensor, vocab_size: int, p_room: Tensor | None, wi
     return log_p
 
 
-def _rooms(rows: int, w: Tensor) -> tuple[Tensor, Tensor] | tuple[None, None]:
-    """Memory for the logits (rows, Vp), and for the float32 softmax of a few of them, 6 MB that stay in the cache.
-
-    On a CPU one place for all calls is faster, and keeps the heap from falling into pieces. A compiler plans its
-    memory itself, and so does CUDA's allocator: None there.
-    """
-    if w.device.type != "cpu" or torch.compiler.is_compiling():
-        return None, None
-    return _cpu_rooms(rows, w.size(0), w.dtype)
-
-
-@lru_cache(maxsize=1)
-def _cpu_rooms(rows: int, columns: int, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-    return torch.empty(rows, columns, dtype=dtype), torch.empty(32, columns)
+def default_chunk(device: str) -> int:
+    """Tokens whose logits exist at once, on a type of device."""
+    return 1024 if device == "cpu" else 8192
 
 
 def linear_cross_entropy(
@@ -108,7 +98,7 @@ def linear_cross_entropy(
     device = hidden.device.type
     dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else hidden.dtype
     if chunk_tokens is None:
-        chunk_tokens = 1024 if device == "cpu" else 8192
+        chunk_tokens = default_chunk(device)
     with_grad = torch.is_grad_enabled() and (hidden.requires_grad or weight.requires_grad)
     flat = hidden.reshape(-1, hidden.size(-1))
     with torch.autocast(device, enabled=False):

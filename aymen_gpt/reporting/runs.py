@@ -1,9 +1,10 @@
 """A run folder, read: ``read_run(Path("runs/demo"))`` -> Run, whatever state the run is in.
 
-    config.json     everything resolved           one object, any key may be absent
-    metrics.jsonl   one object a line, a step     the last line may be half-written: it is counted, not used
-    status.json     running, stopped, done, ...   absent in runs older than it
-    samples.md      `## step 150`, `> prompt`, text between four backticks
+    config.json      everything resolved           one object, any key may be absent
+    metrics.jsonl    one object a line, a step     the last line may be half-written: it is counted, not used
+    samples.jsonl    one object a line, a sample   likewise
+    status.json      running, stopped, done, ...   absent in runs older than it
+    hellaswag.json   what `hellaswag.py --json` wrote, if it was told to write here
 
 The trainer may be writing while we read. So nothing here insists: what cannot be read is left out and said
 in ``Run.problems``; only a folder with no run in it is an error.
@@ -11,18 +12,15 @@ in ``Run.problems``; only a folder with no run in it is an error.
 
 import json
 import math
-import re
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from aymen_gpt.errors import DataError
+from aymen_gpt.files import read_json
 
 Row = dict[str, Any]
 Series = list[tuple[float, float | None]]  # (step, value), None where the value was NaN or infinite
-
-_STEP = re.compile(r"## step (\d[\d,]{0,17})\s*")
-_FENCE = re.compile(r"(`{3,})\w*\s*")
 
 
 @dataclass(frozen=True)
@@ -38,30 +36,56 @@ class Sample:
 class Score:
     """One HellaSwag measurement by one protocol; accuracies and standard errors in 0..1."""
 
-    step: int
+    step: int | None
     protocol: str
     n: int | None
+    file: str  # that says so
     acc: float | None
     acc_stderr: float | None
     acc_norm: float | None
     acc_norm_stderr: float | None
 
+    @property
+    def metric(self) -> str:
+        """The accuracy to show: acc_norm where there is one."""
+        return "acc" if self.acc_norm is None else "acc_norm"
+
+    @property
+    def value(self) -> float:
+        return (self.acc or 0.0) if self.acc_norm is None else self.acc_norm
+
+    @property
+    def error(self) -> float | None:
+        return self.acc_stderr if self.acc_norm is None else self.acc_norm_stderr
+
 
 @dataclass(frozen=True)
 class Run:
-    """Everything a run folder says, rows in order of their step."""
+    """Everything a run folder says, rows and samples in order of their step."""
 
     folder: Path
     config: dict[str, Any]
     rows: list[Row]
     status: dict[str, Any]
     samples: list[Sample]
-    n_bad_lines: int = 0
+    hellaswag: dict[str, Any] = field(default_factory=dict)
     problems: list[str] = field(default_factory=list)
+    _series: dict[str, Series] = field(default_factory=dict, repr=False)
 
     @property
     def name(self) -> str:
         return str(self.get("run", "name") or self.folder.resolve().name)
+
+    @property
+    def step(self) -> int:
+        """The last step that was logged."""
+        return self.rows[-1]["step"] if self.rows else 0
+
+    @property
+    def tokens_per_step(self) -> float | None:
+        """As the last row has it, or config.json."""
+        tokens = self.last("tokens")
+        return tokens / self.step if tokens and self.step else number(self.get("run", "tokens_per_step"))
 
     def get(self, *keys: str) -> Any:
         """A value of config.json by its path, None where any part is absent: get("model", "n_layer")."""
@@ -72,7 +96,9 @@ class Run:
 
     def series(self, key: str) -> Series:
         """(step, value) of every row that has ``key``; None where the value is not a finite number."""
-        return [(row["step"], number(row[key])) for row in self.rows if key in row]
+        if key not in self._series:  # a page asks a dozen times, a long run has 100,000 rows
+            self._series[key] = [(row["step"], number(row[key])) for row in self.rows if key in row]
+        return self._series[key]
 
     def last(self, key: str) -> float | None:
         """The latest finite value of ``key``."""
@@ -80,9 +106,18 @@ class Run:
         return next((v for v in values if v is not None), None)
 
     def scores(self, protocol: str) -> list[Score]:
-        """The HellaSwag measurements made by ``protocol`` ("completion" or "harness")."""
-        found = (_score(r["step"], r["hellaswag"], protocol) for r in self.rows if "hellaswag" in r)
-        return [s for s in found if s is not None]
+        """The HellaSwag measurements by ``protocol`` made while training, in order of their step."""
+        found = (_score(row["step"], row["hellaswag"], protocol) for row in self.rows if "hellaswag" in row)
+        return [score for score in found if score is not None]
+
+    def score(self, protocol: str) -> Score | None:
+        """The newest measurement, and of one step that of most examples: of training or of hellaswag.json.
+
+        A hellaswag.json that does not name its step counts as the last step's.
+        """
+        file = _score(whole(self.hellaswag.get("step")), self.hellaswag, protocol, "hellaswag.json")
+        known = self.scores(protocol) + ([file] if file else [])
+        return max(known, key=lambda s: (self.step if s.step is None else s.step, s.n or 0), default=None)
 
 
 def number(value: Any) -> float | None:
@@ -94,16 +129,18 @@ def number(value: Any) -> float | None:
     return float(value) if abs(value) < 10**300 else None
 
 
-def _score(step: int, found: Any, protocol: str) -> Score | None:
-    """Both forms of a row's "hellaswag": {n, completion: {acc...}, harness: {...}} and {protocol, n, acc...}."""
-    if not isinstance(found, dict):
-        return None
-    part = found if found.get("protocol") == protocol else found.get(protocol)
+def whole(value: Any) -> int | None:
+    """``value`` as a count or a step, None if it is none."""
+    return value if isinstance(value, int) and not isinstance(value, bool) and 0 <= value < 2**63 else None
+
+
+def _score(step: int | None, found: Any, protocol: str, file: str = "metrics.jsonl") -> Score | None:
+    """A part of {"n": 250, "completion": {"acc": ...}, "harness": {...}}."""
+    part = found.get(protocol) if isinstance(found, dict) else None
     if not isinstance(part, dict):
         return None
-    n = number(part.get("n", found.get("n")))
     values = (number(part.get(key)) for key in ("acc", "acc_stderr", "acc_norm", "acc_norm_stderr"))
-    score = Score(step, protocol, None if n is None else int(n), *values)
+    score = Score(step, protocol, whole(found.get("n")), file, *values)
     return None if score.acc_norm is None and score.acc is None else score
 
 
@@ -116,80 +153,43 @@ def _read_text(path: Path) -> str | None:
 
 
 def read_object(path: Path, problems: list[str] | None = None) -> dict[str, Any]:
-    """The JSON object in ``path``; {} when there is none, which ``problems`` is told unless no file is there."""
-    text = _read_text(path)
-    if text is None:
+    """The JSON object in ``path``, {} where there is none; ``problems`` gets a line if a file is there."""
+    if not path.is_file():
         return {}
     try:
-        value = json.loads(text)
-    except (ValueError, RecursionError):
-        value = None
-    if not isinstance(value, dict):
+        return read_json(path)
+    except DataError as error:
         if problems is not None:
-            problems.append(f"{path.name} is not a JSON object and is left out.")
+            problems.append(f"{error}; left out here.")
         return {}
-    return value
 
 
-def parse_metrics(text: str) -> tuple[list[Row], int]:
-    """Rows in order of their step, and how many lines were none (half-written, or without a step).
-
-    Lines of one step are one row, the later line's keys winning:
-    '{"step": 1, "loss": 9}\\n{"step": 1, "val_loss": 8}\\n{"ste' -> [{step: 1, loss: 9, val_loss: 8}], 1
-    """
-    rows: dict[int, Row] = {}
-    n_bad = 0
-    for line in text.split("\n"):
+def read_lines(path: Path, problems: list[str]) -> list[Row]:
+    """The objects with a step in a .jsonl file, in order of their step; ``problems`` is told of other lines."""
+    found, n_bad = [], 0
+    for line in (_read_text(path) or "").split("\n"):
         if not line.strip():
             continue
         try:
             row = json.loads(line)
-            step = row["step"]
-            if isinstance(step, bool) or not isinstance(step, int) or not 0 <= step < 2**63:
-                raise ValueError(f"step is {step!r}")
-        except (ValueError, TypeError, KeyError, RecursionError):
-            n_bad += 1
-            continue
-        rows.setdefault(step, {}).update(row)
-    return [rows[step] for step in sorted(rows)], n_bad
-
-
-def parse_samples(text: str) -> list[Sample]:
-    """The samples in order of their step. Where a step was written twice (a resume), its later section counts.
-
-    An unclosed fence ends at the next `## step N` line, and text outside fences is taken as it is.
-    """
-    sections: dict[int, list[Sample]] = {}
-    step, prompt, fence = 0, [], ""  # type: int, list[str], str
-    body: list[str] = []
-
-    def close() -> None:
-        if step in sections and "".join(body).strip():
-            sections[step].append(Sample(step, "\n".join(prompt), "\n".join(body).strip("\n")))
-        body.clear()
-
-    for line in text.split("\n"):
-        line = line.rstrip("\r")
-        if header := _STEP.fullmatch(line):
-            close()
-            step, prompt, fence = int(header[1].replace(",", "")), [], ""
-            sections[step] = []
-        elif fence:
-            if line.strip() == fence:
-                close()
-                prompt, fence = [], ""
-            else:
-                body.append(line)
-        elif opened := _FENCE.fullmatch(line):
-            close()
-            fence = opened[1]
-        elif line.startswith(">"):
-            close()
-            prompt = prompt + [line[1:].removeprefix(" ")]
+        except (ValueError, RecursionError):
+            row = None
+        if isinstance(row, dict) and whole(row.get("step")) is not None:
+            found.append(row)
         else:
-            body.append(line)
-    close()
-    return [sample for step in sorted(sections) for sample in sections[step]]
+            n_bad += 1
+    if n_bad:
+        lines = "1 line" if n_bad == 1 else f"{n_bad:,} lines"
+        problems.append(f"{lines} of {path.name} could not be read (half-written or damaged), left out here.")
+    return sorted(found, key=lambda row: row["step"])
+
+
+def merged(rows: list[Row]) -> list[Row]:
+    """Rows of one step as one row, the later one's keys winning."""
+    by_step: dict[int, Row] = {}
+    for row in rows:
+        by_step.setdefault(row["step"], {}).update(row)
+    return list(by_step.values())
 
 
 def read_run(folder: Path) -> Run:
@@ -198,11 +198,10 @@ def read_run(folder: Path) -> Run:
     if not any((folder / name).is_file() for name in ("config.json", "metrics.jsonl", "status.json")):
         raise DataError(f"no run in {folder}: expected config.json or metrics.jsonl there (python pretrain.py)")
     problems: list[str] = []
-    config = read_object(folder / "config.json", problems)
-    status = read_object(folder / "status.json", problems)
-    rows, n_bad = parse_metrics(_read_text(folder / "metrics.jsonl") or "")
-    if n_bad:
-        lines = "1 line" if n_bad == 1 else f"{n_bad:,} lines"
-        problems.append(f"{lines} of metrics.jsonl could not be read (half-written or damaged), left out here.")
-    samples = parse_samples(_read_text(folder / "samples.md") or "")
-    return Run(folder, config, rows, status, samples, n_bad, problems)
+    config, status, hellaswag = (
+        read_object(folder / name, problems) for name in ("config.json", "status.json", "hellaswag.json")
+    )
+    rows = merged(read_lines(folder / "metrics.jsonl", problems))
+    written = read_lines(folder / "samples.jsonl", problems)
+    samples = [Sample(row["step"], str(row.get("prompt", "")), str(row.get("text", ""))) for row in written]
+    return Run(folder, config, rows, status, samples, hellaswag, problems)

@@ -5,7 +5,7 @@
         optimizer.safetensors    exp_avg.NAME and exp_avg_sq.NAME, in GPT-2's names and layout     ours
         state.json               step, rows consumed, the run's configuration, the step's metrics  ours
         README.md                model card: what it is, its scores, how to make it again          ours
-        manifest.json            size and sha256 of every file above, written last                 ours
+        manifest.json            step, size and sha256 of every file above, written last           ours
 
 Published by writing beside, syncing, hashing and renaming, from copies in memory while training goes on. No
 random state is kept, since there is none: the initial weights, the data order and the samples are functions of
@@ -15,12 +15,14 @@ the seed and the step alone.
 import errno
 import json
 import os
+import re
 import shutil
 from collections.abc import Callable
-from dataclasses import asdict, dataclass, field
+from contextlib import suppress
+from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from threading import Thread
-from typing import Any
+from typing import Any, get_origin
 
 import torch
 from safetensors import SafetensorError
@@ -29,14 +31,16 @@ from torch import Tensor
 
 from aymen_gpt.data import tokenizer
 from aymen_gpt.errors import AymenError, CannotWrite, DataError
-from aymen_gpt.files import sha256, sync
+from aymen_gpt.files import json_object, read_json, set_aside, sha256, sync
 from aymen_gpt.model.card import card
 from aymen_gpt.model.folders import checkpoint_folder, checkpoints, problem, step_of
 from aymen_gpt.model.gpt import GPT, GPTConfig
 from aymen_gpt.model.huggingface import EOT, config_to_huggingface, from_huggingface, to_huggingface
 from aymen_gpt.training import optim
+from aymen_gpt.training.guard import Guard
 
 FORMAT = 2
+PARTIAL = re.compile(r"\.tmp-step-[0-9]{9}-[0-9]+")
 Tensors = dict[str, Tensor]
 
 
@@ -98,30 +102,53 @@ def first_not_finite(tensors: Tensors) -> str | None:
     return next((name for name, t in tensors.items() if not torch.isfinite(t).all()), None)
 
 
-def publish(run: Path, captured: Capture, snapshot: Snapshot, *, keep_last: int, keep_every: int = 0) -> Path:
+def publish(
+    run: Path, captured: Capture, snapshot: Snapshot, *, keep_last: int, keep_every: int | None = None
+) -> Path:
     """Write the checkpoint of ``snapshot.step``, then drop old ones; its folder.
 
-    The newest ``keep_last`` stay, and those whose step is a multiple of ``keep_every``. Raises CannotWrite when
-    the disk is full or read-only; older checkpoints are untouched then.
+    The newest ``keep_last`` stay, and those whose step is a multiple of ``keep_every``. What is written is read
+    back before it gets its name. Raises CannotWrite when that fails, the disk is full or read-only; older
+    checkpoints are untouched then. A whole checkpoint of this step stays, anything else there is set aside.
     """
     final = checkpoint_folder(run, snapshot.step)
     partial = final.with_name(f".tmp-{final.name}-{os.getpid()}")
     try:
-        shutil.rmtree(partial, ignore_errors=True)
-        partial.mkdir(parents=True)
-        _require_space(partial, captured.n_bytes)
-        _write_files(partial, captured, snapshot)
-        _write_manifest(partial, snapshot.step)
-        shutil.rmtree(final, ignore_errors=True)  # only ever a damaged one: valid steps are not retaken
-        os.replace(partial, final)
-        sync(final.parent)
+        if unusable(final):
+            _write_folder(partial, captured, snapshot)
+            if os.path.lexists(final):
+                set_aside(final)
+            os.replace(partial, final)
+            sync(final.parent)
     except (OSError, SafetensorError) as error:
-        shutil.rmtree(partial, ignore_errors=True)
         reason = getattr(error, "strerror", None) or str(error)
         raise CannotWrite(f"cannot save step {snapshot.step} in {final.parent}: {reason}") from error
-    if problem(final) is None:
-        _drop_old(run, keep_last, keep_every)
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
+    _drop_old(run, snapshot.step, keep_last, keep_every)
     return final
+
+
+def unusable(folder: Path, *, remember: bool = False) -> str | None:
+    """Why training cannot go on from a checkpoint, in words, or None; ``remember`` as in ``problem``."""
+    why = problem(folder, remember=remember)
+    if why:
+        return why
+    try:
+        step, of_manifest = read_snapshot(folder).step, read_json(folder / "manifest.json").get("step")
+    except DataError as error:
+        return str(error)
+    return None if step == of_manifest else f"state.json is that of step {step}"
+
+
+def _write_folder(partial: Path, captured: Capture, snapshot: Snapshot) -> None:
+    shutil.rmtree(partial, ignore_errors=True)
+    partial.mkdir(parents=True)
+    _require_space(partial, captured.n_bytes)
+    _write_files(partial, captured, snapshot)
+    _write_manifest(partial, snapshot.step)
+    if why := unusable(partial):
+        raise OSError(errno.EIO, f"what was written reads otherwise ({why})")
 
 
 def _require_space(folder: Path, needed: int) -> None:
@@ -131,10 +158,23 @@ def _require_space(folder: Path, needed: int) -> None:
         raise OSError(errno.ENOSPC, why)
 
 
-def _drop_old(run: Path, keep_last: int, keep_every: int) -> None:
-    for old in checkpoints(run)[keep_last:]:
-        if not (keep_every and step_of(old) % keep_every == 0):
-            shutil.rmtree(old)
+def _drop_old(run: Path, step: int, keep_last: int, keep_every: int | None) -> None:
+    """Delete what is older than the newest ``keep_last`` whole checkpoints up to ``step``, milestones excepted.
+
+    To count the whole ones costs little: the newest was hashed a moment ago, the others once in this process.
+    Damaged ones and folders of others do not count, and stay if their manifest does not have their step.
+    """
+    kept = 0
+    for old in checkpoints(run):
+        if step_of(old) > step or old.is_symlink():
+            continue
+        if kept < keep_last:
+            kept += unusable(old, remember=True) is None
+        elif not (keep_every and step_of(old) % keep_every == 0) and problem(old, needed=()) is None:
+            gone = old.with_name(f".tmp-{old.name}-{os.getpid()}")
+            with suppress(OSError):
+                old.rename(gone)  # at once, however long the deletion takes
+            shutil.rmtree(gone, ignore_errors=True)
 
 
 def _write_files(folder: Path, captured: Capture, snapshot: Snapshot) -> None:
@@ -153,13 +193,12 @@ def known_of(run: Path) -> tuple[dict[str, Any], dict[str, Any]]:
 
     A model card is no reason to lose a checkpoint.
     """
+    config: dict[str, Any] = {}
+    with suppress(DataError):
+        config = read_json(run / "config.json")
     try:
-        config = json.loads((run / "config.json").read_text())
-    except (OSError, ValueError):
-        config = {}
-    try:
-        rows = [line for line in (run / "metrics.jsonl").read_text().splitlines() if '"hellaswag"' in line]
-        return config, json.loads(rows[-1])
+        rows = [line for line in (run / "metrics.jsonl").read_bytes().splitlines() if b'"hellaswag"' in line]
+        return config, json_object(rows[-1])
     except (OSError, ValueError, IndexError):
         return config, {}
 
@@ -177,19 +216,32 @@ def _write_manifest(folder: Path, step: int) -> None:
 
 def remove_partial(run: Path) -> int:
     """Delete what a killed save left behind; how many folders that was."""
-    leftovers = list((run / "checkpoints").glob(".tmp-*"))
+    leftovers = [p for p in (run / "checkpoints").glob(".tmp-step-*") if PARTIAL.fullmatch(p.name)]
     for path in leftovers:
         shutil.rmtree(path, ignore_errors=True)
     return len(leftovers)
 
 
 def read_snapshot(folder: Path) -> Snapshot:
-    found = json.loads((folder / "state.json").read_text())
-    if found.pop("format") != FORMAT:
+    """state.json of a checkpoint; DataError when it is of another version or shape."""
+    path = folder / "state.json"
+    found = read_json(path)
+    if found.pop("format", None) != FORMAT:
         raise DataError(
-            f"{folder} was written by another version of Aymen-GPT: its model can be used, not continued"
+            f"{path} was written by another version of Aymen-GPT: its model can be used, not continued"
         )
-    return Snapshot(**found)
+    try:
+        snapshot = Snapshot(**found)
+        for f in fields(Snapshot):
+            kind = get_origin(f.type) or f.type
+            if type(getattr(snapshot, f.name)) is not kind:
+                raise TypeError(f"{f.name} is {getattr(snapshot, f.name)!r:.50}")
+        if snapshot.metrics["step"] != snapshot.step:
+            raise ValueError(f"metrics are of step {snapshot.metrics['step']!r:.50}")
+        Guard().restore(snapshot.guard)
+    except (TypeError, KeyError, ValueError, OverflowError) as error:
+        raise DataError(f"{path} is not the state of a run: {error}") from None
+    return snapshot
 
 
 def restore(folder: Path, model: GPT, optimizer: torch.optim.AdamW) -> Snapshot:
@@ -216,7 +268,7 @@ def restore(folder: Path, model: GPT, optimizer: torch.optim.AdamW) -> Snapshot:
 class Saver:
     """Publishes checkpoints in a thread while training goes on; leaving the ``with`` waits for the last one."""
 
-    def __init__(self, run: Path, *, keep_last: int, keep_every: int, warn: Callable[[str], None]) -> None:
+    def __init__(self, run: Path, *, keep_last: int, keep_every: int | None, warn: Callable[[str], None]) -> None:
         self.run, self.keep_last, self.keep_every, self.warn = run, keep_last, keep_every, warn
         self.failures = 0  # in a row
         self.error: Exception | None = None  # of the newest save

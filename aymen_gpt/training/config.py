@@ -1,102 +1,215 @@
 """Everything that defines a run, in one frozen dataclass; the flags of pretrain.py are made from its fields."""
 
-from dataclasses import dataclass, field, fields, replace
-from typing import TYPE_CHECKING, Any
+import json
+import os
+import shlex
+import tomllib
+from dataclasses import Field, asdict, dataclass, field, fields, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, get_args
 
-from aymen_gpt.errors import UsageError
+from aymen_gpt.errors import DataError, UsageError, nearest
 
 if TYPE_CHECKING:  # importing torch takes seconds that --help should not
     from aymen_gpt.model.gpt import GPTConfig
 
 WARMUP_TOKENS = 375_000_000  # of the published run: 715 steps of 2**19 tokens
-
-
-def option(default: Any, help: str, group: str) -> Any:
-    """A dataclass field that is also a flag; ``help`` is its text in --help, %s stands for the default."""
-    return field(default=default, metadata={"help": help, "group": group})
+FEW_EPOCHS, MANY_EPOCHS = (
+    4,
+    50,
+)  # arXiv:2305.16264: four epochs are nearly as good as new text, forty are worth little
+LONGEST_NAME = 255  # bytes between two slashes of a path, on all common disks
 
 
 @dataclass(frozen=True)
+class Range:
+    """Which numbers an option may have: ``low`` to ``high``, but not those in ``without``. NaN is in none.
+
+    >>> print(Range(1, 1000), "/", Range(0, 1, without=(0,)), "/", Range(0, 1, without=(1,)))
+    from 1 to 1,000 / above 0 and up to 1 / from 0 to below 1
+    """
+
+    low: float
+    high: float
+    without: tuple[float, ...] = ()
+
+    def __contains__(self, value: float) -> bool:
+        return self.low <= value <= self.high and value not in self.without
+
+    def __str__(self) -> str:
+        if self.low in self.without:
+            return f"above {self.low:,} and up to {self.high:,}"
+        return f"from {self.low:,} to {'below ' if self.high in self.without else ''}{self.high:,}"
+
+
+COUNT = Range(1, 10**9)
+SEEDS = Range(0, 2**63 - 1)
+SHARE = Range(0, 1)
+DECAY = Range(0, 1, without=(1,))
+
+
+def option(help: str, group: str, range: Range | None = None, unset: str = "", **default: Any) -> Any:
+    """A dataclass field that is also a flag; ``unset`` is the word for None, beside 0."""
+    return field(**default, metadata={"help": help, "group": group, "range": range, "unset": unset})
+
+
+@dataclass(frozen=True, kw_only=True)
 class TrainConfig:
-    """One run. The defaults are the published one: GPT-2 124M, 40B tokens of FineWeb-Edu in four epochs."""
+    """One run. The defaults are the published one: GPT-2 124M, 40B tokens of FineWeb-Edu in four epochs.
 
-    preset: str = option("gpt2", "model size and the recipe that goes with it", "run")
-    run: str = option("", "folder of the run, made or continued [runs/PRESET]", "run")
-    data: str = option("edu_fineweb10B", "folder of token shards, made by fineweb.py", "run")
-    seed: int = option(1337, "of the initial weights, the data order and the samples", "run")
-    init_from: str = option("", "start from this model's weights: gpt2, a run, a checkpoint, a .pt file", "run")
+    None stands for what is not wanted, or is for the program to choose. UsageError for a value out of its range.
+    """
 
-    steps: int = option(76_292, "updates in all: 76,292 x 524,288 tokens = 40B = 4 epochs of 10B", "recipe")
-    tokens_per_step: int = option(2**19, "tokens of one update, over all devices", "recipe")
-    block_size: int = option(1024, "tokens of one row, the model's context", "recipe")
-    learning_rate: float = option(6e-4, "peak of the cosine schedule", "recipe")
-    min_lr_ratio: float = option(0.1, "the schedule ends at this share of the peak", "recipe")
-    warmup_steps: int = option(715, "linear warmup; 375M tokens, at most 5%% of the steps", "recipe")
-    weight_decay: float = option(0.1, "of matrices and embeddings", "recipe")
-    beta1: float = option(0.9, "AdamW's decay of the mean gradient", "recipe")
-    beta2: float = option(0.95, "AdamW's decay of the mean square", "recipe")
-    grad_clip: float = option(1.0, "largest L2 norm of the gradient", "recipe")
-
-    device: str = option("auto", "auto, cpu, mps, cuda or cuda:N", "machine")
-    dtype: str = option("auto", "of matrix products: auto, float32, bfloat16 or float16", "machine")
-    micro_batch: int = option(
-        0, "rows per forward pass, or auto: the most that fit of 64 (16 on a CPU), 32, 16, ...", "machine"
+    preset: str = option("model size and the recipe that goes with it", "run", default="gpt2")
+    run: str = option("folder of the run, made or continued [runs/PRESET]", "run", default="runs/gpt2")
+    data: str = option("folder of token shards, made by fineweb.py", "run", default="edu_fineweb10B")
+    seed: int = option("of the initial weights, the data order and the samples", "run", SEEDS, default=1337)
+    init_from: str | None = option(
+        "start from this model's weights: gpt2, a run, a checkpoint, a .pt file", "run", default=None
     )
-    compile: bool | None = option(None, "torch.compile the model [only on CUDA]", "machine")
-    deterministic: bool = option(False, "the same bits on every run of a GPU too, at some speed", "machine")
-    timeout: float = option(600.0, "seconds that ranks wait for one another before they give up", "machine")
+
+    n_layer: int = option("layers [the preset's, as are the next three]", "model", Range(1, 1000))
+    n_head: int = option("attention heads of a layer", "model", Range(1, 1000))
+    n_embd: int = option("columns of the embedding, the model's width", "model", Range(1, 2**17))
+    block_size: int = option("tokens of one row, the model's context", "model", Range(1, 2**20))
+
+    steps: int = option(
+        "updates in all: 76,292 x 524,288 tokens = 40B = 4 epochs of 10B", "recipe", COUNT, default=76_292
+    )
+    tokens_per_step: int = option("tokens of one update, over all devices", "recipe", COUNT, default=2**19)
+    learning_rate: float = option(
+        "peak of the cosine schedule", "recipe", Range(0, 100, without=(0,)), default=6e-4
+    )
+    min_lr_ratio: float = option("the schedule ends at this share of the peak", "recipe", SHARE, default=0.1)
+    warmup_steps: int = option(
+        "linear warmup; 375M tokens, at most 5%% of the steps", "recipe", Range(0, 10**9), default=715
+    )
+    weight_decay: float = option("of matrices and embeddings", "recipe", Range(0, 100), default=0.1)
+    beta1: float = option("AdamW's decay of the mean gradient", "recipe", DECAY, default=0.9)
+    beta2: float = option("AdamW's decay of the mean square", "recipe", DECAY, default=0.95)
+    grad_clip: float | None = option(
+        "largest L2 norm of the gradient; 0: any", "recipe", Range(0, 10**9, without=(0,)), "off", default=1.0
+    )
+
+    device: str = option("auto, cpu, mps, cuda or cuda:N", "machine", default="auto")
+    dtype: str = option("of matrix products: auto, float32, bfloat16 or float16", "machine", default="auto")
+    micro_batch: int | None = option(
+        "rows per forward pass, or auto: the most that fit of 64 (16 on a CPU), 32, 16, ...",
+        "machine",
+        Range(1, 10**6),
+        "auto",
+        default=None,
+    )
+    compile: bool | None = option("torch.compile the model [only on CUDA]", "machine", default=None)
+    deterministic: bool = option(
+        "the same bits on every run of a GPU too, at some speed", "machine", default=False
+    )
+    timeout: float = option(
+        "seconds that ranks wait for one another before they give up",
+        "machine",
+        Range(0, 10**7, without=(0,)),
+        default=600.0,
+    )
 
     max_skips: int = option(
-        5, "steps skipped in a row, for a loss or gradient not finite, before the end", "safety"
+        "steps skipped in a row, for a loss or gradient not finite, before the end",
+        "safety",
+        Range(0, 10**9),
+        default=5,
     )
     skip_spikes: bool = option(
-        False, "skip steps whose loss or gradient norm is 6 sigma above the last 128", "safety"
+        "skip steps whose loss or gradient norm is 6 sigma above the last 128", "safety", default=False
     )
 
-    val_every: int = option(250, "steps between validations (and samples); 0: only at the end", "watching")
-    val_tokens: int = option(20 * 2**19, "tokens of one validation", "watching")
-    hellaswag_every: int = option(1000, "steps between HellaSwag scores; 0: never", "watching")
-    hellaswag_limit: int = option(0, "examples of one score, evenly spaced; 0: all 10,042", "watching")
-    checkpoint_every: int = option(1000, "steps between checkpoints; the last step always has one", "watching")
-    keep_last: int = option(3, "checkpoints kept, the oldest is deleted first; 2 or more", "watching")
-    keep_every: int = option(
-        0, "keep the checkpoints of these steps for good (every 10,000th, say); 0: none", "watching"
+    val_every: int | None = option(
+        "steps between validations (and samples); 0: only at the end", "watching", COUNT, "end", default=250
     )
-    track: str = option("", "also send the numbers to tensorboard, wandb or trackio", "watching")
+    val_tokens: int = option("tokens of one validation", "watching", Range(1, 10**12), default=20 * 2**19)
+    hellaswag_every: int | None = option(
+        "steps between HellaSwag scores; 0: never", "watching", COUNT, "never", default=1000
+    )
+    hellaswag_limit: int | None = option(
+        "examples of one score, evenly spaced; 0: all 10,042", "watching", COUNT, "all", default=None
+    )
+    checkpoint_every: int = option(
+        "steps between checkpoints; the last step always has one", "watching", COUNT, default=1000
+    )
+    keep_last: int = option(
+        "checkpoints kept, the oldest is deleted first; 2 or more, so that a damaged one is never the only one",
+        "watching",
+        Range(2, 10**9),
+        default=3,
+    )
+    keep_every: int | None = option(
+        "keep the checkpoints of these steps for good (every 10,000th, say); 0: none",
+        "watching",
+        COUNT,
+        "none",
+        default=None,
+    )
+    track: str | None = option("also send the numbers to tensorboard, wandb or trackio", "watching", default=None)
 
     def __post_init__(self) -> None:
-        positive = "steps tokens_per_step block_size learning_rate grad_clip val_tokens checkpoint_every timeout"
-        for name in positive.split():
-            if not getattr(self, name) > 0:
-                raise UsageError(f"{flag(name)} must be above 0, got {getattr(self, name)}")
         for f in fields(self):
-            value = getattr(self, f.name)
-            if isinstance(value, int | float) and value < 0:
-                raise UsageError(f"{flag(f.name)} must not be negative, got {value}")
-        if self.keep_last < 2:
-            raise UsageError(
-                f"--keep-last {self.keep_last}: 2 or more, so that a damaged checkpoint is never the only one"
-            )
-        if self.tokens_per_step % self.block_size:
-            raise UsageError(
-                f"--tokens-per-step {self.tokens_per_step} is not a multiple of --block-size {self.block_size}: "
-                f"try {max(self.tokens_per_step // self.block_size, 1) * self.block_size}"
-            )
+            check(f, getattr(self, f.name))
+        for name, divisor in (("tokens_per_step", "block_size"), ("n_embd", "n_head")):
+            value, unit = getattr(self, name), getattr(self, divisor)
+            if value % unit:
+                raise UsageError(
+                    f"{flag(name)} {value} is not a multiple of {flag(divisor)} {unit}: "
+                    f"try {max(value // unit, 1) * unit}"
+                )
 
     @property
     def model(self) -> "GPTConfig":
-        """The preset's shape at this run's context length."""
-        from aymen_gpt.model.gpt import PRESETS
+        """The shape of this run's GPT."""
+        from aymen_gpt.model.gpt import GPTConfig
 
-        return replace(PRESETS[self.preset], block_size=self.block_size)
+        return GPTConfig(block_size=self.block_size, n_layer=self.n_layer, n_head=self.n_head, n_embd=self.n_embd)
 
     @property
     def rows_per_step(self) -> int:
         return self.tokens_per_step // self.block_size
 
+    def require_rows(self, world_size: int) -> None:
+        """UsageError when a step has fewer rows than there are processes to share them."""
+        if self.rows_per_step < world_size:
+            raise UsageError(
+                f"{world_size} processes for {self.rows_per_step} rows a step: use fewer, or raise "
+                f"--tokens-per-step to at least {world_size * self.block_size}"
+            )
+
     def largest_micro_batch(self, *, on_cuda: bool) -> int:
         """Rows of one forward pass where a rank has as many and they fit in memory."""
         return self.micro_batch or (64 if on_cuda else 16)
+
+
+def kind(f: Field[Any]) -> type:
+    """The type of an option's value, when it is not None."""
+    return next(t for t in get_args(f.type) or (f.type,) if t is not type(None))
+
+
+def check(f: Field[Any], value: Any) -> None:
+    """UsageError, naming the option and what it may be, for a value that is of another type or out of range."""
+    if value is None and type(None) in get_args(f.type):
+        return
+    wanted, range = kind(f), f.metadata["range"]
+    if wanted is bool:
+        right = isinstance(value, bool)
+    elif wanted is str:
+        right = isinstance(value, str) and value.strip() != "" and "\0" not in value
+        right = right and all(len(os.fsencode(part)) <= LONGEST_NAME for part in value.split("/"))
+    else:
+        right = isinstance(value, int if wanted is int else int | float) and not isinstance(value, bool)
+        right = right and value in range
+    if not right:
+        words = {
+            bool: "true or false",
+            str: f"a name of 1 to {LONGEST_NAME} bytes",
+            int: f"a whole number {range}",
+        }
+        shown = repr(value) if isinstance(value, str) else str(value)
+        raise UsageError(f"{flag(f.name)} {shown[:60]}: expected {words.get(wanted, f'a number {range}')}")
 
 
 def flag(name: str) -> str:
@@ -109,13 +222,12 @@ def _gpt3(learning_rate: float, tokens_per_step: int) -> dict[str, Any]:
     return {
         "learning_rate": learning_rate,
         "tokens_per_step": tokens_per_step,
-        "block_size": 2048,
         "steps": 300_000_000_000 // tokens_per_step,
     }
 
 
-# What each preset changes of TrainConfig's defaults. OpenAI never published GPT-2's own rates: its larger sizes
-# take those of the GPT-3 model of the same size.
+# What each preset changes of TrainConfig's defaults; its shape stands in model/gpt.py. OpenAI never published
+# GPT-2's own rates: its larger sizes take those of the GPT-3 model of the same size.
 RECIPES: dict[str, dict[str, Any]] = {
     "gpt2": {},
     "gpt2-medium": {"learning_rate": 3e-4},
@@ -131,7 +243,6 @@ RECIPES: dict[str, dict[str, Any]] = {
     "gpt3-175b": _gpt3(0.6e-4, 3 * 2**20),
     "demo": {
         "data": "data/builtin",
-        "block_size": 256,
         "steps": 1000,
         "tokens_per_step": 1024,
         "learning_rate": 3e-3,
@@ -143,13 +254,12 @@ RECIPES: dict[str, dict[str, Any]] = {
     },
     "tiny": {
         "data": "data/builtin",
-        "block_size": 64,
         "steps": 20,
         "tokens_per_step": 512,
         "learning_rate": 3e-3,
         "val_every": 10,
         "val_tokens": 2**10,
-        "hellaswag_every": 0,
+        "hellaswag_every": None,
         "checkpoint_every": 10,
     },
 }
@@ -157,12 +267,72 @@ RECIPES: dict[str, dict[str, Any]] = {
 
 def resolve(given: dict[str, Any]) -> TrainConfig:
     """The run that a preset and the explicitly given options describe; UsageError for one that makes no sense."""
-    preset = given.get("preset", "gpt2")
+    from aymen_gpt.model.gpt import PRESETS
+
+    preset = given.get("preset", TrainConfig.preset)
+    check(next(f for f in fields(TrainConfig) if f.name == "preset"), preset)
     if preset not in RECIPES:
-        raise UsageError(f"--preset {preset}: expected one of {', '.join(RECIPES)}")
-    chosen = {"run": f"runs/{preset}"} | RECIPES[preset] | given
-    if "warmup_steps" not in chosen:
-        steps = chosen.get("steps", TrainConfig.steps)
-        tokens = chosen.get("tokens_per_step", TrainConfig.tokens_per_step)
-        chosen["warmup_steps"] = min(WARMUP_TOKENS // max(tokens, 1), steps // 20)
-    return TrainConfig(**chosen)
+        raise UsageError(f"--preset {preset}: expected {', '.join(RECIPES)}{nearest(preset, RECIPES)}")
+    shape = {name: size for name, size in asdict(PRESETS[preset]).items() if name != "vocab_size"}
+    chosen = {"run": f"runs/{preset}"} | shape | RECIPES[preset] | given
+    for f in fields(TrainConfig):
+        value = chosen.get(f.name)
+        if f.metadata["unset"] and value in (0, f.metadata["unset"]):
+            chosen[f.name] = None
+        elif kind(f) is int and isinstance(value, float) and value.is_integer():  # 1e8 in a TOML file
+            chosen[f.name] = int(value)
+    config = TrainConfig(**chosen)
+    if "warmup_steps" in chosen:
+        return config
+    return replace(config, warmup_steps=min(WARMUP_TOKENS // config.tokens_per_step, config.steps // 20))
+
+
+def read_options(path: Path) -> dict[str, Any]:
+    """The options that a TOML file gives by their names, or those of a run, from its config.json.
+
+    DataError for a file that cannot be read, UsageError for a name that is no option.
+    """
+    try:
+        text = path.read_text(encoding="utf-8")
+        found = json.loads(text) if path.suffix == ".json" else tomllib.loads(text)
+    except OSError as error:
+        raise DataError(f"--config {path}: {error.strerror}") from None
+    except (ValueError, RecursionError) as error:
+        raise DataError(f"--config {path} is no {'JSON' if path.suffix == '.json' else 'TOML'}: {error}") from None
+    if not isinstance(found, dict):
+        raise DataError(f"--config {path}: expected options by their names")
+    if isinstance(found.get("run"), dict):  # a run's; until November 2026 "" stood for None there
+        found = {name: value for name, value in found["run"].items() if value != ""}
+    found = {name.replace("-", "_"): value for name, value in found.items()}
+    known = [f.name for f in fields(TrainConfig)]
+    for name in found.keys() - set(known):
+        raise UsageError(f"--config {path}: there is no option {name}{nearest(name, known)}")
+    return found
+
+
+def fitting(tokens: int, data: str) -> str:
+    """The command of a run that suits ``data`` of so many training tokens, and reads them a few times."""
+    preset = "gpt2" if tokens >= 10**9 else "demo"
+    recipe = {name: getattr(TrainConfig, name) for name in ("steps", "tokens_per_step", "data")} | RECIPES[preset]
+    steps = int(float(f"{max(FEW_EPOCHS * tokens // recipe['tokens_per_step'], 20):.2g}"))
+    words = [] if preset == TrainConfig.preset else ["--preset", preset]
+    words += [] if data == recipe["data"] else ["--data", data]
+    words += [] if steps > 0.9 * recipe["steps"] else ["--steps", str(steps)]
+    return shlex.join(["python", "pretrain.py", *words])
+
+
+def doubts(c: TrainConfig, tokens: int | None) -> list[str]:
+    """Warnings about a run on so many training tokens (None: not known): what its user can hardly have meant."""
+    found = []
+    if c.warmup_steps > c.steps:
+        found.append(
+            f"warning: --warmup-steps {c.warmup_steps:,} is more than --steps {c.steps:,}: the rate ends at "
+            f"{c.learning_rate * c.steps / c.warmup_steps:.2g} and never reaches its peak, {c.learning_rate:g}"
+        )
+    epochs = c.steps * c.tokens_per_step / tokens if tokens else 0
+    if tokens and epochs > MANY_EPOCHS:
+        found.append(
+            f"warning: this run reads the {tokens:,} tokens of {c.data} {epochs:,.0f} times, and more than "
+            f"{FEW_EPOCHS} times teach little; what suits them: {fitting(tokens, c.data)}"
+        )
+    return found

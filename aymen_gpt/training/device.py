@@ -1,6 +1,5 @@
 """What to compute on, in which precision, chosen once at the start of a command."""
 
-import ctypes
 import math
 import os
 import platform
@@ -12,23 +11,31 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from torch.nn.attention import SDPBackend
 
-from aymen_gpt.errors import UsageError
+from aymen_gpt.errors import UsageError, nearest
 
-# Dense bf16 peak of one device in FLOP/s, from the makers' data sheets; the first name found in the device's
-# name counts. MFU is tokens/s x GPTConfig.flops_per_token / this, and is not reported for unknown devices.
-PEAK_FLOPS = {
-    "B200": 2250e12,
-    "H200": 989e12,
-    "H100 PCIe": 756e12,
-    "H100": 989e12,
-    "GH200": 989e12,
-    "A100": 312e12,
-    "L40S": 362e12,
-    "A10G": 70e12,
-    "RTX 4090": 165e12,
-    "RTX 3090": 71e12,
+
+@dataclass(frozen=True)
+class Kind:
+    """A kind of GPU, from its maker's data sheet: dense bf16 peak in FLOP/s, memory in GB."""
+
+    peak_flops: float
+    memory_gb: float
+
+
+# The first name found in the device's name counts. MFU is tokens/s x GPTConfig.flops_per_token / peak, and is not
+# reported for unknown devices.
+KINDS = {
+    "B200": Kind(2250e12, 180),
+    "GH200": Kind(989e12, 96),
+    "H200": Kind(989e12, 141),
+    "H100 PCIe": Kind(756e12, 80),
+    "H100": Kind(989e12, 80),
+    "A100": Kind(312e12, 80),
+    "L40S": Kind(362e12, 48),
+    "A10G": Kind(70e12, 24),
+    "RTX 4090": Kind(165e12, 24),
+    "RTX 3090": Kind(71e12, 24),
 }
 
 
@@ -70,7 +77,7 @@ def choose_device(name: str = "auto", dtype: str = "auto", local_rank: int = 0) 
         torch.cuda.set_device(device)
         torch.set_float32_matmul_precision("high")  # TF32 for what autocast leaves in float32
     full_name = torch.cuda.get_device_name(device) if kind == "cuda" else cpu_name()
-    peak = next((flops for key, flops in PEAK_FLOPS.items() if key in full_name), None)
+    peak = next((k.peak_flops for key, k in KINDS.items() if key in full_name), None)
     return Device(device, _dtype(dtype, kind), full_name, peak)
 
 
@@ -96,18 +103,23 @@ def be_deterministic() -> None:
     torch.backends.cudnn.benchmark = False
 
 
-def attention_kernel(device: Device, n_head: int, head_dim: int) -> str:
-    """Which kernel scaled_dot_product_attention takes for the training step on this device."""
-    q = torch.empty(1, n_head, 128, head_dim, device=device.place, dtype=device.dtype)
-    try:
-        return SDPBackend(torch._fused_sdp_choice(q, q, q, is_causal=True)).name.lower()
-    except (AttributeError, ValueError, NotImplementedError, RuntimeError):
-        return "unknown"
-
-
 def is_out_of_memory(error: RuntimeError) -> bool:
     """Whether an allocation failed, on a GPU or (rarely: Linux prefers to kill) in host memory."""
     return isinstance(error, torch.OutOfMemoryError) or "can't allocate memory" in str(error)
+
+
+def device_elsewhere(name: str, dtype: str) -> tuple[Device, float]:
+    """A device of one of the KINDS, to plan for, and its memory in GB; UsageError for another name."""
+    known = {key.lower().replace(" ", "-"): key for key in KINDS}
+    if name not in known:
+        raise UsageError(f"--on {name}: expected {', '.join(known)}{nearest(name, known)}")
+    kind = KINDS[known[name]]
+    return Device(
+        torch.device("cuda"),
+        _dtype("bfloat16" if dtype == "auto" else dtype, "cuda"),
+        known[name],
+        kind.peak_flops,
+    ), kind.memory_gb
 
 
 def memory_in_words(device: Device) -> str:
@@ -157,6 +169,13 @@ def memory_gb() -> float | None:
         return None
 
 
+def memory_there(device: Device) -> float | None:
+    """Memory for tensors in GB: the GPU's own, or the machine's."""
+    if device.place.type == "cuda":
+        return torch.cuda.mem_get_info(device.place)[1] / 1e9
+    return memory_gb()
+
+
 def peak_memory(place: torch.device) -> int:
     """The most bytes that tensors (CUDA) or the process (elsewhere) have taken so far."""
     if place.type == "cuda":
@@ -167,15 +186,3 @@ def peak_memory(place: torch.device) -> int:
     except (OSError, TypeError):
         # Where there is no /proc. On Linux ru_maxrss would be that of the parent, where it had taken more.
         return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
-
-
-def keep_freed_memory() -> None:
-    """Let glibc keep big freed blocks instead of returning them to the system, for training on a CPU.
-
-    Every step frees and takes the same large tensors; by default each goes through mmap and munmap, and the
-    kernel zeroes its pages anew. Constants are those of malloc.h: M_TRIM_THRESHOLD -1, M_MMAP_MAX -4.
-    """
-    if sys.platform == "linux" and platform.libc_ver()[0] == "glibc":
-        libc = ctypes.CDLL(None)
-        libc.mallopt(-4, 0)
-        libc.mallopt(-1, 2**31 - 1)

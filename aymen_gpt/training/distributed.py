@@ -1,8 +1,9 @@
 """One process or many: the same code with a ``Ranks`` value passed in."""
 
 import os
+import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from datetime import timedelta
 from typing import Any, TypeVar
@@ -15,14 +16,16 @@ from torch.distributed.rendezvous import rendezvous
 from aymen_gpt.errors import AymenError
 
 T = TypeVar("T")
+PATIENCE = 3.0
 
 
 @dataclass
 class Ranks:
     """Which process this is, of how many; the default is the only one.
 
-    When another rank dies or hangs, the collective under way raises AymenError naming the ranks that never came
-    to it: each rank counts its arrivals in a store that lives in torchrun, not in a rank.
+    When another rank dies or hangs, the collective under way raises AymenError naming it: each rank counts its
+    arrivals in a store that lives in torchrun, not in a rank, and says there that it failed. Who is not ahead and
+    says nothing within PATIENCE seconds does not live.
     """
 
     rank: int = 0
@@ -85,7 +88,7 @@ class Ranks:
 
     @contextmanager
     def meeting(self) -> Iterator[None]:
-        """Around what every rank must come to: says which rank did not, if it fails."""
+        """Around what every rank must come to: says which rank is missing, if it fails."""
         self.arrivals += 1
         if self.store is not None:
             self.store.set(str(self.rank), str(self.arrivals))
@@ -93,20 +96,30 @@ class Ranks:
             yield
         except RuntimeError as error:
             reason = " ".join(str(error).split())[:200]
-            raise AymenError(f"{self._absent()}; run the same command again to continue ({reason})") from error
+            raise AymenError(f"{self._missing()}; run the same command again to continue ({reason})") from error
 
-    def _absent(self) -> str:
-        """Who never came to the collective that this rank waited in, in words."""
-        late = [r for r in range(self.world_size) if r != self.rank and self._arrivals_of(r) < self.arrivals]
-        if not late:
-            return "the connection to another rank was lost"
-        return f"rank{'s' if len(late) > 1 else ''} {', '.join(map(str, late))} did not arrive: dead or hanging"
+    def _missing(self) -> str:
+        """Who did not go through the collective that this rank waited in, nor failed in it too, in words."""
+        with suppress(RuntimeError):  # the store is gone too: blame nobody
+            if self.store is not None:
+                self.store.set(f"failed {self.rank}", "")
+            silent, deadline = self._silent(), time.monotonic() + PATIENCE
+            while silent and time.monotonic() < deadline:
+                time.sleep(0.1)
+                silent = self._silent()
+            if silent:
+                return f"rank{'s'[: len(silent) > 1]} {', '.join(silent)} did not answer: dead or hanging"
+        return "the connection to another rank was lost"
 
-    def _arrivals_of(self, rank: int) -> int:
-        try:
-            return int(self.store.get(str(rank))) if self.store and self.store.check([str(rank)]) else 0
-        except RuntimeError:  # the store is gone too: blame nobody
-            return self.arrivals
+    def _silent(self) -> list[str]:
+        """The ranks that have neither come further than this one nor told the store that they failed."""
+        names = [str(rank) for rank in range(self.world_size) if rank != self.rank]
+        if self.store is None:
+            return []
+        failed = [name for name in names if self.store.check([f"failed {name}"])]
+        known = [name for name in names if self.store.check([name])]
+        ahead = [name for name in known if int(self.store.get(name)) > self.arrivals]
+        return [name for name in names if name not in failed + ahead]
 
 
 def ranks_from_environment() -> Ranks:

@@ -47,9 +47,10 @@ class Guard:
         return {"skipped": self.skipped, "losses": list(self.losses), "norms": list(self.norms)}
 
     def restore(self, state: dict[str, Any]) -> None:
-        self.skipped = state["skipped"]
-        self.losses = deque(state["losses"], WINDOW)
-        self.norms = deque(state["norms"], WINDOW)
+        """Raises KeyError, TypeError, ValueError or OverflowError when it is no state."""
+        self.skipped = int(state["skipped"])
+        self.losses = deque(map(float, state["losses"]), WINDOW)
+        self.norms = deque(map(float, state["norms"]), WINDOW)
 
 
 def is_spike(past: deque[float], value: float) -> bool:

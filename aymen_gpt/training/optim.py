@@ -1,5 +1,6 @@
-"""AdamW over two parameter groups: matrices and embeddings decay, biases and LayerNorm do not."""
+"""AdamW over two parameter groups (matrices and embeddings decay, biases and LayerNorm do not), and its rate."""
 
+import math
 from collections.abc import Iterable
 
 import torch
@@ -55,16 +56,32 @@ def updates(optimizer: torch.optim.AdamW) -> int:
     return int(next(iter(optimizer.state.values()))["step"].item())
 
 
+def learning_rate(step: int, *, peak: float, warmup_steps: int, steps: int, min_ratio: float) -> float:
+    """Rate of update ``step`` (0 is the first): linear warmup, then half a cosine from peak to min_ratio * peak.
+
+    GPT-3 (arXiv:2005.14165, appendix B). With peak 1.0, 2 warmup steps of 4 and min_ratio 0.1:
+
+    >>> [round(learning_rate(s, peak=1.0, warmup_steps=2, steps=4, min_ratio=0.1), 3) for s in range(5)]
+    [0.5, 1.0, 1.0, 0.55, 0.1]
+    """
+    if step < warmup_steps:
+        return peak * (step + 1) / warmup_steps
+    progress = min((step - warmup_steps) / max(steps - warmup_steps, 1), 1.0)
+    return peak * (min_ratio + (1 - min_ratio) * 0.5 * (1 + math.cos(math.pi * progress)))
+
+
 def set_learning_rate(optimizer: torch.optim.Optimizer, lr: float) -> None:
     for group in optimizer.param_groups:
         group["lr"] = lr
 
 
-def clip_gradients(parameters: Iterable[Tensor], limit: float) -> float:
-    """Scale the gradients to a total L2 norm of at most ``limit``; the norm before."""
+def clip_gradients(parameters: Iterable[Tensor], limit: float | None) -> float:
+    """Scale the gradients to a total L2 norm of at most ``limit`` (None: any); the norm before."""
     parameters = list(parameters)
     total = nn.utils.get_total_norm([p.grad for p in parameters if p.grad is not None])
     norm = total.item()
-    if norm > limit:  # mostly it is not, once training goes well: a pass over all gradients less
+    if (
+        limit is not None and norm > limit
+    ):  # mostly it is not, once training goes well: a pass over all gradients less
         nn.utils.clip_grads_with_norm_(parameters, limit, total)
     return norm

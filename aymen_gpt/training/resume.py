@@ -6,11 +6,15 @@ from pathlib import Path
 from typing import Any
 
 from aymen_gpt.errors import DataError, UsageError
-from aymen_gpt.model.folders import latest_valid, strangers
+from aymen_gpt.files import free_name, read_json
+from aymen_gpt.model.folders import checkpoints, latest_valid
 from aymen_gpt.training import checkpoint
 from aymen_gpt.training.config import TrainConfig, flag
+from aymen_gpt.training.runlog import FILES
 
 MODES = ("auto", "must", "none")
+SURE = ["metrics.jsonl", "status.json"]  # a folder with one of them is a run
+RECORDS = ["checkpoints", "tensorboard", "wandb", "hellaswag.json", *sorted(FILES, key=SURE.__contains__)]
 OVERRIDABLE = ("seed", "data", "tokens_per_step")
 
 
@@ -38,7 +42,7 @@ def find_checkpoint(run: Path, mode: str) -> tuple[Path | None, list[str]]:
     notices = [f"removed {left} checkpoint{'s'[: left > 1]} of a save that was cut short"] if left else []
     if mode == "none":
         set_aside(run)
-    newest, problems = latest_valid(run)
+    newest, problems = latest_valid(run, checkpoint.unusable)
     if newest is None and problems:
         raise DataError(
             f"no checkpoint can be used: {'; '.join(problems)}. To start at step 0 with these files set aside: "
@@ -48,20 +52,35 @@ def find_checkpoint(run: Path, mode: str) -> tuple[Path | None, list[str]]:
         raise UsageError(f"--resume must: {run} has no checkpoint to continue from")
     if newest is not None:
         notices += [f"{line}; using {newest.name}" for line in problems]
-        notices += [f"{newest} also holds {name}, which is no part of it: ignored" for name in strangers(newest)]
     return newest, notices
 
 
+def is_finished(run: Path, step: int) -> bool:
+    """Whether the run ended well at ``step``, with all its records written."""
+    try:
+        status = read_json(run / "status.json")
+    except DataError:
+        return False
+    return status.get("state") == "done" and status.get("step") == step
+
+
 def set_aside(run: Path) -> None:
-    """Move everything of an earlier attempt into ``run``/earlier-1, or -2, ...; nothing is deleted."""
-    files = [p for p in run.glob("*") if p.name != ".lock" and not p.name.startswith("earlier-")]
-    if not files:
-        return
-    number = 1 + max([int(p.name[8:]) for p in run.glob("earlier-*") if p.name[8:].isdigit()], default=0)
-    target = run / f"earlier-{number}"
-    target.mkdir()
-    for path in files:
-        path.rename(target / path.name)
+    """Move the records of an earlier attempt into ``run``/earlier-1, or -2, ...; nothing is deleted.
+
+    What is no record of a run stays where it is. UsageError for a folder that holds such things and no run.
+    """
+    found = {p.name: p for p in sorted(run.glob("*")) if not p.name.startswith((".", "earlier-"))}
+    if found and not (checkpoints(run) or found.keys() & SURE):
+        some = ", ".join([*found][:3]) + f" and {len(found) - 3} more" * (len(found) > 3)
+        raise UsageError(
+            f"{run} is no run, it holds {some}: --resume none moves nothing there; choose another {flag('run')}"
+        )
+    records = [p for record in RECORDS for name, p in found.items() if name.split(".damaged-")[0] == record]
+    if records:
+        target = free_name(run / "earlier")
+        target.mkdir()
+        for path in records:
+            path.rename(target / path.name)
 
 
 def identity(config: TrainConfig, data_sha256: str) -> dict[str, Any]:
@@ -76,7 +95,7 @@ def identity(config: TrainConfig, data_sha256: str) -> dict[str, Any]:
 
 def options(config: TrainConfig) -> dict[str, Any]:
     """The options that may change between the parts of a run."""
-    fixed = {"run", "preset", "seed", "tokens_per_step", "block_size"}
+    fixed = {"run", "preset", "seed", "tokens_per_step", *asdict(config.model)}
     return {("data_folder" if k == "data" else k): v for k, v in asdict(config).items() if k not in fixed}
 
 

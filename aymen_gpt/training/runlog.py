@@ -3,8 +3,7 @@
 runs/NAME/
     config.json     everything resolved: options, model, data, versions, machine
     metrics.jsonl   one object a step: step, tokens, loss, lr, grad_norm, ...; val_loss and hellaswag when measured
-    log.txt         the same as `step stream value` lines (train, val, hella), as the first version wrote them
-    samples.md      texts the model wrote at each validation
+    samples.jsonl   one object a text the model wrote at a validation: step, prompt, text
     status.json     running, stopped, done or failed, and at which step
     failure.json    only after too many skipped steps: the gradients and documents of the last one
     checkpoints/    see aymen_gpt/training/checkpoint.py
@@ -14,10 +13,10 @@ import errno
 import json
 import math
 import os
-import re
 import sys
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
+from contextlib import suppress
 from datetime import UTC, datetime
 from pathlib import Path
 from threading import Thread
@@ -26,8 +25,10 @@ from typing import Any
 
 from tqdm import tqdm
 
-from aymen_gpt.errors import CannotWrite, Stopped, redact
-from aymen_gpt.files import lock, replace_text
+from aymen_gpt.errors import CannotWrite, DataError, Stopped, printable, redact
+from aymen_gpt.files import free_name, json_object, lock, read_json, replace_text, set_aside, write_whole
+
+FILES = ["config.json", "samples.jsonl", "failure.json", "report.html", "metrics.jsonl", "status.json"]
 
 Tracker = Callable[[dict[str, Any]], object]  # is given every row of metrics.jsonl
 
@@ -59,7 +60,7 @@ class RunLog:
         self._drawing: Thread | None = None
 
     def __enter__(self) -> "RunLog":
-        self._made = not self.folder.exists()
+        self._made, self._locked = not self.folder.exists(), (self.folder / ".lock").exists()
         self._lock = lock(self.folder, "--run")
         return self
 
@@ -74,12 +75,14 @@ class RunLog:
                 self._drawing.join()
             self.refresh(self.folder)
         self._lock.close()
-        if not self._started and self._made:  # nothing began: leave no trace
+        if not self._started and not self._locked:  # nothing began: leave no trace
             (self.folder / ".lock").unlink(missing_ok=True)
-            self.folder.rmdir()
+            if self._made:
+                self.folder.rmdir()
 
     def say(self, text: str) -> None:
         """A line for the person who watches; standard error, so that output can be piped."""
+        text = printable(text)
         tqdm.write(text, file=sys.stderr) if self.bar is not None else print(text, file=sys.stderr, flush=True)
 
     def status(self, state: str, message: str = "") -> None:
@@ -90,7 +93,7 @@ class RunLog:
             "message": message,
             "updated": datetime.now(UTC).isoformat(timespec="seconds"),
         }
-        self._replace("status.json", json.dumps(value, indent=2) + "\n")
+        self._replace("status.json", json.dumps(redact(value), indent=2) + "\n")
 
     def failure(self, found: dict[str, Any]) -> None:
         """Keep what is known of the step that ended the run."""
@@ -104,14 +107,22 @@ class RunLog:
         self.step = step or 0
         self._started = True
         self._tell_start(step, changed or {})
-        history = self._history() if step is not None else []
-        history.append({"step": self.step, "started": config.get("started"), "changed": changed or {}})
-        first = history[0]["started"] or config.get("started")
+        for name in FILES:
+            if (self.folder / name).is_dir():
+                self._set_aside(name, f"{self.folder / name} is a folder, not a file")
+        history = self._history()
+        if step is None:
+            history = []
+        if history:
+            history[-1].setdefault("ended", self._last_updated())
+        now = {key: config.get(key) for key in ("started", "command")}
+        history.append({"step": self.step, **now, "changed": changed or {}})
+        first = history[0].get("started") or config.get("started")
         config = config | {"started": first, "history": history}
-        self._replace("config.json", redact(json.dumps(config, indent=2)) + "\n")
+        self._replace("config.json", json.dumps(redact(config), indent=2) + "\n")
         last = -1 if step is None else step
-        keep_up_to(self.folder / "metrics.jsonl", last, lambda line: json.loads(line)["step"])
-        keep_up_to(self.folder / "log.txt", last, lambda line: int(line.split()[0]))
+        self._keep_up_to("metrics.jsonl", last, lambda line: json_object(line)["step"])
+        self._keep_up_to("samples.jsonl", self.last_step(), lambda line: json_object(line)["step"])
         self.status("running")
         if sys.stderr.isatty():
             self.bar = tqdm(total=self.steps, initial=self.step, unit="step", dynamic_ncols=True)
@@ -125,24 +136,66 @@ class RunLog:
             self.say(f"changed since then: {key} {before} -> {now}{note}")
 
     def _history(self) -> list[dict[str, Any]]:
-        try:
-            return json.loads((self.folder / "config.json").read_text()).get("history", [])
-        except (OSError, ValueError):
+        """The starts that config.json tells of."""
+        path = self.folder / "config.json"
+        if not path.exists():
             return []
+        try:
+            history = read_json(path).get("history")
+            if not isinstance(history, list) or not all(isinstance(start, dict) for start in history):
+                raise DataError(f"{path} does not have the starts of a run")
+        except DataError as error:
+            self._set_aside(path.name, error)
+            return []
+        return history
+
+    def _last_updated(self) -> Any:
+        """When the part of the run before this one gave its last sign of life."""
+        with suppress(DataError):
+            return read_json(self.folder / "status.json").get("updated")
+
+    def _set_aside(self, name: str, why: object, content: bytes | None = None) -> None:
+        """Keep what cannot be used under another name: the file itself, or its ``content`` beside it."""
+        path = self.folder / name
+        if content is None:
+            kept = set_aside(path)
+        else:
+            kept = free_name(path.with_name(f"{name}.damaged"))
+            write_whole(kept, content)
+        self.say(f"warning: {why}; set aside as {kept.name}")
+
+    def _keep_up_to(self, name: str, step: int, step_of: Callable[[bytes], int]) -> None:
+        """Drop the lines of a log past ``step``, a last one that a kill cut short, and those that are damaged."""
+        path = self.folder / name
+        try:
+            content = path.read_bytes()
+        except FileNotFoundError:
+            return
+        except OSError as error:
+            return self._set_aside(name, f"cannot read {path}: {error.strerror}")
+        kept, n_bad = [], 0
+        for line in content.split(b"\n")[:-1]:
+            try:
+                if step_of(line) <= step:
+                    kept.append(line + b"\n")
+            except (ValueError, KeyError, IndexError, TypeError):
+                n_bad += 1
+        if n_bad:
+            self._set_aside(name, f"{path} has damaged lines ({n_bad:,}), the others stay", content)
+        write_whole(path, b"".join(kept))
 
     def last_step(self) -> int:
         """The step of the last row in metrics.jsonl, -1 when there is none."""
         try:
-            lines = (self.folder / "metrics.jsonl").read_text().splitlines()
+            lines = (self.folder / "metrics.jsonl").read_bytes().split(b"\n")
         except FileNotFoundError:
             return -1
-        return json.loads(lines[-1])["step"] if lines else -1
+        return json_object(lines[-2])["step"] if len(lines) > 1 else -1
 
     def write(self, row: dict[str, Any]) -> None:
         """Log one finished step: to the files, and to the console when it is due."""
         self.step = row["step"]
         self._append("metrics.jsonl", json.dumps(row, allow_nan=False) + "\n")
-        self._append("log.txt", "".join(f"{line}\n" for line in stream_lines(row)))
         if self.track:
             self.track(row)
         self._show(row)
@@ -150,12 +203,9 @@ class RunLog:
             self.status("running")
             self._draw()
 
-    def samples(self, step: int, section: str) -> None:
-        """Add a section to samples.md in place of any of this step or a later one."""
-        path = self.folder / "samples.md"
-        sections = re.split(r"(?m)^(?=## step \d+$)", path.read_text() if path.exists() else "# Samples\n\n")
-        kept = [s for s in sections if not s.startswith("## step ") or int(s.split()[2]) < step]
-        self._replace("samples.md", "".join(kept).rstrip("\n") + "\n\n" + section)
+    def samples(self, written: list[dict[str, Any]]) -> None:
+        """Log what the model wrote after a step; the row of that step is written next."""
+        self._append("samples.jsonl", "".join(json.dumps(sample) + "\n" for sample in written))
 
     def _draw(self) -> None:
         """Have the report drawn beside the training, unless the last drawing is still under way."""
@@ -211,35 +261,6 @@ def append(path: Path, text: str) -> None:
         except OSError:
             f.truncate(end)
             raise
-
-
-def keep_up_to(path: Path, step: int, step_of: Any) -> None:
-    """Drop the lines of a log past ``step``, and a last line that a kill cut short."""
-    if not path.exists():
-        return
-    kept = []
-    for line in path.read_text().splitlines(keepends=True):
-        try:
-            if not line.endswith("\n") or step_of(line) > step:
-                break
-        except (ValueError, KeyError, IndexError):
-            break
-        kept.append(line)
-    replace_text(path, "".join(kept))
-
-
-def stream_lines(row: dict[str, Any]) -> Iterable[str]:
-    """A row of metrics.jsonl as lines of log.txt.
-
-    >>> list(stream_lines({"step": 250, "loss": 6.5, "val_loss": 6.4321}))
-    ['250 train 6.500000', '250 val 6.4321']
-    """
-    if "loss" in row:
-        yield f"{row['step']} train {number(row['loss']):.6f}"
-    if "val_loss" in row:
-        yield f"{row['step']} val {number(row['val_loss']):.4f}"
-    if "hellaswag" in row:
-        yield f"{row['step']} hella {row['hellaswag']['completion']['acc_norm']:.4f}"
 
 
 def number(value: float | None) -> float:

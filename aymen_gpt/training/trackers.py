@@ -1,7 +1,9 @@
 """Send a run's numbers to TensorBoard, Weights & Biases or Trackio too; none of them can hurt the run."""
 
+import importlib
 import warnings
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -23,26 +25,22 @@ def tensorboard(folder: Path, config: dict[str, Any]) -> Send:
     return send
 
 
-def wandb(folder: Path, config: dict[str, Any]) -> Send:
-    import wandb
-
-    run = wandb.init(
-        project="aymen-gpt", name=folder.name, dir=folder, config=config, resume="allow", id=folder.name
-    )
+def wandb(folder: Path, config: dict[str, Any], name: str = "wandb") -> Send:
+    """Weights & Biases, or Trackio, which has the same API but knows a run by its name alone."""
+    own = {"id": folder.name, "dir": folder} if name == "wandb" else {}
+    module = importlib.import_module(name)
+    run = module.init(project="aymen-gpt", name=folder.name, config=config, resume="allow", **own)
     return lambda numbers, step: run.log(numbers, step=step)
 
 
-def trackio(folder: Path, config: dict[str, Any]) -> Send:
-    import trackio
-
-    trackio.init(project="aymen-gpt", name=folder.name, config=config, resume="allow")
-    return lambda numbers, step: trackio.log(numbers, step=step)
-
-
-TRACKERS = {"tensorboard": tensorboard, "wandb": wandb, "trackio": trackio}
+TRACKERS: dict[str, Callable[[Path, dict[str, Any]], Send]] = {
+    "tensorboard": tensorboard,
+    "wandb": wandb,
+    "trackio": partial(wandb, name="trackio"),
+}
 
 
-def tracker(name: str, folder: Path, config: dict[str, Any]) -> Callable[[dict[str, Any]], None] | None:
+def tracker(name: str | None, folder: Path, config: dict[str, Any]) -> Callable[[dict[str, Any]], None] | None:
     """Something to call with each row of metrics.jsonl, None without a name.
 
     Whatever fails in it is said once, then it stays silent: a run never depends on a tracker. UsageError for an

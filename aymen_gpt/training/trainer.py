@@ -9,6 +9,7 @@ import gc
 import math
 import time
 from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -20,25 +21,31 @@ from torch import Tensor
 
 from aymen_gpt.data import tokenizer
 from aymen_gpt.data.loader import TokenRows, deal
-from aymen_gpt.errors import AymenError, CannotWrite, Stopped, UsageError
-from aymen_gpt.model import cpu_attention
+from aymen_gpt.errors import AymenError, CannotWrite, DataError, Stopped
+from aymen_gpt.model import cpu
 from aymen_gpt.model.generation import generate
 from aymen_gpt.model.gpt import GPT
 from aymen_gpt.model.loss import linear_cross_entropy
 from aymen_gpt.training import checkpoint, optim
-from aymen_gpt.training.batches import Prefetch
 from aymen_gpt.training.config import TrainConfig
-from aymen_gpt.training.device import Device, attention_kernel, is_out_of_memory, memory_in_words
+from aymen_gpt.training.device import Device, is_out_of_memory, memory_in_words
 from aymen_gpt.training.distributed import Ranks
 from aymen_gpt.training.gradients import GradientSum
 from aymen_gpt.training.guard import Guard
 from aymen_gpt.training.plan import dealt
-from aymen_gpt.training.resume import Resume, changes, check_identity, find_checkpoint, identity, options
+from aymen_gpt.training.results import StepResult, finite
+from aymen_gpt.training.resume import (
+    Resume,
+    changes,
+    check_identity,
+    find_checkpoint,
+    identity,
+    is_finished,
+    options,
+)
 from aymen_gpt.training.runlog import RunLog
-from aymen_gpt.training.schedule import learning_rate
 
 Score = Callable[[GPT], dict[str, Any]]
-Row = dict[str, Any]  # a line of metrics.jsonl
 MAX_FAILED_SAVES = 3  # in a row, before the run ends
 
 
@@ -67,11 +74,7 @@ class Trainer:
 
     def __post_init__(self) -> None:
         c = self.config
-        if c.rows_per_step < self.ranks.world_size:
-            raise UsageError(
-                f"{self.ranks.world_size} processes for {c.rows_per_step} rows a step: use fewer, or raise "
-                f"--tokens-per-step to at least {self.ranks.world_size * c.block_size}"
-            )
+        c.require_rows(self.ranks.world_size)
         largest = c.largest_micro_batch(on_cuda=self.device.place.type == "cuda")
         self.micro_batch, _ = dealt(c.rows_per_step, self.ranks.world_size, largest)
         self.model = GPT(c.model, torch.Generator().manual_seed(c.seed)).to(self.device.place)
@@ -85,12 +88,8 @@ class Trainer:
         self.origin = (0, 0)  # a step and its first row of the data order; both move on when a run is continued
         self.compiled = self.device.place.type == "cuda" if c.compile is None else c.compile
         self.loss = torch.compile(self._loss, dynamic=False) if self.compiled else self._loss
-        self.attention = attention_kernel(self.device, c.model.n_head, c.model.n_embd // c.model.n_head)
         if self.device.place.type == "cpu" and not self.compiled:
-            self.model.wte.sparse = True  # the embedding's gradient is added to the output layer's, a row a token
-            if self.device.dtype == torch.bfloat16 and c.block_size <= cpu_attention.LONGEST:
-                cpu_attention.use(self.model)
-                self.attention = "matrix products"
+            cpu.use_sparse_gradient(self.model.wte)
 
     def _loss(self, x: Tensor, y: Tensor) -> Tensor:
         """Summed loss of the tokens y (b, T) that follow x (b, T), in nats."""
@@ -116,10 +115,9 @@ class Trainer:
             tokens = torch.from_numpy(rows.rows(first, n).astype(np.int64))
             yield tokens.pin_memory() if self.device.place.type == "cuda" else tokens
 
-    def batches_from(self, step: int) -> Iterator[list[Tensor]]:
-        """The micro-batches of update ``step``, of the one after it, and so on to the last."""
-        for s in range(step, self.config.steps):
-            yield list(self.batches(self.train_rows, self.first_row(s), self.config.rows_per_step))
+    def batches_of(self, step: int) -> list[Tensor]:
+        """This rank's micro-batches of update ``step``, a pure function of the step."""
+        return list(self.batches(self.train_rows, self.first_row(step), self.config.rows_per_step))
 
     def first_row(self, step: int) -> int:
         """Where update ``step`` begins in the data order."""
@@ -144,16 +142,52 @@ class Trainer:
             self.sum.clear()
         return True
 
-    def gradients(self, step: int, batches: Iterable[Tensor]) -> list[Tensor]:
-        """Accumulate this rank's share of the mean loss; the share of each micro-batch."""
-        losses, batches = [], list(batches)
-        try:
+    def train_step(
+        self, step: int, batches: Iterable[Tensor], *, stop: bool = False, cannot_save: bool = False
+    ) -> StepResult:
+        """Make update ``step`` (0 is the first) from this rank's micro-batches; ranks share their two verdicts."""
+        c, began = self.config, time.monotonic()
+        batches, losses = list(batches), []
+        with self.advice_when_out_of_memory(step):
             for number, tokens in enumerate(batches, 1):
                 if number == len(batches):
                     self.sum.coming()
-                loss = self.batch_loss(tokens) / self.config.tokens_per_step
+                loss = (
+                    self.batch_loss(tokens) / c.tokens_per_step
+                )  # a token weighs the same on any number of ranks
                 self.scaler.scale(loss).backward()
                 losses.append(loss.detach())
+        self.sum.complete()
+        self.scaler.unscale_(self.optimizer)
+        norm = optim.clip_gradients(self.parameters, c.grad_clip)
+        mean_loss, *verdicts = self.ranks.sum(self._numbers(sum(losses), stop, cannot_save)).tolist()
+        wrong, skip = self._judge(mean_loss, norm)
+        lr = optim.learning_rate(
+            step, peak=c.learning_rate, warmup_steps=c.warmup_steps, steps=c.steps, min_ratio=c.min_lr_ratio
+        )
+        if not skip:
+            optim.set_learning_rate(self.optimizer, lr)
+            self.optimizer.step()
+        self.scaler.update()
+        result = StepResult(step + 1, self.first_row(step + 1) * c.block_size, mean_loss, lr, norm)
+        result.stop, result.cannot_save = (count > 0 for count in verdicts)
+        if skip:
+            result.skipped, result.documents = wrong, self._documents(step, losses)
+        elif wrong:
+            result.spike = True
+        if self.guard.skipped <= c.max_skips:  # else failure_report looks at the gradients once more
+            self.sum.clear()
+        self._measure_speed(result, time.monotonic() - began)
+        return result
+
+    def _numbers(self, *values: float | Tensor) -> Tensor:
+        """Values as one float32 tensor on the device, so that one sum over the ranks serves all."""
+        return torch.stack([torch.as_tensor(v, dtype=torch.float32, device=self.device.place) for v in values])
+
+    @contextmanager
+    def advice_when_out_of_memory(self, step: int) -> Iterator[None]:
+        try:
+            yield
         except RuntimeError as error:
             if not is_out_of_memory(error):
                 raise
@@ -162,39 +196,6 @@ class Trainer:
                 f"out of memory in step {step + 1} with micro-batch {self.micro_batch} "
                 f"({memory_in_words(self.device)}): {smaller if self.micro_batch > 1 else SMALLER}"
             ) from error
-        return losses
-
-    def train_step(
-        self, step: int, batches: Iterable[Tensor], *, stop: bool = False, failed: bool = False
-    ) -> tuple[Row, bool, bool]:
-        """Update ``step`` (0 is the first): its row of metrics, and whether any rank said stop or failed."""
-        c, began = self.config, time.monotonic()
-        losses = self.gradients(step, batches)
-        self.sum.complete()
-        if self.scaler.is_enabled():
-            self.scaler.unscale_(self.optimizer)
-        norm = optim.clip_gradients(self.parameters, c.grad_clip)
-        total = torch.zeros(3, device=self.device.place)
-        total[0], total[1], total[2] = sum(losses), float(stop), float(failed)
-        loss, stops, failures = self.ranks.sum(total).tolist()
-        wrong, skip = self._judge(loss, norm)
-        lr = learning_rate(
-            step, peak=c.learning_rate, warmup_steps=c.warmup_steps, steps=c.steps, min_ratio=c.min_lr_ratio
-        )
-        row: Row = {"step": step + 1, "tokens": self.first_row(step + 1) * c.block_size}
-        row |= {"loss": finite(loss), "lr": lr, "grad_norm": finite(norm)}
-        if skip:
-            row |= {"skipped": wrong, "documents": self._documents(step, losses)}
-        else:
-            optim.set_learning_rate(self.optimizer, lr)
-            self.optimizer.step()
-        if wrong and not skip:
-            row[wrong] = True
-        if self.scaler.is_enabled():
-            self.scaler.update()
-        if self.guard.skipped <= c.max_skips:  # else they are looked at once more, by autopsy
-            self.sum.clear()
-        return row | self._speed(time.monotonic() - began), stops > 0, failures > 0
 
     def _judge(self, loss: float, norm: float) -> tuple[str | None, bool]:
         """What is wrong with this step, None mostly, and whether it may not touch the weights."""
@@ -208,18 +209,18 @@ class Trainer:
         places = self.micro_batches(self.first_row(step), self.config.rows_per_step)
         bad = [place for place, loss in zip(places, losses, strict=True) if not torch.isfinite(loss)]
         suspects = [tuple(p) for of_rank in self.ranks.gather(bad) for p in of_rank]
-        reads = [
-            read
-            for first, n in suspects or [(self.first_row(step), self.config.rows_per_step)]
-            for read in self.train_rows.documents(first, n)
-        ]
+        rows = suspects or [(self.first_row(step), self.config.rows_per_step)]
+        try:
+            reads = [read for first, n in rows for read in self.train_rows.documents(first, n)]
+        except DataError as error:  # no reason to stop training
+            return [str(error)]
         return list(dict.fromkeys(read.id or f"{read.shard} document {read.document}" for read in reads))
 
-    def _speed(self, seconds: float) -> dict[str, Any]:
-        speed = self.config.tokens_per_step / max(seconds, 1e-9)
-        peak = self.device.peak_flops
-        mfu = speed * self.model.config.flops_per_token / (peak * self.ranks.world_size) if peak else None
-        return {"step_seconds": round(seconds, 4), "tokens_per_second": round(speed, 1), "mfu": mfu}
+    def _measure_speed(self, result: StepResult, seconds: float) -> None:
+        speed, peak = self.config.tokens_per_step / max(seconds, 1e-9), self.device.peak_flops
+        result.step_seconds, result.tokens_per_second = round(seconds, 4), round(speed, 1)
+        if peak:
+            result.mfu = speed * self.model.config.flops_per_token / (peak * self.ranks.world_size)
 
     @torch.no_grad()
     def validation_loss(self) -> float:
@@ -231,34 +232,37 @@ class Trainer:
         total = self.ranks.sum(total.to(self.device.place))
         return total.item() / (count * self.config.block_size)
 
-    def sample(self, step: int) -> str:
-        """A section of samples.md: the model goes on from 16 tokens at three places of the validation text.
+    def sample(self, step: int) -> list[dict[str, Any]]:
+        """For samples.jsonl: the model goes on from 16 tokens at three places of the validation text.
 
-        The ranks take the places in turn; every rank gets the whole section.
+        The ranks take the places in turn; every rank gets all samples.
         """
         places, world = 3, self.ranks.world_size
         parts = self.ranks.gather([self._continued(i, places) for i in range(self.ranks.rank, places, world)])
-        return f"## step {step}\n" + "".join(parts[i % world][i // world] for i in range(places))
+        return [{"step": step} | parts[i % world][i // world] for i in range(places)]
 
-    def _continued(self, place: int, places: int) -> str:
+    def _continued(self, place: int, places: int) -> dict[str, Any]:
         encoding = tokenizer.gpt2()
         row = self.val_rows.rows(place * self.val_rows.rows_per_epoch // places, 1)[0]
         prompt = [token for token in row[:16].tolist() if token != tokenizer.EOT] or [tokenizer.EOT]
         continuation = generate(
             self.model, prompt, 64, temperature=0.8, top_k=50, seed=self.config.seed, stop=tokenizer.EOT
         )
-        text = encoding.decode(list(continuation))
-        return f"\n> {encoding.decode(prompt).strip().replace(chr(10), ' ')}\n\n````text\n{text}\n````\n"
+        try:
+            text = encoding.decode(list(continuation))
+        except DataError as error:  # a sample does not end a run, what spoiled the weights will
+            text = f"({error})"
+        return {"prompt": encoding.decode(prompt), "text": text}
 
-    def snapshot(self, row: Row) -> checkpoint.Snapshot:
+    def snapshot(self, result: StepResult) -> checkpoint.Snapshot:
         return checkpoint.Snapshot(
-            step=row["step"],
+            step=result.step,
             updates=optim.updates(self.optimizer),
-            rows=self.first_row(row["step"]),
+            rows=self.first_row(result.step),
             identity=identity(self.config, self.data_sha256),
             settings=self.all_settings(),
             guard=self.guard.state(),
-            metrics=dict(row),  # a copy: the score joins the row while the checkpoint is written
+            metrics=result.row(),
             scaler=self.scaler.state_dict(),
         )
 
@@ -266,8 +270,8 @@ class Trainer:
         """What may change between the parts of a run, and is told when it does."""
         return options(self.config) | {"world_size": self.ranks.world_size} | self.settings
 
-    def resume(self, folder: Path, log: RunLog | None, how: Resume) -> tuple[Row | None, dict[str, Any]]:
-        """Go to the newest checkpoint that verifies: its row of metrics (None: a new start), and what changed."""
+    def resume(self, folder: Path, log: RunLog | None, how: Resume) -> tuple[StepResult | None, dict[str, Any]]:
+        """Go to the newest checkpoint that verifies: its result (None: a new start), and what changed."""
         newest, notices = self.ranks.first(lambda: find_checkpoint(folder, how.mode))
         if log:
             for notice in notices:
@@ -283,9 +287,10 @@ class Trainer:
         changed = check_identity(saved.identity, now, folder, how)
         checkpoint.restore(newest, self.model, self.optimizer)
         self.guard.restore(saved.guard)
-        self.scaler.load_state_dict(saved.scaler)
+        if saved.scaler:  # none where the steps before were not in float16
+            self.scaler.load_state_dict(saved.scaler)
         self.origin = (saved.step, saved.rows)
-        return saved.metrics, changed | changes(saved.settings, self.all_settings())
+        return StepResult.of(saved.metrics), changed | changes(saved.settings, self.all_settings())
 
     def fit(
         self,
@@ -297,93 +302,104 @@ class Trainer:
     ) -> None:
         """Train to ``config.steps``, from wherever the folder's newest checkpoint is. ``log`` is the first rank's.
 
-        Raises Stopped, with everything saved, when a signal came to any rank; AymenError after ``max_skips``
-        steps in a row without a finite loss and gradient; CannotWrite when no checkpoint could be saved.
+        A finished run stays as it is. Raises Stopped, with everything saved, when a signal came to any rank;
+        AymenError after ``max_skips`` steps in a row without a finite loss and gradient; CannotWrite when no
+        checkpoint could be saved.
         """
         c = self.config
-        row, changed = self.resume(folder, log, how or Resume())
-        step = 0 if row is None else row["step"]
+        result, changed = self.resume(folder, log, how or Resume())
+        step = 0 if result is None else result.step
+        if step >= c.steps and self.ranks.first(lambda: is_finished(folder, step)):
+            if log:
+                log.say(f"{folder} is finished, at step {step}: to train on, raise --steps")
+            return
         if not c.micro_batch:
             self.fit_micro_batch()
         if log:
-            log.start(describe(), None if row is None else step, changed)
-        if row is None:
-            self.report(log, {"step": 0, "tokens": 0, "val_loss": self.validation_loss()})
+            log.start(describe(), None if result is None else step, changed)
+        if result is None:
+            self.report(log, StepResult(0, 0, val_loss=self.validation_loss()))
         elif self.ranks.broadcast(log is not None and log.last_step() < step):
-            self.report(log, row)  # killed between the checkpoint and its row
+            self.report(log, result)  # killed between the checkpoint and its row
         warn = log.say if log else print
         with (
             checkpoint.Saver(folder, keep_last=c.keep_last, keep_every=c.keep_every, warn=warn) as saver,
-            Prefetch(self.batches_from(step)) as ready,
+            ThreadPoolExecutor(1, "batches") as reader,
             no_garbage_collection(),
         ):
-            for batches in ready:
+            ready = reader.submit(self.batches_of, step)
+            while step < c.steps:
+                batches = ready.result()
+                if step + 1 < c.steps:
+                    ready = reader.submit(self.batches_of, step + 1)  # read while this step is computed
                 cannot_save = saver.failures >= MAX_FAILED_SAVES
-                row, stopping, failed = self.train_step(step, batches, stop=stop.requested, failed=cannot_save)
+                result = self.train_step(step, batches, stop=stop.requested, cannot_save=cannot_save)
                 step += 1
                 last = step == c.steps
                 if last or (c.val_every and step % c.val_every == 0):
-                    row["val_loss"] = finite(self.validation_loss())
-                if self.ranks.is_first and (last or stopping or step % c.checkpoint_every == 0):
-                    saver.start(self.model, self.optimizer, self.snapshot(row))
+                    result.val_loss = self.validation_loss()
+                if self.ranks.is_first and (last or result.stop or step % c.checkpoint_every == 0):
+                    saver.start(self.model, self.optimizer, self.snapshot(result))
                 if step % c.checkpoint_every == 0:
                     gc.collect()  # now, and on all ranks at once
-                if last or stopping or failed or self.due(step):
-                    self.settle(saver, must=last or stopping or failed)
-                self.report(log, row)
+                must_be_saved = last or result.stop or result.cannot_save
+                if must_be_saved or self.scores_after(step):
+                    self.wait_for_save(saver, required=must_be_saved)
+                self.report(log, result)
                 if self.guard.skipped > c.max_skips:
                     if log:
-                        log.failure(self.autopsy(row))
-                    raise AymenError(self._hopeless(row))
-                if stopping and not last:
+                        log.failure(self.failure_report(result))
+                    raise AymenError(self._hopeless(result))
+                if result.stop and not last:
                     raise Stopped(
                         f"stopped by {stop.name} at step {step} of {c.steps} and saved: run the same command "
                         "again to continue"
                     )
 
-    def settle(self, saver: checkpoint.Saver, *, must: bool) -> None:
-        """Wait until the save under way is done; if it ``must`` have worked, every rank raises when it did not."""
+    def wait_for_save(self, saver: checkpoint.Saver, *, required: bool) -> None:
+        """Wait until the save under way is done; if it is ``required``, every rank raises when it failed."""
         saver.wait()
-        error = self.ranks.broadcast(str(saver.error) if saver.error else None) if must else None
+        error = self.ranks.broadcast(str(saver.error) if saver.error else None) if required else None
         if error:
             raise CannotWrite(f"{error}; make room, then run the same command again")
 
-    def autopsy(self, row: Row) -> dict[str, Any]:
-        """What failure.json tells of the last skipped step: every parameter's size and that of its gradient."""
+    def failure_report(self, result: StepResult) -> dict[str, Any]:
+        """failure.json: the last skipped step, with every parameter's size and that of its gradient."""
 
         def size(t: Tensor | None) -> dict[str, Any]:
             if t is None:
                 return {}
             return {"norm": finite(t.norm().item()), "not_finite": int((~torch.isfinite(t)).sum())}
 
-        return row | {
+        return result.row() | {
             "last_losses": list(self.guard.losses)[-20:],
             "weights": {name: size(p.detach()) for name, p in self.model.named_parameters()},
             "gradients": {name: size(p.grad) for name, p in self.model.named_parameters()},
         }
 
-    def _hopeless(self, row: Row) -> str:
+    def _hopeless(self, result: StepResult) -> str:
         return (
-            f"{self.guard.skipped} steps in a row were skipped, the last for a {row['skipped']}: the weights are "
-            f"those before step {row['step'] - self.guard.skipped + 1}; failure.json has the documents and the "
+            f"{self.guard.skipped} steps in a row were skipped, the last for a {result.skipped}: the weights are "
+            f"those before step {result.step - self.guard.skipped + 1}; failure.json has the documents and the "
             "gradients; try a lower --learning-rate or --dtype float32"
         )
 
-    def due(self, step: int) -> bool:
+    def scores_after(self, step: int) -> bool:
         """Whether HellaSwag is scored after update ``step``."""
         c = self.config
-        return bool(self.score and c.hellaswag_every) and (step % c.hellaswag_every == 0 or step == c.steps)
+        if self.score is None or c.hellaswag_every is None:
+            return False
+        return step % c.hellaswag_every == 0 or step == c.steps
 
-    def report(self, log: RunLog | None, row: Row) -> None:
-        """Complete a step's row with what is due after its checkpoint (score, samples), and log it."""
-        step = row["step"]
-        if self.score is not None and step > 0 and self.due(step):
-            row["hellaswag"] = self.score(self.model)
-        section = self.sample(step) if "val_loss" in row else None
+    def report(self, log: RunLog | None, result: StepResult) -> None:
+        """Measure what is due after a step's checkpoint (score, samples), and log the step."""
+        if self.score is not None and result.step > 0 and self.scores_after(result.step):
+            result.hellaswag = self.score(self.model)
+        written = self.sample(result.step) if result.val_loss is not None else None
         if log:
-            if section:
-                log.samples(step, section)
-            log.write(row)
+            if written:
+                log.samples(written)
+            log.write(result.row())
 
 
 @contextmanager
@@ -400,8 +416,3 @@ def no_garbage_collection() -> Iterator[None]:
 
 
 SMALLER = "try a smaller --preset, a shorter --block-size or another device"
-
-
-def finite(value: float) -> float | None:
-    """For JSON, which has no NaN."""
-    return value if math.isfinite(value) else None

@@ -1,0 +1,249 @@
+"""python -m paper.build RUN: a run -> numbers, figures and research-report.pdf, in build/report.
+
+What stands beside research-report.tex when it is compiled:
+
+    results.tex       \\result{NAME}{VALUE} for every number that is known: what \\R and \\known of the paper ask
+    facts.tex         appendix rows: each number that the paper states, and where it comes from
+    artefacts.tex     appendix rows: those files, hashed, and the commands that made them
+    samples.tex       what the model wrote
+    benchmarks.tex    docs/results/benchmarks/*.json
+    *.pdf             the run's curves
+"""
+
+import argparse
+import os
+import re
+import shlex
+import shutil
+import subprocess
+import unicodedata
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
+from pathlib import Path
+
+from matplotlib import rc_context
+from matplotlib.figure import Figure
+
+from aymen_gpt.commands import console
+from aymen_gpt.errors import AymenError
+from aymen_gpt.files import replace_text, sha256
+from aymen_gpt.reporting import plots
+from aymen_gpt.reporting.runs import Run, read_run
+from aymen_gpt.wording import PROTOCOLS
+from paper.facts import MEASURES, Artefact, Fact, Record, all_facts, artefact, benchmarks, known
+
+ROOT = Path(__file__).parent.parent
+PAPER = "research-report.tex"
+PACKAGES = "latexmk texlive-latex-base texlive-latex-recommended texlive-pictures lmodern"
+SAMPLES, SAMPLE_CHARACTERS = 3, 450
+EXAMPLES = """\
+  python -m paper.build runs/demo     build/report/research-report.pdf
+"""
+
+
+def parser() -> argparse.ArgumentParser:
+    p = console.parser(
+        "Write the paper of a run: every number and figure in research-report.tex from the run's own files, each "
+        "with its file, hash and command in the appendix.",
+        EXAMPLES,
+    )
+    p.add_argument("run", type=Path, metavar="RUN", help="a run folder or a digest of one")
+    p.add_argument("--out", type=Path, default=Path("build/report"), metavar="DIR", help="[build/report]")
+    return p
+
+
+def main(argv: list[str] | None = None) -> int:
+    options = parser().parse_args(argv)
+    run, text = read_run(options.run), (ROOT / PAPER).read_text()
+    facts = all_facts(run, ROOT)
+    for name, content in parts(run, facts, text, ROOT).items():
+        replace_text(options.out / name, content)
+    draw(run, options.out)
+    print(f"numbers    {options.out}/results.tex ({len(known(facts))})")
+    compile_paper(options.out)
+    print(f"paper      {options.out}/{Path(PAPER).stem}.pdf")
+    return 0
+
+
+# ---- text as LaTeX -----------------------------------------------------------------------------------
+
+SPECIAL = {
+    "\\": r"\textbackslash{}",
+    "~": r"\textasciitilde{}",
+    "^": r"\textasciicircum{}",
+    "<": r"\textless{}",
+    ">": r"\textgreater{}",
+    "|": r"\textbar{}",
+    '"': r"\textquotedbl{}",
+    "'": r"\textquotesingle{}",
+    "`": r"\textasciigrave{}",
+    "-": "{-}",  # two of them are no dash
+} | {c: f"\\{c}" for c in "&%$#_{}"}
+
+
+def escape(text: str) -> str:
+    """Text as LaTeX that prints it, in ASCII: accents are dropped, letters beyond that become their number.
+
+    >>> escape("50 % of \\\\input{x}")
+    '50 \\\\% of \\\\textbackslash{}input\\\\{x\\\\}'
+    """
+    return "".join(_letter(c) for c in text)
+
+
+def _letter(c: str) -> str:
+    if c in SPECIAL or " " <= c <= "~":
+        return SPECIAL.get(c, c)
+    if c in "\n\t\u00a0":
+        return " "
+    plain = unicodedata.normalize("NFKD", c).encode("ascii", "ignore").decode()
+    return "".join(SPECIAL.get(p, p) for p in plain if p >= " ") or f"[U+{ord(c):04X}]"
+
+
+def breakable(text: str) -> str:
+    """Escaped text that may break after a slash, a dot, an underscore, a hyphen or an equals sign."""
+    return re.sub(r"(/|\\_|[.]|=|\{-\})", lambda found: found[1] + r"\allowbreak{}", escape(text))
+
+
+def code(text: str) -> str:
+    return f"\\code{{{breakable(text)}}}"
+
+
+# ---- what the paper reads ----------------------------------------------------------------------------
+
+
+def chosen(paper: str, values: Mapping[str, str]) -> str:
+    r"""The body of a .tex file as LaTeX will read it: of \known{NAME}{IF}{ELSE} what holds for these values."""
+    text = paper[paper.find(r"\begin{document}") :]
+    while (start := text.find(r"\known{")) >= 0:
+        name, at = _braces(text, start + len(r"\known"))
+        there, at = _braces(text, at)
+        otherwise, at = _braces(text, at)
+        text = text[:start] + (there if name in values else otherwise) + text[at:]
+    return text
+
+
+def _braces(text: str, at: int) -> tuple[str, int]:
+    """What stands between the brace at ``at`` and its partner, and where it ends."""
+    depth = 0
+    for match in re.compile(r"\\.|[{}]", re.S).finditer(text, at):
+        depth += {"{": 1, "}": -1}.get(match[0], 0)
+        if depth == 0:
+            return text[at + 1 : match.start()], match.end()
+    raise AymenError(f"{PAPER}: a brace is not closed: {text[at : at + 60]}")
+
+
+def stated(text: str) -> set[str]:
+    """Names of the facts that a text states."""
+    return set(re.findall(r"\\R\{([^}]*)\}", text))
+
+
+def parts(run: Run, facts: Sequence[Fact], paper: str, root: Path) -> dict[str, str]:
+    """The .tex files, by name. ``paper`` is the text of research-report.tex, ``root`` the folder it stands in."""
+    values, measured = known(list(facts)), benchmarks(root)
+    names = stated(chosen(paper, values)) & values.keys()
+    used = sorted((fact for fact in facts if fact.name in names), key=lambda fact: fact.name)
+    sources = {fact.artefact for fact in used} | {artefact(run, "metrics.jsonl")} | {r.artefact for r in measured}
+    rows = [(display(a.path, root), a) for a in sorted(sources, key=str) if a.path.is_file()]
+    return {
+        "results.tex": "".join(f"\\result{{{name}}}{{{escape(value)}}}\n" for name, value in values.items()),
+        "facts.tex": "".join(map(fact_row, used)),
+        "artefacts.tex": "".join(artefact_row(path, a) for path, a in rows),
+        "samples.tex": samples(run),
+        "benchmarks.tex": "".join(map(table, measured)),
+    }
+
+
+def fact_row(fact: Fact) -> str:
+    """A row "name & value & file & where in it" of the appendix, the target of the number in the text."""
+    name = f"\\hypertarget{{fact:{fact.name}}}{{{code(fact.name)}}}"
+    return (
+        f"{name} & {escape(fact.shown or '')} & {code(fact.artefact.path.name)} & {breakable(fact.where)} \\\\\n"
+    )
+
+
+def artefact_row(path: str, a: Artefact) -> str:
+    digest = sha256(a.path)
+    return f"{code(path)} & \\code{{{digest[:32]}\\newline {digest[32:]}}} & {code(a.command)} \\\\\n"
+
+
+def display(path: Path, root: Path) -> str:
+    """A path as the paper shows it: from the root of the repository when it is in there, by a link or itself."""
+    for p, r in ((path.absolute(), root.absolute()), (path.resolve(), root.resolve())):
+        if p.is_relative_to(r):
+            return p.relative_to(r).as_posix()
+    return path.as_posix()
+
+
+def samples(run: Run) -> str:
+    """The last things the model wrote, prompt in bold; at most SAMPLES of them, [...] where one was cut."""
+    last = [s for s in run.samples if s.step == run.samples[-1].step][:SAMPLES]
+    texts = [s.text.removeprefix(s.prompt) for s in last]
+    cut = [t if len(t) <= SAMPLE_CHARACTERS else t[:SAMPLE_CHARACTERS] + " [...]" for t in texts]
+    return "".join(f"\\sample{{{escape(s.prompt)}}}{{{escape(t)}}}\n" for s, t in zip(last, cut, strict=True))
+
+
+def table(record: Record) -> str:
+    """A benchmark's numbers; no column of which nothing was measured (MFU, where a device's peak is not known)."""
+    columns = [i for i in range(len(MEASURES)) if any(row.facts[i].shown for row in record.rows)]
+    heads = [list(MEASURES.values())[i][0] for i in columns]
+    labels = len(record.rows[0].labels)
+    lines = ["& " * (labels - 1) + " & ".join(["", *map(escape, heads)])]
+    lines += [
+        " & ".join(map(escape, [*row.labels, *(row.facts[i].shown or "" for i in columns)])) for row in record.rows
+    ]
+    body = " \\\\\n".join([lines[0] + r" \\\midrule" + "\n" + lines[1], *lines[2:]])
+    return (
+        "\\begin{table}[htbp]\\centering\\small\n"
+        f"\\caption{{{escape(record.title)}: {code(record.artefact.command)}}}\n"
+        f"\\fitted{{\\begin{{tabular}}{{{'l' * labels}{'r' * len(columns)}}}\\toprule\n{body} \\\\\\bottomrule\n"
+        "\\end{tabular}}\n\\end{table}\n"
+    )
+
+
+def draw(run: Run, out: Path) -> None:
+    """The figures, as PDF; one that the run gives nothing for is removed, as another run may have left it."""
+    figures: dict[str, tuple[bool, Callable[[], Figure]]] = {
+        "loss": (run.last("loss") is not None, partial(plots.loss, run, (640, 300))),
+        "scores": (any(run.score(p) for p in PROTOCOLS), partial(plots.scores, run, (480, 260))),
+    }
+    for key in ("lr", "grad_norm", "tokens_per_second"):
+        figures[key] = (run.last(key) is not None, partial(plots.small, run, key, (230, 170)))
+    for name, (there, figure) in figures.items():
+        path = out / f"{name}.pdf"
+        path.unlink(missing_ok=True)
+        if there:
+            with rc_context({"font.family": "STIXGeneral", "pdf.fonttype": 42}), path.open("wb") as f:
+                figure().savefig(f, format="pdf", transparent=True, metadata={"CreationDate": None})
+
+
+# ---- LaTeX -------------------------------------------------------------------------------------------
+
+
+def compile_paper(out: Path) -> None:
+    """Run latexmk, which may start no other program; AymenError with the first error of its log."""
+    if shutil.which("latexmk") is None or shutil.which("pdflatex") is None:
+        raise AymenError(
+            f"latexmk is missing, so {out} has the numbers and curves but no PDF: "
+            f"apt-get install --no-install-recommends {PACKAGES}"
+        )
+    command = ["latexmk", "-pdf", "-pdflatex=pdflatex -no-shell-escape %O %S", "-interaction=nonstopmode"]
+    command += ["-halt-on-error", f"-outdir={out.resolve()}", PAPER]
+    print(f"$ {shlex.join(command)}", flush=True)
+    inputs = os.environ | {"TEXINPUTS": f"{out.resolve()}:"}
+    done = subprocess.run(command, cwd=ROOT, env=inputs, capture_output=True, text=True)
+    if done.returncode:
+        raise AymenError(f"{PAPER} does not compile: {first_error(out)} (all of it: {out}/research-report.log)")
+
+
+def first_error(out: Path) -> str:
+    """The first line of TeX's log that begins with ! and the two after it."""
+    try:
+        lines = (out / "research-report.log").read_text(errors="replace").splitlines()
+    except OSError:
+        return "latexmk wrote no log"
+    start = next((i for i, line in enumerate(lines) if line.startswith("!")), 0)
+    return " ".join(lines[start : start + 3])
+
+
+if __name__ == "__main__":
+    console.run(main)

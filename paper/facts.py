@@ -1,0 +1,324 @@
+"""Every number that may be stated about a run, each with the file it was read from.
+
+A text never holds such a number itself. research-report.tex says ``\\R{run.val-loss}``; README and docs/ say the
+number followed by a comment that names it, ``5.335<!--run.val-loss-->``, and a test compares the two. So a result
+can be stated only while the artefact that shows it is there.
+"""
+
+import math
+import shlex
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, fields
+from pathlib import Path
+from statistics import fmean, median
+from typing import Any
+
+from aymen_gpt.model.gpt import GPTConfig
+from aymen_gpt.reporting.anchors import ANCHORS, CHANCE
+from aymen_gpt.reporting.plots import continued
+from aymen_gpt.reporting.runs import Run, number, read_object
+from aymen_gpt.training.config import TrainConfig, resolve
+from aymen_gpt.wording import HELLASWAG_EXAMPLES, PROTOCOLS, duration, human, percent
+
+BENCHMARKS = "docs/results/benchmarks"
+CLAIMED_HOURS = 7  # the first version's README, for 40B tokens on eight A100
+A100_PEAK = 312e12  # bf16 FLOP/s, NVIDIA's data sheet
+
+Form = Callable[[Any], str] | str
+
+
+@dataclass(frozen=True)
+class Artefact:
+    """A file that numbers come from, and what made it."""
+
+    path: Path
+    command: str
+
+
+@dataclass(frozen=True)
+class Fact:
+    """One number as a reader sees it ("5.335"), None if not measured, and ``where`` in its artefact it stands."""
+
+    name: str
+    shown: str | None
+    artefact: Artefact
+    where: str
+
+
+def all_facts(run: Run, root: Path) -> list[Fact]:
+    """Everything that README, docs and paper of the checkout ``root`` may state."""
+    found = [*run_facts(run), *plan_facts(root, run), *published_facts(root)]
+    found += [fact for record in benchmarks(root) for row in record.rows for fact in row.facts]
+    names = [fact.name for fact in found]
+    assert len(set(names)) == len(names), "two facts have one name"
+    return found
+
+
+def known(facts: list[Fact]) -> dict[str, str]:
+    """{name: shown} of what was measured and whose artefact is there."""
+    return {f.name: f.shown for f in facts if f.shown is not None and f.artefact.path.is_file()}
+
+
+def shown(value: Any, form: Form = "{}") -> str | None:
+    """A value in words: by a format string or a function; None and what is not finite stay unknown."""
+    if value is None or value == "" or (isinstance(value, float) and not math.isfinite(value)):
+        return None
+    return form.format(value) if isinstance(form, str) else form(value)
+
+
+def share(value: float) -> str:
+    """0.2381 -> "23.8 %": a decimal of a percent is finer than any error here."""
+    return percent(value, digits=1)
+
+
+def rate(value: float) -> str:
+    """0.003 -> "0.003", 6e-05 -> "6e-5"."""
+    return human(value) if value < 0.001 else f"{value:g}"
+
+
+def slug(text: str) -> str:
+    """A name's part in lower case, words joined by dashes: "GPT-2 124M" -> "gpt-2-124m"."""
+    return "-".join("".join(c if c.isalnum() or c == "." else " " for c in text.lower()).split())
+
+
+# ---- of the run --------------------------------------------------------------------------------------
+
+CONFIG: dict[str, tuple[str, Form]] = {  # name -> path in config.json, how it is shown
+    "name": ("run.run", str),
+    "preset": ("run.preset", str),
+    "params": ("n_params", "{:,}"),
+    "params-short": ("n_params", human),
+    "layers": ("model.n_layer", "{}"),
+    "heads": ("model.n_head", "{}"),
+    "width": ("model.n_embd", "{}"),
+    "context": ("model.block_size", "{:,}"),
+    "flops-per-token": ("flops_per_token", human),
+    "steps-planned": ("run.steps", "{:,}"),
+    "tokens-per-step": ("run.tokens_per_step", "{:,}"),
+    "peak-rate": ("run.learning_rate", rate),
+    "min-rate-ratio": ("run.min_lr_ratio", "{:g}"),
+    "warmup-steps": ("run.warmup_steps", "{:,}"),
+    "weight-decay": ("run.weight_decay", "{:g}"),
+    "beta1": ("run.beta1", "{:g}"),
+    "beta2": ("run.beta2", "{:g}"),
+    "grad-clip": ("run.grad_clip", "{:g}"),
+    "seed": ("run.seed", "{}"),
+    "dtype": ("run.dtype", str),
+    "val-tokens": ("run.val_tokens", "{:,}"),
+    "init-from": ("run.init_from", str),
+    "data": ("data.folder", str),
+    "data-repo": ("data.source.repo", str),
+    "data-sha256": ("data.manifest_sha256", lambda text: f"{text[:16]}..."),
+    "train-tokens": ("data.train_tokens", "{:,}"),
+    "held-out-tokens": ("data.val_tokens", "{:,}"),
+    "device": ("device.name", str),
+    "cores": ("host.cores", "{}"),
+    "memory": ("host.memory_gb", "{:.0f} GB"),
+    "processes": ("world_size", "{}"),
+    "python": ("versions.python", str),
+    "torch": ("versions.torch", str),
+    "commit": ("git_commit", lambda text: text[:12]),
+    "started": ("started", lambda text: text[:10]),
+    "starts": ("history", lambda starts: str(len(starts))),
+    "command": ("command", lambda words: shlex.join(map(str, words))),
+}
+
+
+def artefact(run: Run, name: str) -> Artefact:
+    """A file of the run, with the command that wrote it as far as the run's own files tell."""
+    typed = shown(run.get("command"), CONFIG["command"][1]) or "python pretrain.py"
+    if name == "hellaswag.json":
+        found = run.hellaswag
+        typed = f"python hellaswag.py -m {found.get('model')} --limit {found.get('n')} --json hellaswag.json"
+    return Artefact(run.folder / name, typed)
+
+
+def run_facts(run: Run) -> Iterator[Fact]:
+    """All facts of a run folder or of its digest (tools/record.py), named run.*"""
+    config, metrics = artefact(run, "config.json"), artefact(run, "metrics.jsonl")
+    for name, (path, form) in CONFIG.items():
+        yield Fact(f"run.{name}", shown(run.get(*path.split(".")), form), config, path)
+    at = ", ".join(f"{step:,}" for step in continued(run))
+    yield Fact("run.continued-at", at or None, config, "history")
+    yield Fact("run.data-files", data_files(run), config, "data.source.files")
+    builtin = "yes" if (data_files(run) or "").startswith("builtin-") else None
+    yield Fact("run.builtin", builtin, config, "data.source.files")
+    for name, value, where in measured(run):
+        yield Fact(f"run.{name}", value, metrics, where)
+    yield Fact("run.state", shown(run.status.get("state")), artefact(run, "status.json"), "state")
+    n_samples = str(len(run.samples)) if run.samples else None
+    yield Fact("run.samples", n_samples, artefact(run, "samples.jsonl"), "samples, counted")
+    yield from scores(run)
+
+
+def data_files(run: Run) -> str | None:
+    """The names of the text's files, at most three."""
+    files = run.get("data", "source", "files")
+    names = [str(f.get("name")) for f in files if isinstance(f, dict)] if isinstance(files, list) else []
+    more = f" and {len(names) - 3} more" if len(names) > 3 else ""
+    return ", ".join(names[:3]) + more if names else None
+
+
+def measured(run: Run) -> Iterator[tuple[str, str | None, str]]:
+    """(name, shown, where) of what metrics.jsonl says."""
+
+    def finite(key: str) -> list[float]:
+        return [v for _, v in run.series(key) if v is not None]
+
+    vals = [(step, v) for step, v in run.series("val_loss") if v is not None]
+    loss, speed, seconds, mfu = (finite(k) for k in ("loss", "tokens_per_second", "step_seconds", "mfu"))
+    tokens, train = run.last("tokens"), number(run.get("data", "train_tokens"))
+    last = vals[-1][1] if vals else None
+    fell = vals[0][1] if len(vals) > 1 else None
+    complete = bool(seconds) and len(seconds) == run.step
+    skipped = sum(bool(row.get("skipped")) for row in run.rows) if run.rows else None
+    yield "steps", shown(run.step or None, "{:,}"), "step of the last row"
+    yield "tokens", shown(tokens, "{:,.0f}"), "tokens of the last row"
+    yield "tokens-short", shown(tokens, human), "tokens of the last row"
+    yield "epochs", shown(tokens and train and tokens / train, "{:.2f}"), "last tokens / config's train_tokens"
+    yield "first-val-loss", shown(fell, "{:.2f}"), "first val_loss"
+    yield "val-loss", shown(last, "{:.3f}"), "last val_loss"
+    yield "val-step", shown(vals[-1][0] if vals else None, "{:,}"), "step of the last val_loss"
+    yield "perplexity", shown(last and math.exp(min(last, 100)), "{:,.0f}"), "exp of the last val_loss"
+    yield "train-loss", shown(fmean(loss[-50:]) if loss else None, "{:.3f}"), "loss, mean of the last 50"
+    yield "speed", shown(median(speed) if speed else None, "{:,.0f}"), "tokens_per_second, median"
+    yield "training-time", shown(sum(seconds) if complete else None, duration), "step_seconds, summed"
+    yield "mfu", shown(median(mfu) if mfu else None, share), "mfu, median"
+    yield "skipped", shown(skipped, "{:,}"), "rows with skipped, counted"
+
+
+def scores(run: Run) -> Iterator[Fact]:
+    """The newest and largest score of each protocol, of training or of hellaswag.json, acc and acc_norm."""
+    scores = {protocol: run.score(protocol) for protocol in PROTOCOLS}
+    for protocol, score in scores.items():
+        source = artefact(run, score.file if score else "metrics.jsonl")
+        for metric in ("acc", "acc_norm"):
+            name, where = f"run.{protocol}-{slug(metric)}", f"{protocol}.{metric}"
+            value, error = (getattr(score, key, None) for key in (metric, f"{metric}_stderr"))
+            yield Fact(name, shown(value, share), source, where)
+            yield Fact(
+                f"{name}-stderr", shown(error, lambda e: f"{100 * e:.1f}"), source, f"{where}_stderr, points"
+            )
+        away = (score.value - CHANCE) / score.error if score and score.error else None
+        form = f"{{:.1f}} standard errors {'above' if (away or 0) > 0 else 'below'}"
+        yield Fact(f"run.{protocol}-from-chance", shown(away and abs(away), form), source, protocol)
+        yield Fact(f"run.{protocol}-n", shown(score and score.n, "{:,}"), source, "n")
+        yield Fact(f"run.{protocol}-step", shown(score and score.step, "{:,}"), source, "step")
+    latest = scores["completion"] or scores["harness"]
+    source = artefact(run, latest.file if latest else "metrics.jsonl")
+    yield Fact("run.hellaswag-n", shown(latest and latest.n, "{:,}"), source, "n")
+
+
+# ---- of the recipe, of others, of benchmarks ---------------------------------------------------------
+
+
+def plan_facts(root: Path, run: Run) -> Iterator[Fact]:
+    """The recipe of the published run, as `python pretrain.py` without options would do it: plan.*"""
+    plan, shape = resolve({}), GPTConfig()
+    recipe = Artefact(root / "aymen_gpt/training/config.py", "python pretrain.py --help")
+    code = Artefact(root / "aymen_gpt/model/gpt.py", "python pretrain.py --help")
+    tokens, done = plan.steps * plan.tokens_per_step, run.last("tokens")
+    claimed = tokens / CLAIMED_HOURS / 3600
+    mfu = claimed * shape.flops_per_token / (8 * A100_PEAK)
+    repeated = run.get("n_params") == shape.n_params and (done or 0) >= tokens
+    for name, value, where in (
+        ("tokens", f"{tokens:,}", "steps x tokens_per_step"),
+        ("tokens-short", human(tokens), "steps x tokens_per_step"),
+        ("warmup-tokens", human(plan.warmup_steps * plan.tokens_per_step), "warmup x tokens"),
+        ("run-share", shown(done and 100 * done / tokens, "{:.2g} %"), "run.tokens / plan.tokens"),
+        ("repeated", "yes" if repeated else None, "run.tokens and run.params are the plan's"),
+        ("claimed-speed", f"{claimed / 1e6:.2f} million", "plan.tokens / 7 hours"),
+        ("claimed-mfu", share(mfu), "claimed-speed x flops-per-token / (8 x 312 TFLOP/s)"),
+    ):
+        yield Fact(f"plan.{name}", value, recipe, where)
+    yield Fact("plan.params", f"{shape.n_params:,}", code, "GPTConfig().n_params")
+    yield Fact("plan.flops-per-token", human(shape.flops_per_token), code, "flops_per_token")
+    yield Fact("plan.padded-vocabulary", f"{shape.padded_vocab_size:,}", code, "GPTConfig().padded_vocab_size")
+    for name in ("n_layer", "n_head", "n_embd", "block_size", "vocab_size"):
+        yield Fact(f"plan.{slug(name)}", f"{getattr(shape, name):,}", code, name)
+    for f in fields(TrainConfig):
+        number = getattr(plan, f.name)
+        told = f.metadata["group"] in ("run", "recipe", "watching") and f.name != "block_size"
+        if told and not isinstance(number, str | bool | None):
+            counted = isinstance(number, int) and f.name != "seed"
+            yield Fact(f"plan.{slug(f.name)}", f"{number:,}" if counted else rate(number), recipe, f.name)
+
+
+def published_facts(root: Path) -> Iterator[Fact]:
+    """Scores of others, from anchors.py, named published.MODEL.PROTOCOL.METRIC, and what chance would score."""
+    source = Artefact(root / "aymen_gpt/reporting/anchors.py", "kept by hand, each with its source")
+    for a in ANCHORS:
+        name = f"published.{slug(a.model)}.{a.protocol}.{slug(a.metric)}"
+        yield Fact(name, f"{100 * a.value:.4g} %", source, a.source)
+    yield Fact("published.chance", percent(CHANCE, digits=0), source, "one ending of four")
+    yield Fact("published.n", f"{HELLASWAG_EXAMPLES:,}", source, "examples of the validation set")
+    spread = math.sqrt(0.337 * (1 - 0.337) / (HELLASWAG_EXAMPLES - 1))
+    where = "sqrt(p(1 - p) / (n - 1)) at GPT-3 Small's p, in points"
+    yield Fact("published.stderr", f"{100 * spread:.2f}", source, where)
+
+
+MEASURES: dict[str, tuple[str, Form]] = {  # keys of a benchmark's rows -> head of the column, how it is shown
+    "tokens_per_second": ("tokens/s", "{:,.0f}"),
+    "examples_per_second": ("examples/s", "{:.2f}"),
+    "ours_is_times": ("ours is", "{:.2f}x"),
+    "ours_is_times.float32": ("ours, float32, is", "{:.2f}x"),
+    "ours_is_times.bfloat16": ("ours, bfloat16, is", "{:.2f}x"),
+    "gflops": ("GFLOP/s", "{:,.0f}"),
+    "mfu": ("MFU", share),
+    "peak_gb": ("peak GB", "{:.2f}"),
+}
+
+
+@dataclass(frozen=True)
+class Row:
+    """What was measured, in words ("gpt2-256", "transformers"), and its numbers."""
+
+    labels: tuple[str, ...]
+    facts: list[Fact]
+
+
+@dataclass(frozen=True)
+class Record:
+    """A file of docs/results/benchmarks: what it compares, on which machine, and its rows."""
+
+    title: str
+    artefact: Artefact
+    rows: list[Row]
+
+
+def benchmarks(root: Path) -> list[Record]:
+    """The training step and the scorer beside other programs'; a fact is benchmark.FILE.WHAT.MEASURE."""
+    records = []
+    for path in sorted((root / BENCHMARKS).glob("*.json")):
+        found = read_object(path)
+        source = Artefact(path, str(found.get("command")))
+        for title, key, labels in (
+            ("The training step", "results", ("shape", "variant")),
+            ("Scoring HellaSwag", "speed", ("scorer",)),
+        ):
+            rows = found.get(key)
+            rows = [r for r in rows if isinstance(r, dict) and labels[-1] in r] if isinstance(rows, list) else []
+            if rows:
+                made = [
+                    _row(path.stem, row, tuple(str(row.get(label)) for label in labels), source) for row in rows
+                ]
+                records.append(Record(f"{title} ({found.get('machine')})", source, made))
+    return records
+
+
+def _row(stem: str, row: dict[str, Any], labels: tuple[str, ...], source: Artefact) -> Row:
+    facts, what = [], ".".join(map(slug, labels))
+    for path, (_, form) in MEASURES.items():
+        value: Any = row
+        for key in path.split("."):
+            value = value.get(key) if isinstance(value, dict) else None
+        where = f"{', '.join(labels)}: {path}"
+        facts.append(
+            Fact(
+                f"benchmark.{stem}.{what}.{slug(path.replace('.', ' '))}",
+                shown(number(value), form),
+                source,
+                where,
+            )
+        )
+    return Row(labels, facts)

@@ -1,0 +1,182 @@
+"""Curves: what matplotlib was given to draw, and the SVG that a page takes in."""
+
+import json
+import re
+import xml.etree.ElementTree as ET
+
+import numpy as np
+import pytest
+from conftest import ROOT
+
+from aymen_gpt.reporting import plots
+from aymen_gpt.reporting.runs import read_run
+from benchmarks import five_kills
+
+NAN = float("nan")
+
+
+@pytest.fixture
+def write(tmp_path):
+    """write(rows, config, name) -> the Run; a step is 100 tokens."""
+
+    def write(rows, config=None, name="run"):
+        folder = tmp_path / name
+        folder.mkdir(exist_ok=True)
+        (folder / "config.json").write_text(json.dumps({"run": {"tokens_per_step": 100}} | (config or {})))
+        (folder / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+        return read_run(folder)
+
+    return write
+
+
+def texts(figure):
+    """All that a figure says beside its axes' numbers."""
+    (axes,) = figure.axes
+    legend = axes.get_legend()
+    return [t.get_text() for t in axes.texts] + ([t.get_text() for t in legend.get_texts()] if legend else [])
+
+
+def lines(figure):
+    return {line.get_label(): line for line in figure.axes[0].lines}
+
+
+def test_decimation_keeps_spikes_ends_and_order():
+    rng = np.random.default_rng(1)
+    x, y = np.arange(76_292.0), rng.normal(3, 0.1, 76_292)
+    y[41_234], y[60_001] = 99, -99
+    kept, values = plots.decimate(x, y)
+    assert len(kept) <= 1000
+    assert {41_234, 60_001, 0, 76_291} <= set(kept)
+    assert list(kept) == sorted(kept)
+    assert all(y[int(i)] == value for i, value in zip(kept, values, strict=True))
+
+
+def test_decimation_leaves_short_series_alone_and_long_gaps_open():
+    x = np.arange(1000.0)
+    assert plots.decimate(x, x)[0] is x
+    long = np.arange(6000.0)
+    kept, values = plots.decimate(long, np.where((long >= 2000) & (long < 4000), NAN, 1.0))
+    assert np.isnan(values[(kept >= 2000) & (kept < 4000)]).any()
+    assert len(kept) <= 1000
+
+
+def test_smooth_is_the_running_median_and_passes_over_gaps():
+    y = np.array([1, 2, 90, NAN, 3, 1, 1, 1, 1, 1, 1])  # nine of them are a window
+    assert plots.smooth(np.arange(11.0), y)[1][4] == 1
+    assert np.isnan(plots.smooth(np.arange(2.0), np.array([NAN, NAN]))[1]).all()
+    x, values = plots.smooth(np.arange(10_000.0), np.ones(10_000))
+    assert (len(x), x[0], x[-1], set(values)) == (500, 0, 9_999, {1.0})
+
+
+def test_the_loss_chart_has_what_the_rows_say_by_tokens(write):
+    rows = [{"step": s, "tokens": 100 * s, "loss": 9 - s / 10} for s in range(1, 31)]
+    rows[9] |= {"val_loss": 8.5, "spike": True}
+    rows[14]["loss"] = None
+    history = {"history": [{"step": 0}, {"step": 20}, "odd"]}
+    figure = plots.loss(write(rows, history))
+    drawn = lines(figure)
+    x, y = drawn["training, each step"].get_data()
+    assert list(x[:2]) == [100, 200]
+    assert y[0] == 8.9
+    assert np.isnan(y[14])
+    assert [list(a) for a in drawn["validation"].get_data()] == [[1000], [8.5]]
+    assert list(drawn["spike (1)"].get_xdata()) == [1000]
+    assert list(drawn["not finite (1)"].get_xdata()) == [1500]
+    assert texts(figure)[0] == "stopped here and continued"
+    assert "GPT-2 124M, validation" not in texts(figure)
+    assert figure.axes[0].get_xlim() == (0, 3000)
+
+
+def test_gpt2s_loss_is_drawn_for_runs_on_its_text_only(write):
+    config = {"data": {"source": {"repo": "HuggingFaceFW/fineweb-edu"}}}
+    figure = plots.loss(write([{"step": 1, "loss": 9.0}], config))
+    assert list(lines(figure)["GPT-2 124M, validation"].get_ydata()) == [3.2924, 3.2924]
+
+
+def test_the_start_of_a_long_run_is_left_above_the_frame():
+    x = np.arange(2000.0)
+    y = 3 + 8 * np.exp(-x / 10)
+    lo, hi = plots.loss_limits((x, y), (x[:0], y[:0]))
+    assert lo < 3 < hi < 4
+    assert plots.loss_limits((x[:500], y[:500]))[1] > 11
+
+
+@pytest.mark.parametrize(("norms", "scale"), [([1.0, 2.0, 3.0], "linear"), ([0.1, 0.0, 9.0], "log")])
+def test_a_norm_that_spreads_is_on_a_log_scale(write, norms, scale):
+    figure = plots.small(write([{"step": i, "grad_norm": v} for i, v in enumerate(norms, 1)]), "grad_norm")
+    assert figure.axes[0].get_yscale() == scale
+
+
+def test_a_value_between_gaps_is_a_dot(write):
+    figure = plots.small(write([{"step": 1, "lr": None}, {"step": 2, "lr": 0.1}, {"step": 3, "lr": None}]), "lr")
+    assert [list(line.get_xdata()) for line in figure.axes[0].lines if line.get_marker() == "o"] == [[200]]
+
+
+def part(value):
+    return {"acc_norm": value, "acc_norm_stderr": 0.01}
+
+
+def test_scores_are_set_beside_anchors_of_their_own_protocol_only(write):
+    run = write([{"step": 1, "hellaswag": {"n": 10042, "harness": part(0.30)}}])
+    said = texts(plots.scores(run))
+    assert "30.00 ± 1.00" in said
+    assert "31.14" in said
+    assert "29.55" not in said
+    assert {"harness protocol, acc_norm", "the GPT-3 paper's own, acc_norm", "GPT-3 Small", "chance"} <= set(said)
+
+
+def test_labels_of_close_levels_do_not_touch(write):
+    rows = [{"step": s, "hellaswag": {"n": 10, "completion": part(0.437)}} for s in (1, 2)]
+    figure = plots.hellaswag(write(rows), "completion")
+    (axes,) = figure.axes
+    places = sorted(axes.transData.transform((0, text.xy[1]))[1] for text in axes.texts)
+    assert len(places) == 4  # GPT-2 774M has 43.20 %, GPT-3 Medium 43.6 %
+    assert min(np.diff(places)) >= 16 * 0.99 * figure.dpi / 72
+
+
+def test_runs_are_compared_by_tokens_and_by_time(write):
+    fast = write([{"step": s, "loss": 9.0, "val_loss": 8.0, "step_seconds": 60.0} for s in (1, 2)], name="fast")
+    slow = write([{"step": s, "loss": 9.0, "val_loss": 7.0, "step_seconds": 180.0} for s in (1, 2)], name="slow")
+    untimed = write([{"step": 1, "loss": 9.0, "val_loss": 6.0}], name="untimed")
+
+    def dots(by):
+        drawn = plots.losses([fast, slow, untimed], by).axes[0].lines
+        return [list(line.get_xdata()) for line in drawn if line.get_label() == "validation"]
+
+    assert dots("tokens") == [[100, 200], [100, 200], [100]]
+    assert dots("time") == [[1, 2], [3, 6]]  # minutes
+    colours = {line.get_color() for line in plots.losses([fast, slow]).axes[0].lines}
+    assert colours == {plots.COLOURS["train"], plots.COLOURS["val"]}
+
+
+def test_an_svg_has_the_pages_colours_its_own_ids_and_real_text(write):
+    run = write([{"step": s, "loss": 9.0, "val_loss": 8.0} for s in range(1, 30)])
+    svg = plots.svg(plots.loss(run), "mine", 'a "<b>')
+    root = ET.fromstring(svg.replace("xlink:", ""))
+    assert svg == plots.svg(plots.loss(run), "mine", 'a "<b>')
+    assert (root.get("role"), root.get("aria-label")) == ("img", 'a "<b>')
+    assert "training, each step" in [e.text for e in root.iter("text")]
+    assert not re.search(r"#[0-9a-f]{6}\b|http|\burl\((?!#mine-)", svg)
+    ids = re.findall(r'\bid="([^"]*)"', svg)
+    assert ids
+    assert all(name.startswith("mine-") for name in ids)
+    assert set(re.findall(r"#(mine-[\w-]+)", svg)) == set(ids)
+
+
+def test_the_colours_are_those_of_the_light_page():
+    css = (ROOT / "aymen_gpt/reporting/page.css").read_text()
+    light = dict(re.findall(r"--(\w+):(#[0-9a-f]{6})", css.split("@media")[0]))
+    dark = set(re.findall(r"--(\w+):#", css.split("prefers-color-scheme:dark")[1].split("}")[0]))
+    assert {name: light[name] for name in plots.COLOURS} == plots.COLOURS
+    assert plots.COLOURS.keys() <= dark
+
+
+def test_the_picture_of_five_kills_shows_them_and_one_curve():
+    found = json.loads(five_kills.FOUND.read_text())
+    curves, zoom = five_kills.draw(found).axes
+    marks = [line.get_xdata()[0] for line in curves.lines if line.get_color() == plots.BAD]
+    assert marks == found["killed_after_step"]
+    alone, killed = (line for line in zoom.lines if line.get_label() in ("left alone", "killed five times"))
+    assert list(alone.get_ydata()) == list(killed.get_ydata())
+    with pytest.raises(AssertionError):
+        five_kills.draw(found | {"steps_that_differ": [7]})
