@@ -53,6 +53,20 @@ def test_a_line_cut_short_by_a_kill_is_dropped(tmp_path):
     assert steps(tmp_path) == [0, 1, 2, 3, 4, 5]
 
 
+def test_step_lines_say_how_long_is_left(tmp_path, capsys, monkeypatch):
+    now = [0.0]
+    monkeypatch.setattr("time.monotonic", lambda: now[0])
+    with RunLog(tmp_path, steps=20) as log:
+        log.start({}, 10)
+        for step in (11, 12, 20):
+            now[0] += 30.0
+            log.write(row(step))
+    lines = [line for line in capsys.readouterr().err.splitlines() if line.startswith("step")]
+    assert lines[0].endswith(" | 4 min 30 s left")  # 9 steps of 30 s
+    assert lines[1].endswith(" | 4 min 00 s left")
+    assert "left" not in lines[2]
+
+
 def test_the_console_line_carries_units():
     line = console_line(row(50, val_loss=6.5, mfu=0.421), 300)
     assert line.split(" | ") == [

@@ -27,6 +27,7 @@ from tqdm import tqdm
 
 from aymen_gpt.errors import CannotWrite, DataError, Stopped, printable, redact
 from aymen_gpt.files import free_name, json_object, lock, read_json, replace_text, set_aside, write_whole
+from aymen_gpt.wording import duration, percent
 
 FILES = ["config.json", "samples.jsonl", "failure.json", "report.html", "metrics.jsonl", "status.json"]
 
@@ -57,6 +58,7 @@ class RunLog:
         self._waiting: dict[str, str] = {}  # text by file that could not be appended yet
         self._warned = False
         self._last_line = 0.0
+        self._began = (0.0, 0)  # when, and after which step
         self._drawing: Thread | None = None
 
     def __enter__(self) -> "RunLog":
@@ -105,6 +107,7 @@ class RunLog:
         ``changed`` is what is not as it was when the checkpoint was taken; config.json keeps it, start by start.
         """
         self.step = step or 0
+        self._began = time.monotonic(), self.step
         self._started = True
         self._tell_start(step, changed or {})
         for name in FILES:
@@ -246,9 +249,16 @@ class RunLog:
                 self.bar.set_postfix_str(console_line(row, self.steps).partition(" | ")[2], refresh=False)
         if rare or (self.bar is None and time.monotonic() - self._last_line >= 5.0):
             self._last_line = time.monotonic()
-            self.say(console_line(row, self.steps))
+            self.say(console_line(row, self.steps) + self._time_left())
         if "skipped" in row:
             self.say(skipped_line(row))
+
+    def _time_left(self) -> str:
+        """How long the rest of the run takes at this start's pace, validation and scores included, or nothing."""
+        began, first = self._began
+        if self.bar is not None or not first < self.step < self.steps:  # a bar says it itself
+            return ""
+        return f" | {duration((time.monotonic() - began) / (self.step - first) * (self.steps - self.step))} left"
 
 
 def append(path: Path, text: str) -> None:
@@ -294,5 +304,5 @@ def console_line(row: dict[str, Any], steps: int) -> str:
         parts.append(f"val {number(row['val_loss']):.4f}")
     if "hellaswag" in row:
         score = row["hellaswag"]["completion"]
-        parts.append(f"hellaswag {100 * score['acc_norm']:.2f}% ± {100 * (score['acc_norm_stderr'] or 0):.2f}")
+        parts.append(f"hellaswag {percent(score['acc_norm'], score['acc_norm_stderr'] or 0)}")
     return " | ".join(parts)
