@@ -11,7 +11,9 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from aymen_gpt.errors import CannotWrite, UsageError
+from aymen_gpt.errors import CannotWrite, DataError, UsageError
+from aymen_gpt.files import sha256
+from aymen_gpt.model import folders
 from aymen_gpt.model.folders import TRAINING, checkpoints, latest_valid, problem
 from aymen_gpt.model.gpt import GPT, GPTConfig
 from aymen_gpt.training import checkpoint, optim
@@ -98,6 +100,14 @@ def test_damaged_checkpoints_do_not_count_as_kept(tmp_path):
     save(tmp_path, 13, keep_last=2)
     save(tmp_path, 14, keep_last=2)
     assert steps(tmp_path) == [30, 20, 14, 13]
+
+
+def test_each_checkpoint_is_read_back_once_in_a_process(tmp_path, monkeypatch):
+    read = []
+    monkeypatch.setattr(folders, "sha256", lambda path: read.append(path) or sha256(path))
+    for step in range(1, 7):
+        save(tmp_path, step, keep_last=2, keep_every=2)
+    assert len(read) == 6 * len(TRAINING)
 
 
 def test_whole_checkpoints_later_than_the_new_one_are_left_alone(tmp_path):
@@ -313,6 +323,16 @@ def test_only_the_records_of_a_run_are_set_aside(tmp_path):
     assert find_checkpoint(tmp_path, "none") == (None, [])
     assert {p.name for p in (tmp_path / "earlier-2").iterdir()} == {"checkpoints", "config.json"}
     assert set(tmp_path.iterdir()) == {*before, tmp_path / "earlier-2"} - {tmp_path / "config.json"}
+
+
+def test_a_file_in_the_place_of_all_checkpoints_is_no_new_start(tmp_path):
+    for name in ("checkpoints", "metrics.jsonl"):
+        (tmp_path / name).write_text("")
+    with pytest.raises(
+        DataError, match=r"cannot read .*checkpoints: Not a directory; move it away, or name another"
+    ):
+        find_checkpoint(tmp_path, "auto")
+    assert find_checkpoint(tmp_path, "none") == (None, [])
 
 
 def test_the_card_may_be_edited_and_files_added(tmp_path):

@@ -25,7 +25,7 @@ def checkpoints(run: Path) -> list[Path]:
     except FileNotFoundError:
         return []
     except OSError as error:
-        raise DataError(f"cannot read {folder}: {error.strerror}") from None
+        raise DataError(f"cannot read {folder}: {error.strerror}; move it away, or name another run") from None
 
 
 def step_of(checkpoint: Path) -> int:

@@ -70,7 +70,7 @@ def set_aside(run: Path) -> None:
     What is no record of a run stays where it is. UsageError for a folder that holds such things and no run.
     """
     found = {p.name: p for p in sorted(run.glob("*")) if not p.name.startswith((".", "earlier-"))}
-    if found and not (checkpoints(run) or found.keys() & SURE):
+    if found and not (found.keys() & SURE or checkpoints(run)):
         some = ", ".join([*found][:3]) + f" and {len(found) - 3} more" * (len(found) > 3)
         raise UsageError(
             f"{run} is no run, it holds {some}: --resume none moves nothing there; choose another {flag('run')}"
