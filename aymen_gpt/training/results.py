@@ -37,8 +37,9 @@ class StepResult:
     @classmethod
     def of(cls, row: dict[str, Any]) -> "StepResult":
         """The result that a line of metrics.jsonl was made of."""
-        known: dict[str, Any] = {key: math.nan if value is None else value for key, value in row.items()}
-        return cls(**known)
+        known = {f.name for f in fields(cls)} & row.keys()
+        values: dict[str, Any] = {key: math.nan if row[key] is None else row[key] for key in known}
+        return cls(**values)
 
 
 def finite(value: float) -> float | None:
