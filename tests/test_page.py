@@ -11,7 +11,7 @@ import pytest
 from aymen_gpt.commands import report
 from aymen_gpt.errors import CannotWrite, DataError
 from aymen_gpt.reporting.anchors import ANCHORS, neighbours
-from aymen_gpt.reporting.page import build_page, commands, value_text, write_comparison, write_report
+from aymen_gpt.reporting.page import build_page, commands, value_text, wall_seconds, write_comparison, write_report
 from aymen_gpt.reporting.runs import read_run
 
 CONFIG = {
@@ -361,3 +361,15 @@ def test_the_command_draws_one_run_or_compares_several(tmp_path, monkeypatch, ca
     assert (tmp_path / out).read_text().endswith("</html>\n")
     assert report.main([*names, "--out", "my/page.html"]) == 0
     assert (tmp_path / "my/page.html").is_file()
+
+
+def test_the_time_of_a_run_is_that_of_its_parts_without_the_pauses(tmp_path):
+    at = "2026-11-24T{}:00+00:00".format
+    history = [
+        {"step": 0, "started": at("10:00"), "ended": at("10:05")},
+        {"step": 5, "started": at("20:00")},
+    ]
+    config = {**CONFIG, "started": at("10:00"), "history": history}
+    status = {"state": "done", "step": 10, "steps": 10, "updated": at("20:02")}
+    make_run(tmp_path / "run", [row(10)], config=config, status=status)
+    assert wall_seconds(read_run(tmp_path / "run")) == 7 * 60

@@ -95,8 +95,7 @@ def standing(run: Run) -> dict[str, Any]:
     steps = number(run.status.get("steps")) or number(run.get("run", "steps"))
     step = max(int(number(run.status.get("step")) or 0), run.step)
     loss, spent, each = run.series("loss"), sum(finite(run.series("step_seconds"))), recent(run, "step_seconds")
-    started, updated = moment(run.get("started")), moment(run.status.get("updated"))
-    wall = (updated - started).total_seconds() if started and updated else None
+    started, updated, wall = moment(run.get("started")), moment(run.status.get("updated")), wall_seconds(run)
     left = steps - run.step if steps and run.status.get("state") == "running" else 0
     return {
         "step": step,
@@ -117,6 +116,19 @@ def standing(run: Run) -> dict[str, Any]:
         "elapsed": max(wall or 0.0, spent) if spent or wall is not None else None,
         "left": left * each if each and left > 0 else None,
     }
+
+
+def wall_seconds(run: Run) -> float | None:
+    """How long the parts of a run took together, without the pauses between them; None when that is not known."""
+    history = run.get("history")
+    parts = [part for part in history if isinstance(part, dict)] if isinstance(history, list) else []
+    starts = [moment(part.get("started")) for part in parts]
+    ends = [moment(part.get("ended")) for part in parts[:-1]] + [moment(run.status.get("updated"))]
+    if not parts or None in starts + ends:  # as runs of earlier versions are: from the first start to now
+        starts, ends = [moment(run.get("started"))], ends[-1:]
+    pairs = zip(starts, ends, strict=True)
+    seconds = [(end - start).total_seconds() for start, end in pairs if start is not None and end is not None]
+    return sum(seconds) if seconds else None
 
 
 def finite(points: Series) -> list[float]:
