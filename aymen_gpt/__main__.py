@@ -30,10 +30,9 @@ def main(name: str = "") -> None:
         console = importlib.import_module("aymen_gpt.commands.console")
         console.run(lambda: command(name))
     except ModuleNotFoundError as error:
-        missing = (error.name or "").partition(".")[0]
-        if missing in ("", "aymen_gpt"):
+        if error.name is None or "." in error.name or error.name == "aymen_gpt":
             raise
-        fail("the package " + missing + " is not installed for " + sys.executable, "python3")
+        fail("the package " + error.name + " is not installed for " + sys.executable, "python3")
 
 
 def command(name: str) -> int:

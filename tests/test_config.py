@@ -77,6 +77,8 @@ def test_warmup_is_at_most_a_twentieth_of_a_short_run():
      ({"data": " "}, "--data ' ': expected a name"),
      ({"init_from": ""}, "--init-from '': expected a name"),
      ({"run": "runs/" + "r" * 256}, "expected a name of 1 to 255 bytes"),
+     ({"run": "r/" * 3000}, "expected a name of 1 to 255 bytes"),
+     ({"run": "\ud800"}, "expected a name of 1 to 255 bytes"),
      ({"run": "a\0b"}, "--run 'a"),
      ({"steps": "3"}, "--steps '3': expected a whole number from 1 to 1,000,000,000"),
      ({"steps": 3.5}, "--steps 3.5: expected a whole number"),

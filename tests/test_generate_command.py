@@ -103,6 +103,11 @@ def test_a_full_disk_under_the_output_is_said_once(tmp_path, run):
         assert (done.returncode, done.stderr) == (73, told)
 
 
+def test_a_closed_output_is_no_crash(tmp_path, run):
+    command = ["sh", "-c", '"$@" >&- 2>&-', "sh", *door_command("generate.py", "-m", run, "A", "--max-tokens", 1)]
+    assert subprocess.run(command, cwd=tmp_path).returncode == 0
+
+
 def test_a_terminal_is_given_no_control_characters_and_a_pipe_all(door, tmp_path, run):
     prompt = "a\x1b[2J\tb\nc\x9b\u202e"
     words = ["-m", run, prompt, "--max-tokens", 1]

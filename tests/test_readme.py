@@ -36,7 +36,7 @@ SMALL = {  # a command of README -> what is added to it here
     ),
     "python pretrain.py --plan --gpus 8": "",
     "python pretrain.py --preset demo --plan --probe": "--preset tiny",
-    "python pretrain.py --preset demo --plan --probe --dollars-per-gpu-hour 2.5": "--preset tiny",
+    "python pretrain.py --plan --on h100 --gpus 8 --mfu 0.4 --dollars-per-gpu-hour 2.5": "",
     "python fineweb.py --source my/texts notes.jsonl.gz --out data/mine": "--workers 1",
     "hf download kjj0/finewebedu10B-gpt2 --repo-type dataset --local-dir data/edu10B": "",
     "python pretrain.py --data data/edu10B": f"{TINY} --run runs/edu10B",

@@ -21,6 +21,7 @@ from aymen_gpt.errors import AymenError, CannotWrite, Stopped, UsageError, neare
 from aymen_gpt.training.config import Range
 
 ROOT = Path(aymen_gpt.__file__).absolute().parent.parent
+OUTPUT_ENDS = (errno.EPIPE, errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO)
 DOORS = ("fineweb", "pretrain", "hellaswag", "generate")
 
 
@@ -33,6 +34,9 @@ def run(main: Callable[[], int]) -> NoReturn:
     # work, it spins on the core the other one needs: training ran 6 times slower (docs/experiments.md).
     os.environ.setdefault("GOMP_SPINCOUNT", "1000")
     warnings.formatwarning = lambda message, *_: f"warning: {printable(str(message))}\n"
+    for name in ("stdout", "stderr"):
+        if getattr(sys, name) is None:  # closed by who started this
+            setattr(sys, name, open(os.devnull, "w"))  # noqa: SIM115
     if isinstance(sys.stdout, io.TextIOWrapper):  # a terminal or file that cannot show a letter gets its number
         sys.stdout.reconfigure(errors="backslashreplace")
     try:
@@ -62,13 +66,7 @@ def finish(main: Callable[[], int]) -> int:
 
 def output_failed(error: OSError) -> int:
     """The exit code when standard output takes nothing more; any other error is a bug and keeps its traceback."""
-    if error.filename is not None or error.errno not in (
-        errno.EPIPE,
-        errno.ENOSPC,
-        errno.EDQUOT,
-        errno.EFBIG,
-        errno.EIO,
-    ):
+    if error.filename is not None or error.errno not in OUTPUT_ENDS:
         raise error
     os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # what is left is not tried again at the end
     if error.errno == errno.EPIPE:  # the reader of our output went away, as head does

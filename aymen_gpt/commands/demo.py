@@ -39,7 +39,7 @@ def main() -> int:
     call("-m", "aymen_gpt.commands.report", str(RUN))  # with that score
     stage(4, "the GPT writes")
     call("generate.py", "-m", str(RUN), PROMPT, "--max-tokens", "60")
-    print(closing(json.loads(score.read_text()), time.monotonic() - began))
+    print(console.as_typed(closing(json.loads(score.read_text()), time.monotonic() - began)))
     return 0
 
 
@@ -48,7 +48,7 @@ def stage(number: int, title: str) -> None:
 
 
 def command(*words: str) -> list[str]:
-    print(f"$ python {shlex.join(words)}", flush=True)
+    print(console.as_typed(f"$ python {shlex.join(words)}"), flush=True)
     return [sys.executable, *words]
 
 

@@ -82,6 +82,17 @@ def parser() -> argparse.ArgumentParser:
         metavar="KEY",
         help="continue although these differ from the run's: seed, data, tokens_per_step",
     )
+    add_planning(p)
+    p.add_argument(
+        "--show-batch",
+        type=console.number(COUNT, whole=True),
+        metavar="N",
+        help="do not train: list the documents that step N reads, with their ids and urls",
+    )
+    return p
+
+
+def add_planning(p: argparse.ArgumentParser) -> None:
     plan = p.add_argument_group("planning", "do not train: print what the run would take")
     plan.add_argument("--plan", action="store_true", help="parameters, FLOPs, memory by part, steps, disk")
     plan.add_argument("--probe", action="store_true", help="with --plan: measure 20 updates, for hours and cost")
@@ -106,13 +117,6 @@ def parser() -> argparse.ArgumentParser:
         metavar="X",
         help="price of one device, for the cost",
     )
-    p.add_argument(
-        "--show-batch",
-        type=console.number(COUNT, whole=True),
-        metavar="N",
-        help="do not train: list the documents that step N reads, with their ids and urls",
-    )
-    return p
 
 
 def argument(f: Field[Any]) -> dict[str, Any]:

@@ -197,8 +197,7 @@ def check(f: Field[Any], value: Any) -> None:
     if wanted is bool:
         right = isinstance(value, bool)
     elif wanted is str:
-        right = isinstance(value, str) and value.strip() != "" and "\0" not in value
-        right = right and all(len(os.fsencode(part)) <= LONGEST_NAME for part in value.split("/"))
+        right = isinstance(value, str) and is_name(value)
     else:
         right = isinstance(value, int if wanted is int else int | float) and not isinstance(value, bool)
         right = right and value in range
@@ -210,6 +209,16 @@ def check(f: Field[Any], value: Any) -> None:
         }
         shown = repr(value) if isinstance(value, str) else str(value)
         raise UsageError(f"{flag(f.name)} {shown[:60]}: expected {words.get(wanted, f'a number {range}')}")
+
+
+def is_name(text: str) -> bool:
+    """Whether a text can name a file, or something on the Hub."""
+    try:
+        path = os.fsencode(text)
+    except UnicodeEncodeError:  # half of a letter, from JSON
+        return False
+    fits = len(path) <= 4 * LONGEST_NAME and all(len(part) <= LONGEST_NAME for part in path.split(b"/"))
+    return fits and path.strip() != b"" and b"\0" not in path
 
 
 def flag(name: str) -> str:
