@@ -44,8 +44,8 @@ SMALL = {  # a command of README -> what is added to it here
     "python hellaswag.py -m runs/gpt2 --json a.json": "--limit 4",
     "python hellaswag.py -m runs/mine --json b.json": "--limit 4",
     "python hellaswag.py --compare a.json b.json": "",
-    "python -m aymen_gpt.commands.report runs/mine": "",
-    "python -m aymen_gpt.commands.report runs/mine runs/tuned": "",
+    "aymen-gpt report runs/mine": "",
+    "aymen-gpt report runs/mine runs/tuned": "",
 }
 ELSEWHERE = {"make demo", "make test"}
 
@@ -85,6 +85,7 @@ def test_the_journey_of_readme_works_as_written(door, tmp_path):
                         check=True,
                     )
                     continue
+                words = ["-m", "aymen_gpt", *words] if program == "aymen-gpt" else words
                 processes = 2 if program == "torchrun" else None
                 words = [word for word in words if not word.startswith(("--standalone", "--nproc"))]
                 done = door(*words, processes=processes, **online)
