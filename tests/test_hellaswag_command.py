@@ -9,7 +9,7 @@ import sys
 import numpy as np
 import pytest
 import torch
-from conftest import ROOT
+from conftest import ROOT, make_shards
 from safetensors.torch import load_file, save_file
 
 from aymen_gpt import files
@@ -88,6 +88,23 @@ def test_the_json_of_a_run_names_the_checkpoint_and_its_step(door, model, data, 
 def save_manifest(folder, step):
     found = {p.name: {"bytes": p.stat().st_size, "sha256": files.sha256(p)} for p in folder.iterdir()}
     (folder / "manifest.json").write_text(json.dumps({"step": step, "files": found}))
+
+
+@pytest.mark.slow
+def test_the_score_of_a_run_stands_in_its_page_and_in_its_card(door, tmp_path):
+    """What training measured after it saved the checkpoint, and then the larger score."""
+    make_shards(tmp_path / "data")
+    every = ["--checkpoint-every", 2, "--hellaswag-every", 2, "--hellaswag-limit", 4, "--dtype", "float32"]
+    done = door("pretrain.py", "--preset", "tiny", "--data", "data", "--steps", 4, "--run", "run", *every)
+    assert done.returncode == 0, done.stderr
+    card, page = tmp_path / "run/checkpoints/step-000000004/README.md", tmp_path / "run/report.html"
+    assert re.search(r"^\| completion \| 4 \| [\d.]+ %", card.read_text(), re.MULTILINE)
+    assert "4 examples, step 4" in page.read_text()
+    done = door("hellaswag.py", "-m", "run", "--limit", 8, "--json", "run/hellaswag.json")
+    assert done.returncode == 0, done.stderr
+    assert re.findall(r"^\| (\w+) \| 8 \| [\d.]+ %", card.read_text(), re.MULTILINE) == ["completion", "harness"]
+    assert "8 examples, step 4" in page.read_text()
+    assert "| completion | 4 |" in (tmp_path / "run/checkpoints/step-000000002/README.md").read_text()
 
 
 def test_one_protocol_and_a_subset_say_so(door, model, data):

@@ -72,7 +72,8 @@ def test_it_can_be_trained_on_but_brings_no_optimizer(door, tmp_path, seed_file)
     refused = door(*words)
     assert refused.returncode == 2
     assert re.search(
-        r"--init-from .*pt has 2 layers, .* context 16, .*this run has 2 layers, .* context 64, ", refused.stderr
+        "--init-from .*pt has 2 layers, .* 16 tokens of context; this run has 2 layers, .* 64 tokens of context: ",
+        refused.stderr,
     )
     fits = GPT(GPTConfig(block_size=64, n_layer=2, n_head=2, n_embd=32), torch.Generator().manual_seed(3))
     torch.save({"model": theirs(fits), "model_args": {"n_head": 2}}, path)

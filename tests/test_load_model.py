@@ -169,7 +169,7 @@ def test_half_a_weight_file_is_named(tmp_path):
     ("change", "message"),
     [
         ({"model_type": "llama"}, "model_type is 'llama'"),
-        ({"n_embd": 32}, r"h\.0\.attn\.c_attn\.bias is 48, a model of 2 layers, 2 heads, 32 wide.* has 96"),
+        ({"n_embd": 32}, r"h\.0\.attn\.c_attn\.bias is 48, a model of this shape has 96"),
         ({"n_layer": 3}, "missing"),
         ({"n_layer": 10**9}, "1,000,000,000 layers, and only 28 tensors"),
         ({"n_layer": "2"}, "n_layer is '2', expected a whole number"),
@@ -221,9 +221,9 @@ def test_an_index_of_another_shape_is_named(tmp_path, places):
 @pytest.mark.parametrize(
     ("name", "tensor", "message"),
     [
-        ("wte.weight", torch.zeros(5), "wte.weight is 5, the model has 2 layers"),
+        ("wte.weight", torch.zeros(5), "wte.weight is 5, the model has 50,257 tokens"),
         ("wte.weight", torch.zeros(5, 16), "wte.weight is 5 x 16"),
-        ("h.0.ln_1.weight", torch.tensor(1.0), "h.0.ln_1.weight is one number, a model of 2 layers"),
+        ("h.0.ln_1.weight", torch.tensor(1.0), "h.0.ln_1.weight is one number, a model of this shape has 16"),
         ("h.1.attn.c_attn.weight", torch.zeros(2, 2, 2), "t.. expects a tensor with <= 2 dim"),
         ("wpe.weight", torch.zeros(16, 16, dtype=torch.int64), "wpe.weight holds torch.int64"),
         ("h.1.attn.c_attn.weigth", torch.zeros(2), r"unknown \['h.1.attn.c_attn.weigth'\]"),
@@ -253,10 +253,8 @@ def test_rows_past_gpt2s_vocabulary_are_left_out(tmp_path):
 def test_another_shape_is_refused_in_words_before_weights_are_looked_at(tmp_path, monkeypatch):
     """Of gpt2 the shape is known; of other Hub models config.json alone is asked for."""
     make_folder(tmp_path / "m")
-    words = r"2 layers, 2 heads, 16 wide, context 16, 50,257 tokens"
-    ours = (
-        r"this run has 2 layers, 2 heads, 32 wide, context 64, 50,257 tokens: choose a --preset and a --block-size"
-    )
+    words = "2 layers, 2 heads, 16 wide, 16 tokens of context"
+    ours = "this run has 2 layers, 2 heads, 32 wide, 64 tokens of context: choose a --preset and a --block-size"
     with FakeHub({"config.json": (tmp_path / "m" / "config.json").read_bytes()}) as hub:
         talk_to(hub, monkeypatch, tmp_path / "hub")
         with pytest.raises(UsageError, match=f"--init-from gpt2 has 12 layers, 12 heads, 768 wide.*; {ours}"):

@@ -118,6 +118,7 @@ SCORED = [
         ({"step": 20, "n": 100, "completion": part(0.29)}, (20, 250, 0.3)),
         ({"step": 10, "n": 10042, "completion": part(0.29)}, (20, 250, 0.3)),  # of an older checkpoint
         ({"n": 1000, "completion": part(0.29)}, (None, 1000, 0.29)),  # of a time before files named their step
+        ({"step": 20, "n": 10042, "data": "own.jsonl", "completion": part(0.29)}, (20, 250, 0.3)),
         ({"step": "x", "n": "y", "completion": 3}, (20, 250, 0.3)),
     ],
 )
@@ -126,5 +127,7 @@ def test_the_newest_and_largest_score_counts(tmp_path, file, last):
     run = read_run(write_run(tmp_path, metrics=metrics, hellaswag=file))
     score = run.score("completion")
     assert (score.step, score.n, score.value) == last
+    assert run.score("completion", step=15) is None
+    assert run.score("completion", step=10).n == (10042 if (file or {}).get("step") == 10 else 250)
     assert [(s.step, s.value) for s in run.scores("completion")] == [(10, 0.25), (20, 0.3)]
     assert run.score("harness") is None

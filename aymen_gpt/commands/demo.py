@@ -36,7 +36,6 @@ def main() -> int:
     score = RUN / "hellaswag.json"
     if not score.exists() or score.stat().st_mtime < newest_checkpoint().stat().st_mtime:
         call("hellaswag.py", "-m", str(RUN), "--limit", str(EXAMPLES), "--json", str(score))
-    call("-m", "aymen_gpt.commands.report", str(RUN))  # with that score
     stage(4, "the GPT writes")
     call("generate.py", "-m", str(RUN), PROMPT, "--max-tokens", "60")
     print(console.as_typed(closing(json.loads(score.read_text()), time.monotonic() - began)))

@@ -140,6 +140,7 @@ def introduction(description: str, device: "Device", ranks: "Ranks") -> str:
 
 
 def report(result: "Result", scored: "Loaded", available: int, options: argparse.Namespace) -> None:
+    from aymen_gpt.commands.report import refresh
     from aymen_gpt.evaluation.load_model import weights_sha256
 
     console.show(f"HellaSwag of {scored.description}")
@@ -151,9 +152,13 @@ def report(result: "Result", scored: "Loaded", available: int, options: argparse
             "step": scored.step,
             "checkpoint": str(scored.path),
             "weights_sha256": weights_sha256(scored.model),
+            "data": options.data and str(options.data),
         } | result.as_dict()
         replace_text(options.json, f"{json.dumps(record, allow_nan=False)}\n", follow=True)
         console.show(f"every answer: {options.json}")
+        run = scored.path.absolute().parent.parent
+        if options.json.absolute() == run / "hellaswag.json" and scored.step is not None and not options.data:
+            refresh(run)
 
 
 def check(options: argparse.Namespace) -> None:

@@ -255,11 +255,11 @@ def initial_model(config: TrainConfig, ranks: "Ranks") -> "Callable[[], GPT]":
 
 
 def draw_report(folder: Path) -> None:
-    """Draw report.html anew; a picture that fails must not end the training it shows."""
-    from aymen_gpt.reporting.page import write_report
+    """Draw report.html and the model cards anew; a picture that fails must not end the training it shows."""
+    from aymen_gpt.commands.report import refresh
 
     try:
-        write_report(folder)
+        refresh(folder)
     except Exception as error:
         print(f"warning: no report.html: {type(error).__name__}: {error}", file=sys.stderr)
 

@@ -16,6 +16,7 @@ from typing import Any, NamedTuple
 
 import torch
 
+from aymen_gpt import wording
 from aymen_gpt.data import fetch
 from aymen_gpt.errors import DataError, NetworkError, UsageError
 from aymen_gpt.files import read_json
@@ -85,9 +86,9 @@ def check(name: str, found: GPTConfig, shape: GPTConfig | None) -> None:
             f"{name} knows {found.vocab_size:,} tokens; Aymen-GPT reads and writes GPT-2's {VOCAB_SIZE:,}"
         )
     if shape is not None and replace(found, vocab_size=VOCAB_SIZE) != shape:
-        raise UsageError(
-            f"--init-from {name} has {found}; this run has {shape}: choose a --preset and a --block-size to match"
-        )
+        theirs, ours = (wording.shape(vars(config), None) for config in (found, shape))
+        advice = "choose a --preset and a --block-size to match"
+        raise UsageError(f"--init-from {name} has {theirs}; this run has {ours}: {advice}")
 
 
 def find_model(name: str, shape: GPTConfig | None = None) -> tuple[Path, str]:

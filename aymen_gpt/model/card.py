@@ -1,11 +1,14 @@
 """The README.md of a checkpoint folder: a model card as the Hugging Face Hub reads it. Plain values in, text out.
 
-Above, YAML metadata with a model-index when the checkpoint was scored (https://huggingface.co/docs/hub/model-cards);
-below, what the model is, what it was trained on, how it scored by which protocol, and how to make it again.
+card.md.j2 has the words. Above them stands YAML metadata, with a model-index when the checkpoint was scored
+(https://huggingface.co/docs/hub/model-cards). What comes from a run stays text: huggingface_hub quotes it as YAML,
+Jinja2 escapes HTML, and the filters ``text`` and ``block`` escape Markdown.
 """
 
-import json
+import math
+import re
 import shlex
+from pathlib import Path
 from typing import Any
 
 from aymen_gpt.wording import HELLASWAG_EXAMPLES, PROTOCOLS, percent
@@ -13,134 +16,105 @@ from aymen_gpt.wording import HELLASWAG_EXAMPLES, PROTOCOLS, percent
 # Licences of text that we know; of everything else the card says that it does not know.
 LICENCES = {"HuggingFaceFW/fineweb-edu": "ODC-By 1.0, and Common Crawl's terms of use"}
 
-
 Values = dict[str, Any]
 
 
-def card(step: int, shape: Values, metrics: Values, run: Values, scored: Values) -> str:
+def card(step: int, shape: Values, metrics: Values, run: Values, scores: Values) -> str:
     """The card of a checkpoint from its step, GPTConfig as a dict, that step's metrics and the run's config.json.
 
-    ``scored`` is the newest row of metrics.jsonl with a HellaSwag score. It is of an earlier step: a checkpoint is
-    saved before it is scored. ``run`` and ``scored`` may be empty, and any key absent: what is not known is
-    left out. The text holds no time and no host, so the same run gives the same bytes.
+    ``scores`` are this step's of HellaSwag, by protocol: {"harness": {"n": 250, "acc": 0.3, "acc_stderr": ...}}.
+    Any of it may be empty, and any key absent or of another type: what is not known is left out. The text holds no
+    time and no host, so the same run gives the same bytes.
     """
-    name = str(_get(run, "run", "run") or "run").rstrip("/").split("/")[-1]
-    parts = [
-        f"---\n{_metadata(name, run, scored)}---",
-        f"# {name}, step {step:,}",
-        "A GPT-2-shaped language model trained by Aymen-GPT. It opens in transformers as it stands:",
-        "```python\nfrom transformers import AutoModelForCausalLM, AutoTokenizer\n\n"
-        'model = AutoModelForCausalLM.from_pretrained(".")\ntokenizer = AutoTokenizer.from_pretrained(".")\n```',
-        _table({**_shape(shape, run), **_progress(step, metrics, run)}),
-        "## HellaSwag",
-        _score(scored),
-        "## Data",
-        _data(run),
-        "## To make it again",
-        _reproduce(run),
-        "## Limits",
-        "A base model: it continues text, is not tuned to follow instructions or to be harmless, and repeats what "
-        "its training text says, true or not. Overlap of that text with HellaSwag was not measured.",
+    from jinja2 import Environment, FileSystemLoader, StrictUndefined
+    from markupsafe import Markup
+
+    name = str(get(run, "run", "run") or "run").rstrip("/").split("/")[-1]
+    command, versions = get(run, "command"), get(run, "versions")
+    repo = text(get(run, "data", "source", "repo"))
+    scores = {protocol: scores[protocol] for protocol in PROTOCOLS if protocol in scores}
+    environment = Environment(
+        loader=FileSystemLoader(Path(__file__).parent),
+        autoescape=True,
+        undefined=StrictUndefined,
+        trim_blocks=True,
+    )
+    environment.filters |= {"text": text, "block": block, "number": number, "percent": percent}
+    environment.globals |= {"get": get, "all_examples": HELLASWAG_EXAMPLES}
+    page = environment.get_template("card.md.j2").render(
+        name=name,
+        metadata=Markup(metadata(name, step, get(run, "data", "source", "repo"), scores).strip()),
+        step=step,
+        shape=shape,
+        metrics=metrics,
+        run=run,
+        scores=scores,
+        repo=repo,
+        licence=LICENCES.get(repo),
+        versions=", ".join(f"{k} {v}" for k, v in versions.items()) if isinstance(versions, dict) else "",
+        command=shlex.join(map(str, command)) if isinstance(command, list) else "python pretrain.py",
+    )
+    return page.lstrip() + "\n"
+
+
+def metadata(name: str, step: int, repo: Any, scores: Values) -> str:
+    """The YAML of a card."""
+    from huggingface_hub import EvalResult, ModelCardData
+
+    results = [
+        EvalResult(
+            task_type="text-generation",
+            dataset_type="Rowan/hellaswag",
+            dataset_name=f"HellaSwag, {protocol} protocol",
+            dataset_split="validation",
+            metric_type=metric,
+            metric_value=score[metric],
+            metric_name=f"{metric}, step {step}, {score.get('n')} examples",
+        )
+        for protocol, score in scores.items()
+        for metric in ("acc", "acc_norm")
+        if number(score.get(metric))
     ]
-    return "\n\n".join(parts) + "\n"
+    found = ModelCardData(
+        library_name="transformers",
+        pipeline_tag="text-generation",
+        tags=["gpt2", "aymen-gpt"],
+        datasets=[repo] if isinstance(repo, str) else None,
+        model_name=name,
+        eval_results=results or None,
+    )
+    return found.to_yaml()
 
 
-def _get(found: Any, *keys: str) -> Any:
+def get(found: Any, *keys: str) -> Any:
     """A nested value, None where any part is absent."""
     for key in keys:
         found = found.get(key) if isinstance(found, dict) else None
     return found
 
 
-def _protocols(scored: Values) -> dict[str, Values]:
-    """Accuracies by protocol, of a row like {"hellaswag": {"n": 250, "completion": {"acc": ...}}}."""
-    found = scored.get("hellaswag") or {}
-    return {protocol: found[protocol] for protocol in PROTOCOLS if protocol in found}
+def number(value: Any, form: str = ",") -> str:
+    """What is no number is empty.
+
+    >>> number(1024), number(3.14159, ".2f"), number("1024"), number(float("nan"))
+    ('1,024', '3.14', '', '')
+    """
+    known = isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+    return format(value, form) if known else ""
 
 
-def _metadata(name: str, run: Values, scored: Values) -> str:
-    """The YAML; what comes from the run is written as JSON, which is YAML too and cannot break out of it."""
-    lines = ["library_name: transformers", "pipeline_tag: text-generation", "tags: [gpt2, aymen-gpt]"]
-    repo = _get(run, "data", "source", "repo")
-    if repo:
-        lines.append(f"datasets: [{json.dumps(repo)}]")
-    scores, note = _protocols(scored), f"step {scored.get('step')}, n = {_get(scored, 'hellaswag', 'n')}"
-    if scores:
-        lines += ["model-index:", f"- name: {json.dumps(name)}", "  results:"]
-    for protocol, part in scores.items():
-        lines += [
-            "  - task: {type: text-generation}",
-            f"    dataset: {{type: Rowan/hellaswag, name: 'HellaSwag, {protocol} protocol', split: validation}}",
-            "    metrics:",
-        ]
-        for metric in ("acc", "acc_norm"):
-            value = json.dumps(part.get(metric))
-            lines.append(f"    - {{type: {metric}, name: '{metric} at {note}', value: {value}}}")
-    return "\n".join(lines) + "\n"
+def text(value: Any) -> str:
+    r"""One line of text, no letter of which is Markdown; HTML is escaped after this. What is no text is empty.
+
+    >>> print(text("a *b*\n[c](d)"))
+    a \*b\* \[c\](d)
+    """
+    return re.sub(r"([\\`*_\[\]|~$]|:(?=//))", r"\\\1", " ".join(value.split())) if isinstance(value, str) else ""
 
 
-def _table(values: Values) -> str:
-    rows = [f"| {key} | {str(value).replace('|', chr(92) + '|')} |" for key, value in values.items() if value]
-    return "\n".join(["| | |", "|---|---|", *rows])
+def block(code: str) -> Any:
+    """A Markdown block of code, with more backticks around it than are in it anywhere."""
+    from markupsafe import Markup
 
-
-def _shape(shape: Values, run: Values) -> Values:
-    n = run.get("n_params")
-    return {
-        "parameters": f"{n:,}" if n else None,
-        "shape": f"{shape['n_layer']} layers, {shape['n_head']} heads, {shape['n_embd']} wide",
-        "context": f"{shape['block_size']:,} tokens",
-        "vocabulary": f"GPT-2's, {shape['vocab_size']:,} tokens",
-    }
-
-
-def _progress(step: int, metrics: Values, run: Values) -> Values:
-    steps, loss, val = _get(run, "run", "steps"), metrics.get("loss"), metrics.get("val_loss")
-    return {
-        "steps": f"{step:,}" + (f" of {steps:,}" if steps else ""),
-        "tokens read": f"{metrics['tokens']:,}" if metrics.get("tokens") else None,
-        "training loss": f"{loss:.4f} nats per token, this step" if loss is not None else None,
-        "validation loss": f"{val:.4f} nats per token" if val is not None else None,
-    }
-
-
-def _score(scored: Values) -> str:
-    scores, n = _protocols(scored), _get(scored, "hellaswag", "n")
-    if not scores:
-        return "Not scored yet. `python hellaswag.py -m .` scores this checkpoint by both protocols."
-    some = f"{n:,} of {HELLASWAG_EXAMPLES:,} validation examples" if n else "validation examples"
-    lines = [f"At step {scored.get('step')}, over {some}, ± one standard error:", ""]
-    lines += ["| protocol | acc | acc_norm |", "|---|---|---|"]
-    for protocol, part in scores.items():
-        cells = (percent(part.get(m), part.get(f"{m}_stderr")) for m in ("acc", "acc_norm"))
-        lines.append(f"| {protocol} | {' | '.join(cells)} |")
-    return "\n".join(
-        [
-            *lines,
-            "",
-            "Scores of different protocols do not compare. Chance is 25 %. `python hellaswag.py "
-            "-m .` scores this checkpoint by both.",
-        ]
-    )
-
-
-def _data(run: Values) -> str:
-    repo, revision = _get(run, "data", "source", "repo"), _get(run, "data", "source", "revision")
-    train, manifest = _get(run, "data", "train_tokens"), _get(run, "data", "manifest_sha256")
-    licence = LICENCES.get(repo or "", "not known to the program that wrote this card")
-    source = f"{repo}, revision {revision}" if repo else "local files or the built-in corpus"
-    size = f"{train:,} training tokens, " if train else ""
-    hashed = f"sha256 of the shards' manifest `{manifest}`" if manifest else "shards without a manifest"
-    return f"{source}: {size}{hashed}. Licence of the text: {licence}."
-
-
-def _reproduce(run: Values) -> str:
-    command, commit = run.get("command"), run.get("git_commit")
-    typed = shlex.join(str(word) for word in command) if isinstance(command, list) else "python pretrain.py"
-    versions = ", ".join(f"{k} {v}" for k, v in (run.get("versions") or {}).items())
-    made = f"Aymen-GPT at commit `{commit}`" if commit else "Aymen-GPT"
-    return (
-        f"{made}{f' ({versions})' if versions else ''}, on {run.get('world_size') or 1} process(es), on the data "
-        f"above:\n\n```bash\n{typed}\n```\n\n`state.json` and `optimizer.safetensors` beside this file continue "
-        "the run; `manifest.json` has the size and sha256 of every file."
-    )
+    fence = "`" * max([3, *(1 + len(run) for run in re.findall("`+", code))])
+    return Markup(f"{fence}bash\n{code}\n{fence}")

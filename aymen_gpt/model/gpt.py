@@ -32,15 +32,9 @@ class GPTConfig:
 
     def __post_init__(self) -> None:
         if min(self.block_size, self.vocab_size, self.n_layer, self.n_head, self.n_embd) < 1:
-            raise ValueError(f"every size of a GPT must be at least 1, got {self!r}")
+            raise ValueError(f"every size of a GPT must be at least 1, got {self}")
         if self.n_embd % self.n_head:
             raise ValueError(f"n_embd {self.n_embd} does not divide into n_head {self.n_head} heads")
-
-    def __str__(self) -> str:
-        return (
-            f"{self.n_layer} layers, {self.n_head} heads, {self.n_embd} wide, context {self.block_size:,}, "
-            f"{self.vocab_size:,} tokens"
-        )
 
     @property
     def padded_vocab_size(self) -> int:

@@ -62,7 +62,7 @@ def from_huggingface(tensors: dict[str, Tensor], config: GPTConfig) -> dict[str,
 def padded(wte: Tensor, config: GPTConfig) -> Tensor:
     """The rows of an embedding that are tokens, and zeros below them: (Vp, C)."""
     if wte.dim() != 2 or not config.vocab_size <= wte.size(0) <= MOST_ROWS:
-        raise ValueError(f"wte.weight is {shape(wte)}, the model has {config}")
+        raise ValueError(f"wte.weight is {shape(wte)}, the model has {config.vocab_size:,} tokens")
     rows = wte[: config.vocab_size]
     return torch.cat([rows, rows.new_zeros(config.padded_vocab_size - len(rows), rows.size(1))])
 
@@ -85,7 +85,7 @@ def gpt(config: GPTConfig, state: dict[str, Tensor]) -> GPT:
         if not t.is_floating_point():
             raise ValueError(f"{name} holds {t.dtype}, expected floating point")
         if t.shape != expected[name].shape:
-            raise ValueError(f"{name} is {shape(t)}, a model of {config} has {shape(expected[name])}")
+            raise ValueError(f"{name} is {shape(t)}, a model of this shape has {shape(expected[name])}")
     model.load_state_dict({name: t.float().contiguous() for name, t in state.items()}, assign=True)
     return model
 

@@ -110,13 +110,15 @@ class Run:
         found = (_score(row["step"], row["hellaswag"], protocol) for row in self.rows if "hellaswag" in row)
         return [score for score in found if score is not None]
 
-    def score(self, protocol: str) -> Score | None:
+    def score(self, protocol: str, step: int | None = None) -> Score | None:
         """The newest measurement, and of one step that of most examples: of training or of hellaswag.json.
 
-        A hellaswag.json that does not name its step counts as the last step's.
+        With ``step`` only its own count. A hellaswag.json that does not name its step counts as the last step's,
+        and one about questions of one's own does not count.
         """
         file = _score(whole(self.hellaswag.get("step")), self.hellaswag, protocol, "hellaswag.json")
-        known = self.scores(protocol) + ([file] if file else [])
+        known = self.scores(protocol) + ([file] if file and not self.hellaswag.get("data") else [])
+        known = [s for s in known if step is None or (self.step if s.step is None else s.step) == step]
         return max(known, key=lambda s: (self.step if s.step is None else s.step, s.n or 0), default=None)
 
 

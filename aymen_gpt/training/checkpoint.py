@@ -4,8 +4,8 @@
         config.json  generation_config.json  model.safetensors  tokenizer.json  vocab.json  ...   Hugging Face's
         optimizer.safetensors    exp_avg.NAME and exp_avg_sq.NAME, in GPT-2's names and layout     ours
         state.json               step, rows consumed, the run's configuration, the step's metrics  ours
+        manifest.json            step, size and sha256 of every file above                         ours
         README.md                model card: what it is, its scores, how to make it again          ours
-        manifest.json            step, size and sha256 of every file above, written last           ours
 
 Published by writing beside, syncing, hashing and renaming, from copies in memory while training goes on. No
 random state is kept, since there is none: the initial weights, the data order and the samples are functions of
@@ -19,7 +19,7 @@ import re
 import shutil
 from collections.abc import Callable
 from contextlib import suppress
-from dataclasses import asdict, dataclass, field, fields
+from dataclasses import dataclass, field, fields
 from pathlib import Path
 from threading import Thread
 from typing import Any, get_origin
@@ -31,11 +31,11 @@ from torch import Tensor
 
 from aymen_gpt.data import tokenizer
 from aymen_gpt.errors import AymenError, CannotWrite, DataError
-from aymen_gpt.files import json_object, read_json, set_aside, sha256, sync
+from aymen_gpt.files import read_json, set_aside, sha256, sync
 from aymen_gpt.model.card import card
 from aymen_gpt.model.folders import checkpoint_folder, checkpoints, problem, step_of
 from aymen_gpt.model.gpt import GPT, GPTConfig
-from aymen_gpt.model.huggingface import EOT, config_to_huggingface, from_huggingface, to_huggingface
+from aymen_gpt.model.huggingface import EOT, config_to_huggingface, from_huggingface, read_config, to_huggingface
 from aymen_gpt.training import optim
 from aymen_gpt.training.guard import Guard
 
@@ -147,6 +147,7 @@ def _write_folder(partial: Path, captured: Capture, snapshot: Snapshot) -> None:
     _require_space(partial, captured.n_bytes)
     _write_files(partial, captured, snapshot)
     _write_manifest(partial, snapshot.step)
+    write_card(partial)
     if why := unusable(partial):
         raise OSError(errno.EIO, f"what was written reads otherwise ({why})")
 
@@ -184,23 +185,20 @@ def _write_files(folder: Path, captured: Capture, snapshot: Snapshot) -> None:
     save_file(captured.weights, folder / "model.safetensors", metadata={"format": "pt"})
     save_file(captured.moments, folder / "optimizer.safetensors", metadata={"format": "pt"})
     write_json(folder / "state.json", {"format": FORMAT, **vars(snapshot)})
-    known = known_of(folder.parent.parent)
-    (folder / "README.md").write_text(card(snapshot.step, asdict(captured.config), snapshot.metrics, *known))
 
 
-def known_of(run: Path) -> tuple[dict[str, Any], dict[str, Any]]:
-    """A run's config.json and its newest row with a score; {} for what cannot be read.
+def write_card(folder: Path, scores: dict[str, Any] | None = None) -> None:
+    """README.md of a checkpoint, with HellaSwag's ``scores`` of its step by protocol; see card.
 
-    A model card is no reason to lose a checkpoint.
+    A run whose config.json cannot be read has a card all the same: it is no reason to lose a checkpoint.
     """
-    config: dict[str, Any] = {}
+    snapshot, shape = read_snapshot(folder), read_config(folder)
+    run: dict[str, Any] = {}
     with suppress(DataError):
-        config = read_json(run / "config.json")
-    try:
-        rows = [line for line in (run / "metrics.jsonl").read_bytes().splitlines() if b'"hellaswag"' in line]
-        return config, json_object(rows[-1])
-    except (OSError, ValueError, IndexError):
-        return config, {}
+        run = read_json(folder.parent.parent / "config.json")
+    temporary = folder / ".README.md.tmp"
+    temporary.write_text(card(snapshot.step, vars(shape), snapshot.metrics, run, scores or {}))  # makes no folder
+    os.replace(temporary, folder / "README.md")
 
 
 def _write_manifest(folder: Path, step: int) -> None:
