@@ -7,6 +7,7 @@ import json
 import os
 import re
 import stat
+import sys
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from datetime import UTC, datetime
@@ -45,15 +46,25 @@ def writing(what: str, choose: str = "choose another path") -> Iterator[None]:
 def place_of(path: Path) -> tuple[Path, bool]:
     """Where the bytes of ``path`` belong, links followed, and whether that is a file to be replaced.
 
-    A device or a pipe is none: it is written through.
+    A device, a pipe and what standard output goes to are none: they are written through.
     """
     try:
         mode = path.stat().st_mode
+        if is_output(path):
+            return path, False
     except FileNotFoundError:  # nothing there, or a link to nothing
         return Path(os.path.realpath(path)), True
     if stat.S_ISDIR(mode):
         raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR))
     return (Path(os.path.realpath(path)), True) if stat.S_ISREG(mode) else (path, False)
+
+
+def is_output(path: Path) -> bool:
+    """Whether standard output goes to this file, by whatever name: /dev/stdout."""
+    try:
+        return os.path.samestat(path.stat(), os.fstat(1))
+    except OSError:  # it is closed
+        return False
 
 
 def beside(path: Path) -> Path:
@@ -71,7 +82,8 @@ def whole_file(path: Path, *, follow: bool = False) -> Iterator[BinaryIO]:
     with writing(str(path), "choose another path, then run the same command again"):
         final, replace = place_of(path) if follow or not path.is_symlink() else (path, True)
         if not replace:
-            with path.open("wb") as file:
+            sys.stdout.flush()
+            with open(os.dup(1) if is_output(path) else path, "wb") as file:
                 yield file
             return
         temporary = beside(final)
