@@ -43,7 +43,10 @@ def test_a_link_stays_a_link_and_its_target_is_replaced(tmp_path):
 def test_a_link_to_standard_output_is_written_through_in_its_turn(tmp_path):
     """As /dev/stdout is where it was redirected to a file; the link is made here."""
     (tmp_path / "link").symlink_to("/proc/self/fd/1")
-    write = "from aymen_gpt import files; from pathlib import Path; files.replace_text(Path('link'), 'x\\n', follow=True)"
+    write = (
+        "from pathlib import Path; from aymen_gpt import files;"
+        "files.replace_text(Path('link'), 'x\\n', follow=True)"
+    )
     with (tmp_path / "out").open("w") as out:
         subprocess.run(
             [sys.executable, "-c", f"print('before'); {write}; print('after')"],
