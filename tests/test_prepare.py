@@ -784,9 +784,9 @@ def test_repair_killed_again_and_again_keeps_what_it_repaired_and_leaves_no_pile
     foreign.touch()
     live.touch()
     there = []
-    for point in ["before:1:os.replace"] * 3 + ["before:2:os.replace"] * 3:
+    for point in ["before:1:os.replace"] * 3 + ["before:4:os.replace"] * 3:  # the shard's, its table's, both moved
         assert killed(point, lambda: prepare.repair(options.out, quiet, workers=0))
-        assert len(list(options.out.glob(".shard_*.tmp"))) == 1
+        assert len(list((options.out / prepare.REBUILT).iterdir())) == 1
         there.append([path.exists() for path in paths].count(True))
     assert there == [0, 0, 0, 1, 2, 3]
     prepare.repair(options.out, quiet, workers=0)
@@ -797,15 +797,18 @@ def test_repair_killed_again_and_again_keeps_what_it_repaired_and_leaves_no_pile
     assert digest(options.out) == expected
 
 
-def test_repair_from_a_source_with_other_content_is_refused(options):
+@pytest.mark.parametrize("damaged", [".bin", ".documents.parquet"])
+def test_repair_from_a_source_with_other_content_changes_nothing(options, damaged):
     prepare.prepare(options, quiet)
     path = Path(options.source[0]) / "c.jsonl"
     path.write_text(path.read_text().replace("model", "novel"))
-    victim = sorted(options.out.glob("*_train_*.bin"))[-1]
-    victim.unlink()
-    with pytest.raises(DataError, match=f"{victim.name} cannot be rebuilt"):
+    shard = sorted(options.out.glob("*_train_*.bin"))[-1]
+    victim = shard.with_suffix(damaged)
+    victim.write_bytes(victim.read_bytes()[:-1])
+    before = digest(options.out)
+    with pytest.raises(DataError, match=f"{shard.name} cannot be rebuilt"):
         prepare.repair(options.out, quiet, workers=0)
-    assert not victim.exists()
+    assert digest(options.out) == before
 
 
 @pytest.fixture

@@ -36,6 +36,7 @@ BYTES_PER_TOKEN = 4  # of English text, for estimates
 SMALL_VAL = 10_000  # tokens of validation that a small corpus should have
 BAD_ROWS = 1 / 1000  # more than this share of rows without usable text is an error
 SOURCE_FOLDER = ".source"  # in the output folder: files downloaded from the Hub
+REBUILT = ".repair"  # in the output folder: a shard and its table until they prove right
 
 
 @dataclass(frozen=True)
@@ -356,13 +357,20 @@ class Preparation:
         self.drop_downloads(len(self.source.files))
 
     def _rebuild(self, record: dict[str, Any]) -> None:
-        path, begin = self.out / record["file"], Position.of(record["begin"])
-        with closing(self.batches(begin)) as batches:
-            stream = TokenStream(self.source, batches, begin, Totals())
-            found = _write_shard(stream, path, record["tokens"], lambda stream: None)
-        if found["sha256"] != record["sha256"]:
-            path.unlink()
-            raise DataError(f"{path} cannot be rebuilt: its source or its tokenizer gives other tokens now")
+        """Write a shard and its table anew; what is there is replaced only by the tokens that the manifest knows."""
+        path, begin, folder = self.out / record["file"], Position.of(record["begin"]), self.out / REBUILT
+        shutil.rmtree(folder, ignore_errors=True)  # of a repair that was killed
+        try:
+            with closing(self.batches(begin)) as batches:
+                stream = TokenStream(self.source, batches, begin, Totals())
+                found = _write_shard(stream, folder / path.name, record["tokens"], lambda stream: None)
+            if found["sha256"] != record["sha256"]:
+                raise DataError(f"{path} cannot be rebuilt: its source or its tokenizer gives other tokens now")
+            for made in sorted(folder.iterdir()):
+                os.replace(made, self.out / made.name)
+            files.sync(self.out)
+        finally:
+            shutil.rmtree(folder, ignore_errors=True)
         if found["documents_sha256"] != record.get("documents_sha256"):  # another pyarrow writes the same rows
             record["documents_sha256"] = found["documents_sha256"]
             self.save()
