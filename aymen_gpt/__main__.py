@@ -13,7 +13,7 @@ COMMANDS = {
     "plan": "what a training will take, before it begins",
     "hellaswag": "a model -> its HellaSwag score",
     "generate": "a model and a prompt -> text",
-    "report": "a run -> its paper (in a checkout)",
+    "report": "a run -> its page, or several runs on one",
     "setup": "fetch the vocabulary and HellaSwag now, for work without a network",
 }
 

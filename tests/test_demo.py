@@ -36,6 +36,8 @@ def test_a_second_demo_does_not_stop_and_leaves_no_stage_empty(tmp_path, monkeyp
     monkeypatch.setattr(subprocess, "run", lambda *_, **__: subprocess.CompletedProcess([], 0, WRITTEN))
     assert demo.main() == 0
     stages = capsys.readouterr().out.split("===")[1:]
-    assert len(stages) == 5 and all(len(stage.strip().splitlines()) > 1 for stage in stages)
-    assert f"{demo.CONFIG.steps} of them done before" in stages[1] and "stopped" not in stages[1]
+    assert len(stages) == 5
+    assert all(len(stage.strip().splitlines()) > 1 for stage in stages)
+    assert f"{demo.CONFIG.steps} of them done before" in stages[1]
+    assert "stopped" not in stages[1]
     assert "already scored" in stages[2]

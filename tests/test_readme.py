@@ -44,8 +44,8 @@ SMALL = {  # a command of README -> what is added to it here
     "python hellaswag.py -m runs/gpt2 --json a.json": "--limit 4",
     "python hellaswag.py -m runs/mine --json b.json": "--limit 4",
     "python hellaswag.py --compare a.json b.json": "",
-    "python -m aymen_gpt.commands.report runs/mine": "",
-    "python -m aymen_gpt.commands.report runs/mine runs/tuned": "",
+    "python -m aymen_gpt report runs/mine": "",
+    "python -m aymen_gpt report runs/mine runs/tuned": "",
 }
 ELSEWHERE = {"make demo", "make test"}
 

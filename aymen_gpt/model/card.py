@@ -135,12 +135,12 @@ def _data(run: Values) -> str:
 
 
 def _reproduce(run: Values) -> str:
-    command, commit = run.get("command"), run.get("git_commit")
+    command, commit, ranks = run.get("command"), run.get("git_commit"), run.get("world_size") or 1
     typed = shlex.join(str(word) for word in command) if isinstance(command, list) else "python pretrain.py"
     versions = ", ".join(f"{k} {v}" for k, v in (run.get("versions") or {}).items())
     made = f"Aymen-GPT at commit `{commit}`" if commit else "Aymen-GPT"
     return (
-        f"{made}{f' ({versions})' if versions else ''}, on {run.get('world_size') or 1} process(es), on the data "
+        f"{made}{f' ({versions})' if versions else ''}, on {ranks} process{'es' * (ranks != 1)}, on the data "
         f"above:\n\n```bash\n{typed}\n```\n\n`state.json` and `optimizer.safetensors` beside this file continue "
         "the run; `manifest.json` has the size and sha256 of every file."
     )
