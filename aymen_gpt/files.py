@@ -198,7 +198,10 @@ def json_object(content: bytes) -> dict[str, Any]:
     except ValueError as error:
         raise ValueError(f"no JSON ({error})") from None
     if not isinstance(value, dict):
-        raise ValueError(f"JSON of a {type(value).__name__}, not of an object")
+        kind = {list: "a list", str: "a text", type(None): "null", bool: "true or false"}.get(
+            type(value), "a number"
+        )
+        raise ValueError(f"expected a JSON object, this is {kind}")
     return value
 
 

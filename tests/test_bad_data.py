@@ -84,9 +84,9 @@ SPOILT = {
     ),
     "page": (33, lambda f: replaced(f, TRAIN, b"<!doctype html>" * 99), "not with llm.c's magic number"),
     "page in .npy": (33, lambda f: replaced(f, NPY, b"<html>" * 99), "is not a readable .npy array ("),
-    "bit": (34, lambda f: flip(f / TRAIN, 5000), "rebuild it with fineweb.py --out"),
+    "bit": (34, lambda f: flip(f / TRAIN, 5000), "rebuild it with python fineweb.py --out"),
     "tokenizer": (35, lambda f: with_manifest(f, tokenizer={"name": "other"}), "made with another tokenizer"),
-    "no validation": (36, lambda f: (f / VAL).unlink(), ": rebuild it with fineweb.py --out"),
+    "no validation": (36, lambda f: (f / VAL).unlink(), ": rebuild it with python fineweb.py --out"),
     "short": (36, lambda f: shards.write_shard(f / VAL, GOOD[:12]), ": prepare more text, or lower --block-size"),
 }
 
@@ -127,8 +127,8 @@ def test_the_command_says_it_in_one_line_and_makes_no_run_folder(door, folder, t
     done = door("pretrain.py", "--preset", "tiny", "--data", "shards", "--run", "run")
     assert (done.returncode, done.stdout) == (65, "")
     assert re.fullmatch(
-        f"error: shard shards/{TRAIN} has sha256 .{{12}}…, not .{{12}}…: rebuild it with fineweb.py --out shards "
-        "--repair\n",
+        f"error: shard shards/{TRAIN} has sha256 .{{12}}…, not .{{12}}…: "
+        "rebuild it with python fineweb.py --out shards --repair\n",
         done.stderr,
     )
     assert not (tmp_path / "run").exists()

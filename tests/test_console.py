@@ -84,17 +84,26 @@ def test_other_numbers_are_refused_in_a_line(text):
     assert str(refused.value) == f"--number {text}: expected a whole number from 1 to 1,000,000"
 
 
+def test_where_zero_is_a_word_of_its_own_a_refusal_says_so():
+    parser = console.parser("", "")
+    parser.add_argument("--every", type=console.number(Range(5, 9), whole=True, unset="none"))
+    with pytest.raises(errors.UsageError, match="expected a whole number from 5 to 9, or 0$"):
+        parser.parse_args(["--every", "-3"])
+
+
 @pytest.mark.parametrize(
     ("words", "message"),
     [(["--numbr", "3"], "there is no option --numbr; did you mean --number?"),
      (["--numbr=3"], "there is no option --numbr=3; did you mean --number?"),
      (["-x"], "there is no option -x"),
-     (["more"], "there is no option more"),
+     (["more"], "more belongs to no option"),
+     (["--nor=3"], "there is no option --nor=3; did you mean --number-of-rows?"),
      ([], "the following arguments are required: -n/--number")],
 )  # fmt: skip
 def test_an_unknown_option_is_answered_with_the_nearest_and_the_usage(words, message):
     parser = console.parser("", "", "python x.py [--number N] ...")
     parser.add_argument("-n", "--number", required=not words)
+    parser.add_argument("--number-of-rows")
     with pytest.raises(errors.UsageError) as refused:
         parser.parse_args(words)
     assert str(refused.value) == f"{message}\nusage: python x.py [--number N] ... (--help lists all)"

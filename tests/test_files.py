@@ -153,8 +153,9 @@ def test_a_json_object_is_read(tmp_path):
 @pytest.mark.parametrize(
     ("content", "reason"),
     [(None, "No such file or directory"), (b"", r"no JSON \(Expecting value"), (b'{"a": ', "no JSON"),
-     (b'{"a": "\xff"}', "no UTF-8 at byte 7"), (b"[1]", "JSON of a list, not of an object"), (b"null", "NoneType"),
-     (b"5", "int"), (b'{"a": ' + b"[" * 100_000, "nested too deep"), (b'{"a": ' + b"9" * 5000 + b"}", "no JSON")],
+     (b'{"a": "\xff"}', "no UTF-8 at byte 7"), (b"[1]", "expected a JSON object, this is a list"),
+     (b"null", "this is null"), (b"5", "this is a number"), (b'{"a": ' + b"[" * 100_000, "nested too deep"),
+     (b'{"a": ' + b"9" * 5000 + b"}", "no JSON")],
     ids=range(9),
 )  # fmt: skip
 def test_anything_but_a_json_object_is_a_data_error_with_file_and_reason(tmp_path, content, reason):

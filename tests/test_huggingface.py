@@ -77,7 +77,7 @@ def test_weights_that_do_not_fit_are_named(folder):
     tensors = to_huggingface(GPT(CONFIG).state_dict(), 200)
     del tensors["transformer.ln_f.bias"]
     save_file(tensors, folder / "model.safetensors")
-    with pytest.raises(ValueError, match=r"missing \['ln_f.bias'\]"):
+    with pytest.raises(ValueError, match=r"missing ln_f.bias"):
         load_pretrained(folder)
 
 
@@ -86,5 +86,5 @@ def test_an_index_may_not_lead_outside_the_folder(folder):
     (folder / "model.safetensors").unlink()
     index = {"weight_map": {"transformer.wte.weight": "../secret.safetensors"}}
     (folder / "model.safetensors.index.json").write_text(json.dumps(index))
-    with pytest.raises(ValueError, match="not outside"):
+    with pytest.raises(ValueError, match="of the same folder"):
         load_pretrained(folder)

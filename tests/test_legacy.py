@@ -166,7 +166,7 @@ def test_a_model_without_biases_has_biases_of_zero(tmp_path):
 def test_a_model_without_some_of_its_biases_is_refused(tmp_path):
     state = theirs(GPT(CONFIG, torch.Generator().manual_seed(2)), prefix="")
     del state["transformer.h.0.mlp.c_fc.bias"]
-    with pytest.raises(DataError, match=r"no GPT-2 as we compute it: .*missing \['h.0.mlp.c_fc.bias'\]"):
+    with pytest.raises(DataError, match=r"no GPT-2 as we compute it: .*missing h.0.mlp.c_fc.bias"):
         load_pt(save(tmp_path, state))
 
 

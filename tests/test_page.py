@@ -286,7 +286,7 @@ def test_commands_continue_generate_and_score(tmp_path, monkeypatch):
         "python pretrain.py --preset demo",
         "python generate.py -m 'runs/my run' \"Once upon a time\"",
         "python hellaswag.py -m 'runs/my run' --json 'runs/my run/hellaswag.json'",
-        "python -m aymen_gpt.commands.report 'runs/my run'",
+        "python -m aymen_gpt report 'runs/my run'",
     ]
     make_run(folder, config=CONFIG | {"world_size": 8})
     again = commands(read_run(folder))[0][1]

@@ -70,7 +70,7 @@ def planned(door, *words):
 def test_the_largest_gpt_is_planned_on_any_machine_and_nothing_is_written(door, tmp_path):
     said = planned(door, "--preset", "gpt3-175b", "--gpus", 1024, "--device", "cpu")
     assert re.search(r"gpt3-175b: 17\d,\d{3},\d{3},\d{3} parameters", said)
-    assert re.search(r"memory    1024 x .*micro-batch 1 rows.*of each:", said)
+    assert re.search(r"memory    1024 x .*micro-batch of 1 row.*of each:", said)
     assert re.search(r"two moments +2,794 GB\n", said)
     assert "does not fit into " in said
     assert "time      --probe measures it" in said
@@ -80,7 +80,7 @@ def test_the_largest_gpt_is_planned_on_any_machine_and_nothing_is_written(door, 
 def test_another_device_is_planned_for_by_its_name(door):
     words = ["--on", "h100", "--gpus", 8, "--mfu", 0.4, "--dollars-per-gpu-hour", 2.5]
     said = planned(door, *words)
-    assert "memory    8 x H100, micro-batch 64 rows, bfloat16, of each:" in said
+    assert "memory    8 x H100, micro-batch of 64 rows, bfloat16, of each:" in said
     assert "            fits into 80 GB\n" in said
     speed = 0.4 * 989e12 / PRESETS["gpt2"].flops_per_token
     hours = 76_292 * 2**19 / speed / 8 / 3600
@@ -94,10 +94,10 @@ def test_another_device_is_planned_for_by_its_name(door):
 
 def test_the_micro_batch_of_a_plan_is_one_that_fits(door):
     said = planned(door, "--preset", "gpt2-xl", "--on", "a10g")  # 24 GB, and 25 for the weights and the optimizer
-    assert "micro-batch 1 rows" in said
+    assert "micro-batch of 1 row" in said
     assert "does not fit into 24 GB" in said
     said = planned(door, "--preset", "gpt2-large", "--on", "a10g")
-    rows = int(re.search(r"micro-batch (\d+) rows", said)[1])
+    rows = int(re.search(r"micro-batch of (\d+) rows", said)[1])
     assert 1 < rows < 64
     assert "fits into 24 GB" in said
 
@@ -105,7 +105,7 @@ def test_the_micro_batch_of_a_plan_is_one_that_fits(door):
 def test_a_plan_doubts_what_the_training_would(door, shards):
     said = planned(door, "--preset", "tiny", "--data", shards, "--steps", 99_999, "--warmup-steps", 10**6)
     assert "warning: --warmup-steps 1,000,000 is more than --steps 99,999" in said
-    assert f"teach little; what suits them: python pretrain.py --preset demo --data {shards} --steps 310\n" in said
+    assert f"a run that suits them: python pretrain.py --preset demo --data {shards} --steps 310\n" in said
 
 
 def test_hours_and_dollars_follow_from_the_speed(door, tmp_path):

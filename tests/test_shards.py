@@ -415,11 +415,11 @@ OTHERS = {"name": "other", "vocabulary_sha256": "0", "separator": 50256}
 SPOILT = {
     "another size": (
         lambda folder: shards.write_shard(folder / shards.shard_name("train", 1), TOKENS[:5]),
-        "000001.bin has 5 tokens, manifest.json says 7: rebuild it with fineweb.py --out",
+        "000001.bin has 5 tokens, manifest.json says 7: rebuild it with python fineweb.py --out",
     ),
     "missing": (
         lambda folder: (folder / shards.shard_name("train", 1)).unlink(),
-        "000001.bin is missing: rebuild it with fineweb.py --out",
+        "000001.bin is missing: rebuild it with python fineweb.py --out",
     ),
     "unlisted": (
         lambda folder: shards.write_shard(folder / shards.shard_name("train", 2), TOKENS),
@@ -473,7 +473,7 @@ def test_training_refuses_a_flipped_bit_and_reads_right_shards_only_once(folder,
     flip(victim)
     for _ in range(2):
         with pytest.raises(
-            DataError, match=r"000001.bin has sha256 .*…, not .*…: rebuild it with fineweb.py --out"
+            DataError, match=r"000001.bin has sha256 .*…, not .*…: rebuild it with python fineweb.py --out"
         ):
             shards.check_shards(folder)
     assert read == 2 * [victim.name]

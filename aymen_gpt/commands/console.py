@@ -169,9 +169,26 @@ class Parser(argparse.ArgumentParser):
             raise UsageError(f"{of_one[1]} {of_one[2]}")
         unknown = re.match(r"unrecognized arguments: (\S+)", message)
         if unknown:
-            near = nearest(unknown[1].partition("=")[0], self._option_string_actions)
-            message = f"there is no option {unknown[1]}{near}"
+            word, _, _ = unknown[1].partition("=")
+            options = {initials(option): option for option in self._option_string_actions}
+            near = (
+                f"; did you mean {options[word]}?"
+                if word in options
+                else nearest(word, self._option_string_actions)
+            )
+            is_option = word.startswith("-")
+            message = (
+                f"there is no option {unknown[1]}{near}" if is_option else f"{unknown[1]} belongs to no option"
+            )
         raise UsageError(f"{message}\nusage: {self.usage or self.prog} (--help lists all)")
+
+
+def initials(option: str) -> str:
+    """
+    >>> initials("--learning-rate")
+    '--lr'
+    """
+    return "--" + "".join(part[:1] for part in option.strip("-").split("-"))
 
 
 def parser(description: str, examples: str, usage: str = "") -> argparse.ArgumentParser:
@@ -198,7 +215,8 @@ def number(range: Range, *, whole: bool = False, unset: str = "") -> Callable[[s
             value = math.nan
         if value in range:
             return value
-        raise argparse.ArgumentTypeError(f"{text}: expected a {'whole ' if whole else ''}number {range}")
+        zero = ", or 0" if unset and 0 not in range else ""
+        raise argparse.ArgumentTypeError(f"{text}: expected a {'whole ' if whole else ''}number {range}{zero}")
 
     return read
 

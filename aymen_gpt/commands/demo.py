@@ -6,6 +6,7 @@ HellaSwag and lets it write. What is already done is not done again.
 
 import json
 import os
+import re
 import shlex
 import signal
 import subprocess
@@ -22,22 +23,30 @@ CONFIG = resolve({"preset": "demo"})
 RUN = Path(CONFIG.run)
 EXAMPLES = 1000  # of HellaSwag's 10,042
 PROMPT = "Return a list of"
+SAMPLES = 5  # texts of which one is shown
 
 
 def main() -> int:
     began = time.monotonic()
     stage(1, "text -> tokens: the documentation that comes with Python and our packages")
     call("fineweb.py", "--source", "builtin", "--out", CONFIG.data)
-    stage(2, f"tokens -> a GPT: {CONFIG.steps} steps, stopped half way and continued")
-    if steps_done() < CONFIG.steps // 2:
-        train_until(CONFIG.steps // 2)
+    half, done = CONFIG.steps // 2, steps_done()
+    how = "stopped half way and continued" if done < half else f"{done} of them done before"
+    stage(2, f"tokens -> a GPT: {CONFIG.steps} steps, {how}")
+    if done < half:
+        train_until(half)
     call("pretrain.py", "--preset", "demo")
     stage(3, f"the GPT -> its score on {EXAMPLES:,} real HellaSwag examples")
     score = RUN / "hellaswag.json"
     if not score.exists() or score.stat().st_mtime < newest_checkpoint().stat().st_mtime:
         call("hellaswag.py", "-m", str(RUN), "--limit", str(EXAMPLES), "--json", str(score))
+    else:
+        print(f"already scored: {score}")
+    call("-m", "aymen_gpt", "report", str(RUN))  # with that score
     stage(4, "the GPT writes")
-    call("generate.py", "-m", str(RUN), PROMPT, "--max-tokens", "60")
+    words = command("generate.py", "-m", str(RUN), PROMPT, "--max-tokens", "60", "-n", str(SAMPLES))
+    written = subprocess.run(words, stdout=subprocess.PIPE, check=True, encoding="utf-8").stdout
+    console.show(least_broken(written))
     print(console.as_typed(closing(json.loads(score.read_text()), time.monotonic() - began)))
     return 0
 
@@ -85,6 +94,18 @@ def newest_checkpoint() -> Path:
     from aymen_gpt.model.folders import checkpoints
 
     return checkpoints(RUN)[0]
+
+
+def least_broken(written: str) -> str:
+    """Of the samples that generate.py wrote, all as many tokens, the one with the most different words.
+
+    Blank lines are left out.
+    """
+    samples = re.split(r"^--- sample \d+\n", written, flags=re.MULTILINE)[1:]
+    words = [len(set(re.findall(r"[a-z]{2,}", sample.lower()))) for sample in samples]
+    best = words.index(max(words))
+    text = "\n".join(line.rstrip() for line in samples[best].splitlines() if line.strip())
+    return f"--- sample {best + 1} of {len(samples)}, picked as the least broken\n{text}"
 
 
 def closing(score: dict, seconds: float) -> str:

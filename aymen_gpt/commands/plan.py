@@ -152,12 +152,13 @@ def memory_lines(request: Request) -> list[str]:
     fits = request.fits(request.micro_batch)
     there = f" into {request.memory_gb:,.0f} GB" if request.memory_gb else ""
     return [
-        f"memory    {request.gpus} x {device.name}, micro-batch {request.micro_batch} rows, {dtype}, of each:",
+        f"memory    {request.gpus} x {device.name}, "
+        f"micro-batch of {request.micro_batch} row{'s' * (request.micro_batch > 1)}, {dtype}, of each:",
         *(f"            {part:<32} {gb(size):>15}" for part, size in parts.items() if size),
         f"            {'fits' if fits else 'does not fit'}{there}"
         + ("" if fits else ": a smaller --preset, --block-size or --micro-batch, or another device (--on h200)"),
-        f"update    {request.passes} micro-batch{'es' * (request.passes > 1)} on each device make "
-        f"{request.config.rows_per_step:,} rows",
+        f"update    {request.passes} micro-batch{'es' * (request.passes > 1)} on each device "
+        f"make{'s' * (request.passes == 1)} {request.config.rows_per_step:,} rows",
     ]
 
 

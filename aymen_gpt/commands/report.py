@@ -1,4 +1,4 @@
-"""python -m aymen_gpt.commands.report RUN...: run folders -> a page with their curves."""
+"""python -m aymen_gpt report RUN...: run folders -> a page with their curves."""
 
 import argparse
 from contextlib import suppress
@@ -9,8 +9,8 @@ from aymen_gpt.errors import DataError
 from aymen_gpt.wording import PROTOCOLS
 
 EXAMPLES = """\
-  python -m aymen_gpt.commands.report runs/demo               draw runs/demo/report.html anew
-  python -m aymen_gpt.commands.report runs/a runs/b           compare.html: both on the same axes
+  python -m aymen_gpt report runs/demo           draw runs/demo/report.html anew
+  python -m aymen_gpt report runs/a runs/b       compare.html: both on the same axes
 """
 
 
@@ -19,6 +19,7 @@ def parser() -> argparse.ArgumentParser:
         "Draw the page of a run, or one page that sets several runs beside one another: their losses by tokens "
         "and by time, their scores, and the options in which they differ. A page is one file that loads nothing.",
         EXAMPLES,
+        "python -m aymen_gpt report RUN ... [--out FILE]",
     )
     p.add_argument("runs", nargs="+", type=Path, metavar="RUN", help="a run folder of pretrain.py")
     p.add_argument("--out", type=Path, metavar="FILE", help="[RUN/report.html, or compare.html for several runs]")

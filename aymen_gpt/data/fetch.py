@@ -7,6 +7,7 @@ AYMEN_GPT_CACHE (our own folder), pip's settings, and the Hub's HF_HOME, HF_ENDP
 
 import errno
 import hashlib
+import logging
 import os
 import re
 import subprocess
@@ -160,6 +161,7 @@ def check_name(name: str, folder: Path | None = None) -> None:
 
 def _asked(request: Callable[[], T], what: str) -> T:
     """The request's answer, trying again when the server or the line failed but not when it said no."""
+    logging.getLogger("huggingface_hub.utils._http").setLevel(logging.ERROR)  # ten lines on its own tries
     start = time.monotonic()
     for attempt in range(1, TRIES + 1):
         try:

@@ -41,4 +41,4 @@ def set_aside(out: Path, report: Callable[[str], None]) -> None:
     target.mkdir()
     for path in sorted(ours, key=lambda path: path.name == shards.MANIFEST):  # last: it knows of the others
         path.rename(target / path.name)
-    report(f"{target} holds what was there; type the command without --restart should it be interrupted now")
+    report(f"{target} holds what was there. If this is interrupted, type the command again without --restart")

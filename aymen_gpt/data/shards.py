@@ -93,7 +93,7 @@ def way_out(folder: Path) -> str:
     with suppress(DataError):
         manifest = read_manifest(folder) or {}
         if "options" in manifest:
-            return f"rebuild it with fineweb.py --out {folder} --repair"
+            return f"rebuild it with python fineweb.py --out {folder} --repair"
         if manifest:
             return f"get it again, or delete {folder / MANIFEST} if it was changed on purpose"
     return "get it again"
@@ -309,7 +309,7 @@ def _check_folder(folder: Path, manifest: dict[str, Any], present: set[str]) -> 
         name = f"{made_with.get('name')}, separator {made_with.get('separator')}"
         raise DataError(
             f"{folder} was made with another tokenizer ({name}) than GPT-2's (separator {EOT}): "
-            "prepare its text with fineweb.py"
+            "prepare its text with python fineweb.py"
         )
     listed = {shard["file"]: shard["tokens"] for shard in manifest["shards"]}
     if extra := sorted(present - set(listed)):

@@ -179,7 +179,7 @@ def _finished_shares(options: PrepareOptions) -> list[Finished]:
     names = [path.name for path in folder.glob("*-of-*")] if folder.is_dir() else []
     counts = sorted({int(name.split("-of-")[1]) for name in names if re.fullmatch(r"\d+-of-\d+", name)})
     if not counts:
-        raise DataError(f"{folder} holds no parts: run fineweb.py --part 1/N to N/N with the same options")
+        raise DataError(f"{folder} holds no parts: run python fineweb.py --part 1/N to N/N with the same options")
     if len(counts) > 1:
         raise DataError(f"{folder} holds parts of {counts[0]} and of {counts[1]}: delete those not wanted")
     finished, missing = [], []
@@ -192,7 +192,7 @@ def _finished_shares(options: PrepareOptions) -> list[Finished]:
     if missing:
         raise DataError(
             f"parts {', '.join(missing)} of {options.out} are not finished: "
-            f"run fineweb.py --part {missing[0]} with the same options"
+            f"run python fineweb.py --part {missing[0]} with the same options"
         )
     _check_alike(options, finished)
     return finished
@@ -261,7 +261,9 @@ def _read_bundle(path: Path, record: dict[str, Any], position: Position) -> Iter
 
     for file, key in ((path, "sha256"), (rows_path(path), "rows_sha256")):
         if not file.is_file() or files.sha256(file) != record[key]:
-            again = f"delete {path.parent} and run fineweb.py --part {path.parent.name.replace('-of-', '/')}"
+            again = (
+                f"delete {path.parent} and run python fineweb.py --part {path.parent.name.replace('-of-', '/')}"
+            )
             raise DataError(f"{file} is missing or damaged: {again} with the same options")
     tokens = shards.open_shard(path) if record["tokens"] else np.empty(0, np.uint16)
     table = pq.ParquetFile(rows_path(path))

@@ -92,7 +92,7 @@ def read(path: Path) -> dict[str, Any]:
         if not rows:
             raise ValueError("no examples")
     except (KeyError, TypeError, ValueError) as error:
-        why = f"{type(error).__name__} {error}"
+        why = f"it has no {error}" if isinstance(error, KeyError) else error
         raise DataError(
             f"{path} is not what python hellaswag.py --json writes: {why}; score the model again"
         ) from None

@@ -9,6 +9,7 @@ FILE.pt                                   a checkpoint of nanoGPT or build-nanog
 
 import hashlib
 import os
+import sys
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -87,8 +88,9 @@ def check(name: str, found: GPTConfig, shape: GPTConfig | None) -> None:
         )
     if shape is not None and replace(found, vocab_size=VOCAB_SIZE) != shape:
         theirs, ours = (wording.shape(vars(config), None) for config in (found, shape))
-        advice = "choose a --preset and a --block-size to match"
-        raise UsageError(f"--init-from {name} has {theirs}; this run has {ours}: {advice}")
+        sizes = ((size, getattr(found, size)) for size in ("n_layer", "n_head", "n_embd", "block_size"))
+        flags = [f"--{size.replace('_', '-')} {n}" for size, n in sizes if n != getattr(shape, size)]
+        raise UsageError(f"--init-from {name} has {theirs}; this run has {ours}: add {' '.join(flags)}")
 
 
 def find_model(name: str, shape: GPTConfig | None = None) -> tuple[Path, str]:
@@ -130,8 +132,9 @@ def newest_checkpoint(run: Path) -> tuple[Path, str]:
         if not problems:
             raise DataError(f"no checkpoint yet in {run}: let its training get to one, or name another model")
         raise DataError(f"no usable checkpoint in {run}: {'; '.join(problems)}")
-    skipped = f" (skipped as damaged: {'; '.join(problems)})" if problems else ""
-    return folder, f"{folder}{skipped}"
+    if problems:
+        print(f"warning: skipped as damaged: {'; '.join(problems)}", file=sys.stderr)
+    return folder, str(folder)
 
 
 def verify(folder: Path) -> None:

@@ -80,7 +80,9 @@ def gpt(config: GPTConfig, state: dict[str, Tensor]) -> GPT:
     expected = model.state_dict()
     missing, unknown = sorted(expected.keys() - state.keys()), sorted(state.keys() - expected.keys())
     if missing or unknown:
-        raise ValueError(f"the weights do not fit: missing {missing[:3]}, unknown {unknown[:3]}")
+        found = {"missing": missing, "unknown": unknown}
+        said = (f"{what} {', '.join(names[:3])}" for what, names in found.items() if names)
+        raise ValueError(f"the weights do not fit: {'; '.join(said)}")
     for name, t in state.items():
         if not t.is_floating_point():
             raise ValueError(f"{name} holds {t.dtype}, expected floating point")
@@ -151,7 +153,7 @@ def weight_files(index: Path) -> list[str]:
     places = read_json(index).get("weight_map")
     names = {str(name) for name in places.values()} if isinstance(places, dict) else set()
     if not names or any(Path(name).name != name or Path(name).suffix != ".safetensors" for name in names):
-        raise DataError(f"{index}: expected a weight_map to .safetensors files beside it, not outside")
+        raise DataError(f"{index}: expected a weight_map that names .safetensors files of the same folder")
     return sorted(names)
 
 

@@ -326,7 +326,7 @@ def commands(run: Run) -> list[tuple[str, str]]:
         ("Continue the run", shlex.join([*launch, *(str(part) for part in typed[1:])])),
         ("Generate text", f'python generate.py -m {model} "Once upon a time"'),
         ("Score on HellaSwag", f"python hellaswag.py -m {model} --json {score}"),
-        ("Draw this page anew, with the score", f"python -m aymen_gpt.commands.report {model}"),
+        ("Draw this page anew, with the score", f"python -m aymen_gpt report {model}"),
     ]
 
 

@@ -341,7 +341,7 @@ def doubts(c: TrainConfig, tokens: int | None) -> list[str]:
     epochs = c.steps * c.tokens_per_step / tokens if tokens else 0
     if tokens and epochs > MANY_EPOCHS:
         found.append(
-            f"warning: this run reads the {tokens:,} tokens of {c.data} {epochs:,.0f} times, and more than "
-            f"{FEW_EPOCHS} times teach little; what suits them: {fitting(tokens, c.data)}"
+            f"warning: this run reads the {tokens:,} tokens of {c.data} {epochs:,.0f} times, but learns little "
+            f"after the first {FEW_EPOCHS}; a run that suits them: {fitting(tokens, c.data)}"
         )
     return found

@@ -145,7 +145,9 @@ class RunLog:
             return []
         try:
             history = read_json(path).get("history")
-            if not isinstance(history, list) or not all(isinstance(start, dict) for start in history):
+            if not isinstance(history, list) or not all(
+                isinstance(start, dict) and isinstance(start.get("started"), str | None) for start in history
+            ):
                 raise DataError(f"{path} does not have the starts of a run")
         except DataError as error:
             self._set_aside(path.name, error)
