@@ -73,9 +73,9 @@ def test_verify_and_repair(door, texts, tmp_path):
     victim.write_bytes(victim.read_bytes()[:-2] + b"\x01\x00")
     broken = door(*words, "--verify")
     assert broken.returncode == 65
-    assert broken.stderr.startswith("error: 1 damaged files in d (shard_train_000002.bin: sha256 ")
+    assert broken.stderr.startswith("error: 1 damaged file in d (shard_train_000002.bin: sha256 ")
     assert broken.stderr.endswith("): rebuild it with python fineweb.py --out d --repair\n")
-    assert door(*words, "--repair", "--workers", 0).stdout.startswith("d: 1 files rebuilt")
+    assert door(*words, "--repair", "--workers", 0).stdout.startswith("d: 1 file rebuilt")
     assert digest(tmp_path / "d") == before
 
 

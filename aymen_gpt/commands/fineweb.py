@@ -84,7 +84,7 @@ def parser() -> argparse.ArgumentParser:
         type=console.choice(("gigatoken", "tiktoken")),
         metavar="WORD",
         default="gigatoken",
-        help="their ids are the same, and checked to be; default: gigatoken where it is installed, else tiktoken",
+        help="gigatoken or tiktoken: both give the same ids, which is checked [gigatoken where it is installed]",
     )
     what = work.add_mutually_exclusive_group()
     what.add_argument(
@@ -133,7 +133,9 @@ def verify(out: Path) -> int:
     damaged = shards.verify(out)
     if damaged:
         listed = "; ".join(f"{name}: {why}" for name, why in damaged.items())
-        raise DataError(f"{len(damaged)} damaged files in {out} ({listed}): {shards.way_out(out)}")
+        raise DataError(
+            f"{len(damaged)} damaged file{'s' * (len(damaged) != 1)} in {out} ({listed}): {shards.way_out(out)}"
+        )
     finished = (shards.read_manifest(out) or {}).get("complete")
     more = "" if finished else "; more are to come: run the same fineweb.py command again"
     print(f"{out}: all files are as the manifest says{more}")
@@ -147,7 +149,7 @@ def repair(args: argparse.Namespace) -> int:
         rebuilt = prepare.repair(
             args.out, reporter, workers=args.workers, keep_source=args.keep_source, encoder=args.encoder
         )
-    print(f"{args.out}: {len(rebuilt)} files rebuilt, all are as the manifest says")
+    print(f"{args.out}: {len(rebuilt)} file{'s' * (len(rebuilt) != 1)} rebuilt, all are as the manifest says")
     return 0
 
 
