@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 import torch
 from crashes import killed
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from aymen_gpt.data import tokenizer
@@ -170,6 +170,10 @@ events = st.one_of(
 @pytest.mark.fault(2, 14, 15, 16)
 @settings(max_examples=60, deadline=None)
 @given(st.lists(events, max_size=20))
+@example([("save",), ("save",), ("copy", 0, "step-000000001"), ("save",)])
+@example(
+    [("damage", 0, "state.json", DAMAGE[2]), ("start",), ("mend", 0), ("save", f"before:1:{SAVE}:write_json")]
+)
 def test_no_sequence_of_damage_kill_and_start_loses_the_newest_whole_checkpoint(story):
     with tempfile.TemporaryDirectory() as folder, pytest.MonkeyPatch.context() as patch:
         patch.setattr(tokenizer, "write_huggingface_files", lambda *_, **__: None)  # a second of every save

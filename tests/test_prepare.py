@@ -558,6 +558,7 @@ def test_a_mended_source_is_prepared_anew_and_what_was_there_is_kept(dead_end):
         prepare.prepare(options, quiet)
     before = digest(options.out)
     (options.out / "notes_202411.txt").write_text("mine")
+    (options.out / "earlier-²").mkdir()
     events = []
     prepare.prepare(replace(options, restart=True), events.append)
     assert f"{options.out}/earlier-1 holds what was there" in "".join(filter(lambda e: isinstance(e, str), events))

@@ -110,6 +110,7 @@ def test_a_second_process_on_the_same_run_is_refused(door, shards, tmp_path):
         (["--tokens-per-step", "2**9999999999"], 2, "error: --tokens-per-step 2**9999999999: expected"),
         (["--timeout", "inf"], 2, "error: --timeout inf: expected a number above 0"),
         (["--run", "r" * 300], 2, "expected a name of 1 to 255 bytes"),
+        (["--config", ""], 2, "error: --config '': expected a name"),
         (["--n-embd", "100"], 2, "error: --n-embd 100 is not a multiple of --n-head 12: try 96"),
         (["--gpus", "8"], 2, "error: --gpus 8 is for planning, and this would train: add --plan"),
         (["--plan", "--gpus", "0"], 2, "error: --gpus 0: expected a whole number from 1"),

@@ -3,6 +3,7 @@
 import json
 import os
 from datetime import datetime
+from pathlib import Path
 
 import pytest
 
@@ -168,18 +169,19 @@ def test_what_cannot_be_read_is_set_aside_and_the_run_goes_on(tmp_path, capsys, 
     assert (tmp_path / f"{name}.damaged-1").read_bytes() == damaged
 
 
+@pytest.mark.parametrize("make", [Path.mkdir, os.mkfifo])
 @pytest.mark.parametrize("name", FILES)
-def test_a_folder_in_the_place_of_a_record_is_set_aside(tmp_path, capsys, name):
+def test_what_is_no_file_in_the_place_of_a_record_is_set_aside(tmp_path, capsys, name, make):
     write(tmp_path, 0, 3)
     (tmp_path / name).unlink(missing_ok=True)
-    (tmp_path / name).mkdir()
+    make(tmp_path / name)
     with RunLog(tmp_path, steps=10) as log:
         log.start({}, 3)
         log.samples([{"step": 4}])
         log.write(row(4))
         log.failure({})
     assert capsys.readouterr().err.count("warning: ") == 1
-    assert (tmp_path / f"{name}.damaged-1").is_dir()
+    assert not (tmp_path / f"{name}.damaged-1").is_file()
     assert steps(tmp_path)[-1] == 4
 
 

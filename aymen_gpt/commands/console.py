@@ -240,6 +240,11 @@ def name(text: str) -> str:
     return text
 
 
+def path(text: str) -> Path:
+    """For argparse: a path, which "" is not."""
+    return Path(name(text))
+
+
 def whole_number(text: str) -> int:
     """A whole number as people write large ones: 524288, 524_288, 5e5, 2**19.
 

@@ -63,7 +63,7 @@ def parser() -> argparse.ArgumentParser:
     )
     shards = p.add_argument_group("shards")
     shards.add_argument(
-        "--out", type=folder, default=Path("edu_fineweb10B"), metavar="DIR", help="default: %(default)s"
+        "--out", type=console.path, default=Path("edu_fineweb10B"), metavar="DIR", help="default: %(default)s"
     )
     shards.add_argument(
         "--shard-tokens", type=shard_tokens, default=10**8, metavar="N", help="tokens a shard (default: 1e8)"
@@ -97,10 +97,6 @@ def parser() -> argparse.ArgumentParser:
     what.add_argument("--verify", action="store_true", help="compare every file in DIR with its recorded sha256")
     what.add_argument("--repair", action="store_true", help="verify, then rebuild damaged files from their source")
     return p
-
-
-def folder(text: str) -> Path:
-    return Path(console.name(text))
 
 
 def main(argv: list[str] | None = None) -> int:

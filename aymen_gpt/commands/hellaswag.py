@@ -2,6 +2,7 @@
 
 import argparse
 import json
+import os
 import sys
 import time
 from collections.abc import Callable, Iterator
@@ -64,13 +65,16 @@ def parser() -> argparse.ArgumentParser:
         help="score N examples, evenly spaced over the set; 0: all 10,042 [all]",
     )
     p.add_argument(
-        "--data", type=Path, metavar="FILE", help="examples of your own, .jsonl or .parquet [validation set]"
+        "--data",
+        type=console.path,
+        metavar="FILE",
+        help="examples of your own, .jsonl or .parquet [validation set]",
     )
-    p.add_argument("--json", type=Path, metavar="FILE", help="write scores and every answer there")
+    p.add_argument("--json", type=console.path, metavar="FILE", help="write scores and every answer there")
     p.add_argument(
         "--compare",
         nargs=2,
-        type=Path,
+        type=console.path,
         metavar=("A", "B"),
         help="score nothing; say whether two files of --json differ by more than luck",
     )
@@ -165,7 +169,7 @@ def check(options: argparse.Namespace) -> None:
     """What can be refused before anything is loaded."""
     if options.compare and (options.json or options.data):
         raise UsageError("--compare reads what --json wrote and scores nothing: give it no other option")
-    if options.json and options.json.is_dir():
+    if options.json and os.path.isdir(options.json):
         raise UsageError(f"--json {options.json}: this is a folder; name a file in it")
 
 

@@ -57,7 +57,7 @@ def parser() -> argparse.ArgumentParser:
     )
     p.add_argument(
         "--config",
-        type=Path,
+        type=console.path,
         metavar="FILE",
         help="options by their names from a TOML file, or a run's config.json; flags given here win",
     )

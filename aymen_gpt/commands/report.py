@@ -21,8 +21,10 @@ def parser() -> argparse.ArgumentParser:
         EXAMPLES,
         "python -m aymen_gpt report RUN ... [--out FILE]",
     )
-    p.add_argument("runs", nargs="+", type=Path, metavar="RUN", help="a run folder of pretrain.py")
-    p.add_argument("--out", type=Path, metavar="FILE", help="[RUN/report.html, or compare.html for several runs]")
+    p.add_argument("runs", nargs="+", type=console.path, metavar="RUN", help="a run folder of pretrain.py")
+    p.add_argument(
+        "--out", type=console.path, metavar="FILE", help="[RUN/report.html, or compare.html for several runs]"
+    )
     return p
 
 

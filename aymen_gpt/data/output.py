@@ -36,8 +36,7 @@ def set_aside(out: Path, report: Callable[[str], None]) -> None:
     ours = [path for path in out.iterdir() if OURS.fullmatch(path.name)]
     if not ours:
         return
-    number = 1 + max([int(p.name[8:]) for p in out.glob("earlier-*") if p.name[8:].isdigit()], default=0)
-    target = out / f"earlier-{number}"
+    target = files.free_name(out / "earlier")
     target.mkdir()
     for path in sorted(ours, key=lambda path: path.name == shards.MANIFEST):  # last: it knows of the others
         path.rename(target / path.name)

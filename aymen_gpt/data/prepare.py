@@ -357,7 +357,7 @@ class Preparation:
         self.drop_downloads(len(self.source.files))
 
     def _rebuild(self, record: dict[str, Any]) -> None:
-        """Write a shard and its table anew; only the tokens that the manifest knows replace what is there."""
+        """Write a shard and its table anew. They replace what is there only if the manifest knows their tokens."""
         path, begin, folder = self.out / record["file"], Position.of(record["begin"]), self.out / REBUILT
         shutil.rmtree(folder, ignore_errors=True)  # of a repair that was killed
         try:

@@ -111,8 +111,9 @@ class RunLog:
         self._started = True
         self._tell_start(step, changed or {})
         for name in FILES:
-            if (self.folder / name).is_dir():
-                self._set_aside(name, f"{self.folder / name} is a folder, not a file")
+            path = self.folder / name
+            if path.exists() and not path.is_file():
+                self._set_aside(name, f"{path} is a folder or a pipe, not a file")
         history = self._history()
         if step is None:
             history = []
