@@ -180,6 +180,8 @@ def sha256(path: Path) -> str:
 
 def read_json(path: Path) -> dict[str, Any]:
     """The JSON object in a file; DataError, naming the file and the reason, when there is none to read."""
+    if path.is_fifo():  # which would be waited for
+        raise DataError(f"cannot read {path}: a pipe, no file")
     try:
         return json_object(path.read_bytes())
     except (OSError, ValueError) as error:

@@ -168,6 +168,13 @@ def test_anything_but_a_json_object_is_a_data_error_with_file_and_reason(tmp_pat
         files.read_json(tmp_path)
 
 
+@pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="no pipes with names")
+def test_a_pipe_in_the_place_of_json_is_not_waited_for(tmp_path):
+    os.mkfifo(tmp_path / "a.json")
+    with pytest.raises(DataError, match="a pipe, no file"):
+        files.read_json(tmp_path / "a.json")
+
+
 HOLD = """
 import sys; from pathlib import Path; from aymen_gpt import files
 held = files.lock(Path(sys.argv[1]), "--run"); print("held", flush=True); sys.stdin.read()

@@ -4,6 +4,7 @@ import hashlib
 import json
 import os
 import random
+import re
 import shlex
 import signal
 import subprocess
@@ -45,6 +46,14 @@ def test_help_is_complete_and_needs_nothing_heavy():
         "python fineweb.py --source builtin",
     ]:
         assert word in done.stdout
+
+
+def test_a_source_may_be_given_again(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    for name in ("a.txt", "b.txt"):
+        (tmp_path / name).write_text(" ".join(make_texts(20)))
+    assert fineweb.main(["--source", "a.txt", "--source", "b.txt", "--out", "d", "--workers", "0"]) == 0
+    assert re.search(r"documents +2\b", capsys.readouterr().out)
 
 
 def test_text_becomes_shards_and_the_summary_says_what_happened(door, texts, tmp_path):

@@ -39,8 +39,8 @@ def parser() -> argparse.ArgumentParser:
     text.add_argument(
         "--source",
         nargs="+",
+        action="extend",
         type=console.name,
-        default=["hub"],
         metavar="WORD",
         help="`hub` (FineWeb-Edu from Hugging Face, the default), `builtin` (documentation installed with "
         "Python), files and folders of .parquet, .jsonl, .jsonl.gz, .jsonl.zst, .txt, .md",
@@ -112,7 +112,7 @@ def main(argv: list[str] | None = None) -> int:
     from aymen_gpt.data.prepare import PrepareOptions, prepare
 
     chosen = {name: value for name, value in vars(args).items() if name not in (*MODES, "source")}
-    options = PrepareOptions(source=tuple(args.source), **chosen)
+    options = PrepareOptions(source=tuple(args.source or ["hub"]), **chosen)
     with Reporter() as reporter:
         if args.part:
             share = shares.parse(args.part)
