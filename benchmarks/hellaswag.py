@@ -69,19 +69,20 @@ OTHER = """
 import json, sys, torch
 from aymen_gpt.evaluation import hellaswag
 from aymen_gpt.model.gpt import GPT, PRESETS
-from aymen_gpt.training import device as devices
+from aymen_gpt.training.device import choose_device
+try:  # modules and their names before 25 November 2026
+    from aymen_gpt.evaluation.loading import load_model
+    from aymen_gpt.training.device import keep_freed_memory
+except ImportError:
+    from aymen_gpt.evaluation.load_model import load_model
+    from aymen_gpt.model.cpu import keep_freed_memory
 _, name, dtype, threads = sys.argv
 torch.set_num_threads(int(threads))
-place = devices.choose_device("auto").place
+place = choose_device("auto").place
 if place.type == "cpu":
-    devices.keep_freed_memory()
-model = GPT(PRESETS["gpt2"], torch.Generator().manual_seed(0)).to(place).eval()
-if name:
-    try:
-        from aymen_gpt.evaluation.load_model import load_model
-    except ImportError:  # its name before 25 November 2026
-        from aymen_gpt.evaluation.loading import load_model
-    model = load_model(name, place)[0]
+    keep_freed_memory()
+random = GPT(PRESETS["gpt2"], torch.Generator().manual_seed(0)).to(place).eval()
+model = load_model(name, place)[0] if name else random
 for line in sys.stdin:
     examples = [hellaswag.Example(**row) for row in json.loads(line)]
     found = hellaswag.evaluate(model, examples, protocols=("harness",), dtype=getattr(torch, dtype))

@@ -28,6 +28,7 @@ from aymen_gpt.errors import DataError
 from aymen_gpt.model.gpt import GPT
 
 BATCH_TOKENS = {"cpu": 1024, "mps": 8192, "cuda": 32768}  # of a batch, by device type
+SIMILAR = 0.9  # a row shorter than this share of its batch's longest begins the next batch
 ROW_TOKENS = 1024  # of a context with many endings, which otherwise are several rows
 LOGIT_ROWS = {"cpu": 512, "mps": 1024, "cuda": 4096}  # tokens whose logits exist at once
 SOFTMAX_ROWS = {
@@ -119,7 +120,8 @@ def batches(rows: list[Row], batch_tokens: int) -> Iterator[list[Row]]:
     """
     batch: list[Row] = []
     for row in sorted(rows, key=len, reverse=True):
-        if batch and (len(batch) + 1) * len(batch[0]) > batch_tokens:
+        longest = len(batch[0]) if batch else 0
+        if batch and ((len(batch) + 1) * longest > batch_tokens or len(row) < SIMILAR * longest):
             yield batch
             batch = []
         batch.append(row)
