@@ -75,27 +75,35 @@ def compare(runs: Path, steps: int) -> None:
     kills = [train(killed, options, moment) for moment in moments]
     train(killed, options)
     train(whole, options)
-    pairs = list(zip(rows(whole), rows(killed), strict=True))
-    measured = ("loss", "grad_norm", "val_loss")
-    different = [a["step"] for a, b in pairs if any(a.get(key) != b.get(key) for key in measured)]
-    found = {
-        "steps": steps,
-        "killed_after_step": kills,
-        "steps_that_differ": different,
-        "machine": cpu_name(),
-        "loss": [a.get("loss") for a, _ in pairs],
-        "val_loss": {a["step"]: a["val_loss"] for a, _ in pairs if "val_loss" in a},
-    }
+    found = record(rows(whole), rows(killed), kills)
     FOUND.write_text(json.dumps(found) + "\n")
-    print(f"killed after steps {kills}: {len(different)} of {len(pairs)} steps differ from the run that was not")
+    different = len(found["steps_that_differ"])
+    print(f"killed after steps {kills}: {different} of {len(found['loss'])} steps differ from the run left alone")
     if different:
         raise SystemExit(1)
 
 
+def record(whole: list[dict[str, Any]], killed: list[dict[str, Any]], kills: list[int | None]) -> dict[str, Any]:
+    """What the two runs logged, and where they differ. Step 0 has no loss."""
+    pairs = list(zip(whole, killed, strict=True))
+    measured = ("loss", "grad_norm", "val_loss")
+    return {
+        "steps": whole[-1]["step"],
+        "killed_after_step": kills,
+        "steps_that_differ": [a["step"] for a, b in pairs if any(a.get(key) != b.get(key) for key in measured)],
+        "machine": cpu_name(),
+        "loss": [row.get("loss") for row in whole],
+        "loss_of_the_killed": [row.get("loss") for row in killed],
+    }
+
+
 def draw(found: dict[str, Any]) -> Figure:
-    """The loss of both runs, and each of its steps around the second and third kill. The two are one curve."""
+    """The loss of the killed run, and of both around the second and third kill."""
     assert not found["steps_that_differ"]
-    steps, loss = np.arange(len(found["loss"])), np.array([np.nan if v is None else v for v in found["loss"]])
+    alone, loss = (
+        np.array([np.nan if v is None else v for v in found[key]]) for key in ("loss", "loss_of_the_killed")
+    )
+    steps = np.arange(len(loss))
     kills = found["killed_after_step"]
     figure, axes = plots.frame((1056, 400), "steps", right=420)
     plots.noisy(axes, steps[1:], loss[1:])
@@ -104,7 +112,7 @@ def draw(found: dict[str, Any]) -> Figure:
     plots.quiet(zoom, "steps")
     first, last = kills[1] - 12, kills[2] + 12
     near = (steps >= first) & (steps <= last)
-    plots.line(zoom, steps[near], loss[near], linewidth=7, alpha=0.25, label="left alone")
+    plots.line(zoom, steps[near], alone[near], linewidth=7, alpha=0.25, label="left alone")
     plots.line(zoom, steps[near], loss[near], linewidth=1.2, marker="o", markersize=2.5, label="killed five times")
     low, high = loss[near].min(), loss[near].max()
     zoom.set(xlim=(first, last), ylim=(low - 0.05 * (high - low), high + 0.45 * (high - low)))

@@ -180,3 +180,14 @@ def test_the_picture_of_five_kills_shows_them_and_one_curve():
     assert list(alone.get_ydata()) == list(killed.get_ydata())
     with pytest.raises(AssertionError):
         five_kills.draw(found | {"steps_that_differ": [7]})
+
+
+def test_five_kills_compares_what_each_run_logged():
+    whole = [{"step": 0, "val_loss": 9.0}, {"step": 1, "loss": 3.0}, {"step": 2, "loss": 2.0}]
+    killed = [*whole[:2], {"step": 2, "loss": 2.5}]
+    found = five_kills.record(whole, killed, [1])
+    assert (found["steps_that_differ"], found["loss"], found["loss_of_the_killed"]) == (
+        [2],
+        [None, 3.0, 2.0],
+        [None, 3.0, 2.5],
+    )
