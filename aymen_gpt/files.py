@@ -8,7 +8,7 @@ import os
 import re
 import stat
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, suppress
 from datetime import UTC, datetime
 from pathlib import Path
@@ -160,6 +160,15 @@ def free_name(path: Path) -> Path:
 def set_aside(path: Path) -> Path:
     """Rename what cannot be used, so that it stays for a look at it: NAME.damaged-1, or -2, ...; the new path."""
     return path.rename(free_name(path.with_name(f"{path.name}.damaged")))
+
+
+def move_to_earlier(folder: Path, paths: Iterable[Path]) -> Path:
+    """Move paths of a folder, one after the other, into its subfolder earlier-1, or -2, ..., which is returned."""
+    target = free_name(folder / "earlier")
+    target.mkdir()
+    for path in paths:
+        path.rename(target / path.name)
+    return target
 
 
 def sync(path: Path) -> None:

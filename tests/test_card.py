@@ -11,6 +11,7 @@ from test_checkpoint import save, snapshot
 from aymen_gpt.commands.report import write_cards
 from aymen_gpt.model.card import card
 from aymen_gpt.model.folders import problem
+from aymen_gpt.reporting.runs import read_run
 from aymen_gpt.training import checkpoint
 
 SHAPE = {"n_layer": 12, "n_head": 12, "n_embd": 768, "block_size": 1024, "vocab_size": 50257}
@@ -103,12 +104,12 @@ def test_every_checkpoint_has_a_card_that_carries_the_scores_of_its_step(tmp_pat
         assert "commit c0ffee" in (folder / "README.md").read_text()
         assert "Not scored yet" in (folder / "README.md").read_text()
         assert "README.md" not in json.loads((folder / "manifest.json").read_text())["files"]
-    write_cards(tmp_path)
+    write_cards(read_run(tmp_path))
     assert "| completion | 250 | 30.00 % ± 2.90 |" in (first / "README.md").read_text()
     assert "Not scored yet" in (second / "README.md").read_text()
     larger = {"step": 2, "n": 10_042, "completion": {"acc": 0.31}, "harness": {"acc": 0.32, "acc_norm": 0.33}}
     (tmp_path / "hellaswag.json").write_text(json.dumps(larger))
-    write_cards(tmp_path)
+    write_cards(read_run(tmp_path))
     text = (first / "README.md").read_text()
     assert "| completion | 10,042 | 31.00 % | - |\n| harness | 10,042 | 32.00 % | 33.00 % |" in text
     assert problem(first) is None
@@ -118,7 +119,7 @@ def test_a_checkpoint_that_goes_away_is_not_brought_back_by_its_card(tmp_path, m
     folder = save(tmp_path)
     (tmp_path / "metrics.jsonl").write_text(json.dumps({"step": 2, "hellaswag": {"n": 250, **SCORES}}))
     monkeypatch.setattr(checkpoint, "card", lambda *_: shutil.rmtree(folder) or "late")
-    write_cards(tmp_path)
+    write_cards(read_run(tmp_path))
     assert not folder.exists()
 
 

@@ -199,8 +199,6 @@ def show_batch(config: TrainConfig, step: int) -> int:
     """Print what step ``step`` of metrics.jsonl reads, a line for each piece of a document."""
     from aymen_gpt.data.loader import TokenRows
 
-    if step < 1:
-        raise UsageError(f"--show-batch {step}: the first step is 1")
     rows = TokenRows(Path(config.data), "train", block_size=config.block_size, seed=config.seed)
     print("row\tshard\tdocument\tfirst_token\ttokens\tid\turl")
     for read in rows.documents((step - 1) * config.rows_per_step, config.rows_per_step):

@@ -3,10 +3,14 @@
 import argparse
 from contextlib import suppress
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from aymen_gpt.commands import console
 from aymen_gpt.errors import DataError
 from aymen_gpt.wording import PROTOCOLS
+
+if TYPE_CHECKING:
+    from aymen_gpt.reporting.runs import Run
 
 EXAMPLES = """\
   python -m aymen_gpt report runs/demo           draw runs/demo/report.html anew
@@ -41,21 +45,21 @@ def main(argv: list[str] | None = None) -> int:
 
 def refresh(run: Path) -> None:
     """Draw the page of a run anew, and put its scores into the model cards of its checkpoints."""
-    from aymen_gpt.reporting.page import write_report
-
-    write_report(run)
-    write_cards(run)
-
-
-def write_cards(run: Path) -> None:
-    """The model card of each checkpoint whose step was scored, with these scores; others stay as they are."""
-    from aymen_gpt.model.folders import checkpoints, step_of
+    from aymen_gpt.reporting.page import write_page
     from aymen_gpt.reporting.runs import read_run
-    from aymen_gpt.training.checkpoint import write_card
 
     found = read_run(run)
-    for folder in checkpoints(run):
-        scores = {protocol: found.score(protocol, step_of(folder)) for protocol in PROTOCOLS}
+    write_page(found)
+    write_cards(found)
+
+
+def write_cards(run: "Run") -> None:
+    """The model card of each checkpoint whose step was scored, with these scores; others stay as they are."""
+    from aymen_gpt.model.folders import checkpoints, step_of
+    from aymen_gpt.training.checkpoint import write_card
+
+    for folder in checkpoints(run.folder):
+        scores = {protocol: run.score(protocol, step_of(folder)) for protocol in PROTOCOLS}
         known = {protocol: vars(score) for protocol, score in scores.items() if score is not None}
         if known:
             with suppress(OSError, DataError):  # damaged, or deleted just now

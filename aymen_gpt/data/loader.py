@@ -20,7 +20,7 @@ import numpy as np
 from aymen_gpt.data.shards import (
     CHUNK,
     MANIFEST,
-    check_finished,
+    finished_manifest,
     list_shards,
     open_shard,
     read_document_sources,
@@ -65,7 +65,7 @@ class TokenRows:
     def __init__(self, folder: Path, split: str, *, block_size: int, seed: int | None) -> None:
         self.block_size = block_size
         self.seed = seed
-        check_finished(folder)
+        finished_manifest(folder)  # or it says that there is more to come
         self.paths = list_shards(folder, split)
         if not self.paths:
             raise DataError(f"no {split} shards in {folder}: {self._way_out(folder, split)}")

@@ -36,8 +36,6 @@ def set_aside(out: Path, report: Callable[[str], None]) -> None:
     ours = [path for path in out.iterdir() if OURS.fullmatch(path.name)]
     if not ours:
         return
-    target = files.free_name(out / "earlier")
-    target.mkdir()
-    for path in sorted(ours, key=lambda path: path.name == shards.MANIFEST):  # last: it knows of the others
-        path.rename(target / path.name)
+    ours.sort(key=lambda path: path.name == shards.MANIFEST)  # last: it knows of the others
+    target = files.move_to_earlier(out, ours)
     report(f"{target} holds what was there. If this is interrupted, type the command again without --restart")

@@ -222,8 +222,7 @@ def check_shards(folder: Path) -> str:
     other programs make it, gets one. DataError names the first file that is wrong.
     """
     paths = list_shards(folder, "val") + list_shards(folder, "train")
-    check_finished(folder)
-    if manifest := read_manifest(folder):
+    if manifest := finished_manifest(folder):
         _check_folder(folder, manifest, {path.name for path in paths})
     recorded = {shard["file"]: shard["sha256"] for shard in manifest["shards"]} if manifest else {}
     checked, versions = _read_checked(folder), {path.name: _version(path) for path in paths}
@@ -297,10 +296,12 @@ def _differing(found: str, sha256: str) -> str:
     return f"sha256 {found[:12]}…, not {sha256[:12]}…"
 
 
-def check_finished(folder: Path) -> None:
-    """DataError when a preparation of the folder was interrupted."""
-    if (manifest := read_manifest(folder)) and not manifest["complete"]:
+def finished_manifest(folder: Path) -> dict[str, Any] | None:
+    """``read_manifest``, and DataError when a preparation of the folder was interrupted."""
+    manifest = read_manifest(folder)
+    if manifest and not manifest["complete"]:
         raise DataError(f"{folder} is not finished: run the same fineweb.py command again")
+    return manifest
 
 
 def _check_folder(folder: Path, manifest: dict[str, Any], present: set[str]) -> None:

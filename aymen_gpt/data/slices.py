@@ -70,7 +70,7 @@ def _estimated_bytes(file: SourceFile) -> int:
         with _readable(file.path):
             groups = _parquet(file.path).metadata
             return sum(groups.row_group(i).total_byte_size for i in range(groups.num_row_groups))
-    return file.bytes * (2 if file.name.endswith((".parquet", ".gz", ".zst")) else 1)
+    return file.bytes * (2 if file.name.endswith((".parquet", *COMPRESSED)) else 1)
 
 
 def slices_of(source: Source, number: int, path: Path) -> Iterator[Slice]:

@@ -31,11 +31,7 @@ BATCH_TOKENS = {"cpu": 1024, "mps": 8192, "cuda": 32768}  # of a batch, by devic
 SIMILAR = 0.9  # a row shorter than this share of its batch's longest begins the next batch
 ROW_TOKENS = 1024  # of a context with many endings, which otherwise are several rows
 LOGIT_ROWS = {"cpu": 512, "mps": 1024, "cuda": 4096}  # tokens whose logits exist at once
-SOFTMAX_ROWS = {
-    "cpu": 32,
-    "mps": 1024,
-    "cuda": 4096,
-}  # of these, in the softmax at once: 6 MB stay in a CPU's cache
+SOFTMAX_ROWS = {"cpu": 32, "mps": 1024, "cuda": 4096}  # of these at once in the softmax: 6 MB stay in the cache
 
 
 @dataclass(frozen=True)

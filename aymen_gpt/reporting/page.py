@@ -1,8 +1,8 @@
 """Run folders -> a page: one file that opens by double click, complete without network or script.
 
 ``write_report(Path("runs/demo"))`` may be called at any moment of a run, by the trainer or by hand; the page is
-written beside and renamed, so a browser never sees half of it. Here are the values, page.html.j2 has the words: it
-escapes whatever comes from a run, and a Content-Security-Policy forbids the page to load anything at all.
+written beside and renamed, so a browser never sees half of it. Here are the values, report.html.j2 has the
+words: it escapes whatever comes from a run. A Content-Security-Policy forbids the page to load anything at all.
 """
 
 import math
@@ -31,21 +31,21 @@ UNITS = {  # of config.json's keys, where the name does not say it
     "flops_per_token": "FLOP", "train_tokens": "tokens", "val_tokens": "tokens", "memory_gb": "GB",
     "peak_tflops": "TFLOP/s", "cores": "cores",
 }  # fmt: skip
-WHOLE, HALF, FLAT, THIRD, PHONE = (
-    (1056, 400),
-    (508, 300),
-    (508, 200),
-    (326, 190),
-    (354, 290),
-)  # sizes of charts, in CSS pixels
+# Sizes of charts, in CSS pixels.
+WHOLE, HALF, FLAT, THIRD, PHONE = (1056, 400), (508, 300), (508, 200), (326, 190), (354, 290)
 MAX_SECTIONS, MAX_SAMPLES, MAX_CHARS = 24, 6, 2000  # samples shown: steps, per step, characters each
 MAX_ROWS = 400  # of the table of validations
 
 
 def write_report(folder: Path, out: Path | None = None) -> Path:
     """Write the page of the run in ``folder`` to its report.html, or to ``out``, whole or not at all; its path."""
-    path = out or Path(folder) / "report.html"
-    replace_text(path, build_page(read_run(Path(folder))), follow=out is not None)
+    return write_page(read_run(Path(folder)), out)
+
+
+def write_page(run: Run, out: Path | None = None) -> Path:
+    """``write_report`` of a run that was read already."""
+    path = out or run.folder / "report.html"
+    replace_text(path, build_page(run), follow=out is not None)
     return path
 
 

@@ -14,10 +14,8 @@ if TYPE_CHECKING:  # importing torch takes seconds that --help should not
     from aymen_gpt.model.gpt import GPTConfig
 
 WARMUP_TOKENS = 375_000_000  # of the published run: 715 steps of 2**19 tokens
-FEW_EPOCHS, MANY_EPOCHS = (
-    4,
-    50,
-)  # arXiv:2305.16264: four epochs are nearly as good as new text, forty are worth little
+# arXiv:2305.16264: four epochs are nearly as good as new text, forty are worth little.
+FEW_EPOCHS, MANY_EPOCHS = 4, 50
 LONGEST_NAME = 255  # bytes between two slashes of a path, on all common disks
 
 

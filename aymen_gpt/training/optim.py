@@ -80,8 +80,6 @@ def clip_gradients(parameters: Iterable[Tensor], limit: float | None) -> float:
     parameters = list(parameters)
     total = nn.utils.get_total_norm([p.grad for p in parameters if p.grad is not None])
     norm = total.item()
-    if (
-        limit is not None and norm > limit
-    ):  # mostly it is not, once training goes well: a pass over all gradients less
+    if limit is not None and norm > limit:  # mostly not, once training goes well: a pass over all gradients less
         nn.utils.clip_grads_with_norm_(parameters, limit, total)
     return norm

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from aymen_gpt.errors import DataError, UsageError
-from aymen_gpt.files import free_name, read_json
+from aymen_gpt.files import move_to_earlier, read_json
 from aymen_gpt.model.folders import checkpoints, latest_valid
 from aymen_gpt.training import checkpoint
 from aymen_gpt.training.config import TrainConfig, flag
@@ -77,10 +77,7 @@ def set_aside(run: Path) -> None:
         )
     records = [p for record in RECORDS for name, p in found.items() if name.split(".damaged-")[0] == record]
     if records:
-        target = free_name(run / "earlier")
-        target.mkdir()
-        for path in records:
-            path.rename(target / path.name)
+        move_to_earlier(run, records)
 
 
 def identity(config: TrainConfig, data_sha256: str) -> dict[str, Any]:
