@@ -115,6 +115,20 @@ def test_every_checkpoint_has_a_card_that_carries_the_scores_of_its_step(tmp_pat
     assert problem(first) is None
 
 
+def test_a_card_that_a_person_has_edited_stays(tmp_path):
+    first, second = save(tmp_path, step=2), save(tmp_path, step=4)
+    rows = [{"step": step, "hellaswag": {"n": 250, **SCORES}} for step in (2, 4)]
+    (tmp_path / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    (first / "README.md").write_text("my model")
+    for _ in range(2):
+        write_cards(read_run(tmp_path))
+        assert (first / "README.md").read_text() == "my model"
+        assert "| completion | 250 | 30.00 % ± 2.90 |" in (second / "README.md").read_text()
+    (second / "README.md").unlink()
+    write_cards(read_run(tmp_path))
+    assert "| completion | 250 |" in (second / "README.md").read_text()
+
+
 def test_a_checkpoint_that_goes_away_is_not_brought_back_by_its_card(tmp_path, monkeypatch):
     folder = save(tmp_path)
     (tmp_path / "metrics.jsonl").write_text(json.dumps({"step": 2, "hellaswag": {"n": 250, **SCORES}}))

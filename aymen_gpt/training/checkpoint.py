@@ -190,15 +190,20 @@ def _write_files(folder: Path, captured: Capture, snapshot: Snapshot) -> None:
 def write_card(folder: Path, scores: dict[str, Any] | None = None) -> None:
     """README.md of a checkpoint, with HellaSwag's ``scores`` of its step by protocol; see card.
 
-    A run whose config.json cannot be read has a card all the same: it is no reason to lose a checkpoint.
+    A card has the time of change of state.json while it is ours; with another time a person has edited it, and it
+    stays. A run whose config.json cannot be read has a card all the same: it is no reason to lose a checkpoint.
     """
+    final, ours = folder / "README.md", (folder / "state.json").stat().st_mtime_ns
+    if final.exists() and final.stat().st_mtime_ns != ours:
+        return
     snapshot, shape = read_snapshot(folder), read_config(folder)
     run: dict[str, Any] = {}
     with suppress(DataError):
         run = read_json(folder.parent.parent / "config.json")
     temporary = folder / ".README.md.tmp"
     temporary.write_text(card(snapshot.step, vars(shape), snapshot.metrics, run, scores or {}))  # makes no folder
-    os.replace(temporary, folder / "README.md")
+    os.utime(temporary, ns=(ours, ours))
+    os.replace(temporary, final)
 
 
 def _write_manifest(folder: Path, step: int) -> None:
