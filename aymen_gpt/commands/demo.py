@@ -42,7 +42,6 @@ def main() -> int:
         call("hellaswag.py", "-m", str(RUN), "--limit", str(EXAMPLES), "--json", str(score))
     else:
         print(f"already scored: {score}")
-    call("-m", "aymen_gpt", "report", str(RUN))  # with that score
     stage(4, "the GPT writes")
     words = command("generate.py", "-m", str(RUN), PROMPT, "--max-tokens", "60", "-n", str(SAMPLES))
     written = subprocess.run(words, stdout=subprocess.PIPE, check=True, encoding="utf-8").stdout
