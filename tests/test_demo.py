@@ -1,6 +1,7 @@
 """make demo: what is done already, and what is shown."""
 
 import json
+import os
 import subprocess
 
 from aymen_gpt.commands import demo
@@ -29,8 +30,9 @@ def test_a_second_demo_does_not_stop_and_leaves_no_stage_empty(tmp_path, monkeyp
     checkpoint = run / "checkpoints" / "step-000001000"
     checkpoint.mkdir(parents=True)
     (run / "metrics.jsonl").write_text(json.dumps({"step": demo.CONFIG.steps, "val_loss": 5.0}) + "\n")
-    score = {"n": 1000, "completion": {"acc_norm": 0.25, "acc_norm_stderr": 0.01}}
+    score = {"step": 1000, "n": 1000, "completion": {"acc_norm": 0.25, "acc_norm_stderr": 0.01}}
     (run / "hellaswag.json").write_text(json.dumps(score))
+    os.utime(checkpoint, (2**31, 2**31))  # its card was renewed after the score
     monkeypatch.setattr(demo, "RUN", run)
     monkeypatch.setattr(demo, "call", lambda *words: print("$", *words))
     monkeypatch.setattr(subprocess, "run", lambda *_, **__: subprocess.CompletedProcess([], 0, WRITTEN))

@@ -12,10 +12,13 @@ import signal
 import subprocess
 import sys
 import time
+from contextlib import suppress
 from pathlib import Path
 
 from aymen_gpt.commands import console
-from aymen_gpt.errors import AymenError
+from aymen_gpt.errors import AymenError, DataError
+from aymen_gpt.files import read_json
+from aymen_gpt.model.folders import checkpoints, step_of
 from aymen_gpt.training.config import resolve
 from aymen_gpt.wording import percent
 
@@ -38,7 +41,7 @@ def main() -> int:
     call("pretrain.py", "--preset", "demo")
     stage(3, f"the GPT -> its score on {EXAMPLES:,} real HellaSwag examples")
     score = RUN / "hellaswag.json"
-    if not score.exists() or score.stat().st_mtime < newest_checkpoint().stat().st_mtime:
+    if not is_scored(score):
         call("hellaswag.py", "-m", str(RUN), "--limit", str(EXAMPLES), "--json", str(score))
     else:
         print(f"already scored: {score}")
@@ -48,6 +51,13 @@ def main() -> int:
     console.show(least_broken(written))
     print(console.as_typed(closing(json.loads(score.read_text()), time.monotonic() - began)))
     return 0
+
+
+def is_scored(score: Path) -> bool:
+    """Whether the file has a score of the newest checkpoint."""
+    with suppress(DataError):
+        return read_json(score).get("step") == step_of(newest_checkpoint())
+    return False
 
 
 def stage(number: int, title: str) -> None:
@@ -90,8 +100,6 @@ def train_until(step: int) -> None:
 
 
 def newest_checkpoint() -> Path:
-    from aymen_gpt.model.folders import checkpoints
-
     return checkpoints(RUN)[0]
 
 
