@@ -21,6 +21,13 @@ setup: .venv/installed
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
 		{ echo "Python 3.11 or newer is needed, $(PYTHON) is older: make PYTHON=python3.12 setup"; exit 1; }
 	$(PYTHON) -m venv .venv
+	@# PyPI's torch for Linux brings gigabytes of CUDA. Without an NVIDIA GPU uv installs PyTorch's CPU build of the same
+	@# version, unless pip is set up here to look for packages in places of its own.
+	@if [ "$$(uname -s)" = Linux ] && ! command -v nvidia-smi >/dev/null \
+			&& ! $(BIN)/pip config list | grep -qE 'index-url|find-links|no-index'; then \
+		echo "No NVIDIA GPU here: installing PyTorch's CPU build"; \
+		$(PIP) install uv==0.13.9 && $(BIN)/uv pip install --python $(BIN)/python --torch-backend=cpu --no-deps \
+			$$(grep ^torch== requirements.txt) || echo "It cannot be had: pip installs PyPI's build instead"; fi
 	$(PIP) install -r requirements.txt
 	$(PIP) install --no-deps --no-build-isolation -e .
 	$(BIN)/python -m aymen_gpt.commands.setup
