@@ -26,17 +26,43 @@ def use_sparse_gradient(embedding: nn.Embedding) -> None:
     embedding.sparse = True
 
 
-def rooms(rows: int, w: Tensor) -> tuple[Tensor, Tensor] | tuple[None, None]:
-    """Memory for the logits (rows, Vp), and for the float32 softmax of 32 of them, 6 MB that stay in the cache.
+SMALL = 1e-37  # float32 keeps 24 bits of a probability down to here, 86 nats; below, fewer and fewer
 
-    On a CPU one place for all calls is faster, and keeps the heap from falling into pieces. A compiler plans its
-    memory itself, and so does CUDA's allocator: None there.
+
+def cross_entropy(logits: Tensor, targets: Tensor, vocab_size: int, with_grad: bool) -> tuple[Tensor, Tensor]:
+    """What loss.cross_entropy does, in place: ``with_grad`` the logits become their gradient.
+
+    32 rows at a time, so that their float32 softmax (6 MB) stays in the cache; one exponential a logit serves
+    loss and gradient.
+    """
+    logits[:, vocab_size:] = -torch.inf  # padding is never predicted
+    loss = logits.new_zeros((), dtype=torch.float32)
+    for some, t in zip(logits.split(32), targets.split(32), strict=True):
+        p = _room(32, logits.size(1), torch.float32)[: some.size(0)]
+        torch.softmax(p.copy_(some), 1, out=p)
+        p_t = p.gather(1, t)
+        if p_t.min() >= SMALL:
+            log_p = p_t.log()
+        else:  # log p[t] = logit[t] - lse, where lse = max logit - log(max p): nothing here is ever too small
+            largest = some[:, :vocab_size].amax(1, keepdim=True).float()
+            log_p = some.gather(1, t).float() - largest + p.amax(1, keepdim=True).log()
+        loss -= log_p.sum()
+        if with_grad:
+            p.scatter_add_(1, t, torch.full_like(t, -1.0, dtype=torch.float32))
+            some.copy_(p)
+    return loss, logits
+
+
+def logits_room(rows: int, w: Tensor) -> Tensor | None:
+    """Memory for the logits (rows, Vp) of every call, which keeps the heap from falling into pieces.
+
+    None on other devices and under torch.compile, which plan their memory themselves.
     """
     if w.device.type != "cpu" or torch.compiler.is_compiling():
-        return None, None
-    return _rooms(rows, w.size(0), w.dtype)
+        return None
+    return _room(rows, w.size(0), w.dtype)
 
 
-@lru_cache(maxsize=1)
-def _rooms(rows: int, columns: int, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-    return torch.empty(rows, columns, dtype=dtype), torch.empty(32, columns)
+@lru_cache(maxsize=2)
+def _room(rows: int, columns: int, dtype: torch.dtype) -> Tensor:
+    return torch.empty(rows, columns, dtype=dtype)

@@ -35,7 +35,7 @@ def choose(
         ordered, order = probabilities.sort(descending=True)
         dropped = ordered.cumsum(-1) - ordered >= top_p  # the mass before a token already suffices
         dropped[0] = False  # whatever top_p is rounded to
-        probabilities[order[dropped]] = 0.0
+        probabilities = torch.zeros_like(ordered).scatter(0, order, ordered.masked_fill(dropped, 0.0))
     return int(torch.multinomial(probabilities, 1, generator=generator))
 
 
