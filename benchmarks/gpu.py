@@ -1,16 +1,19 @@
 """What one CUDA GPU does with this code: right first, then fast. Run it through benchmarks/gpu.sh.
 
-    python benchmarks/gpu.py [--parts matrix correct resume step hellaswag curve] [--json FILE] [--quick]
+    python benchmarks/gpu.py [--parts NAME ...] [--seconds 520] [--json FILE] [--data SHARDS] [--quick]
 
-    matrix      the rates of large bf16 products: the ceiling beside every MFU
     correct     loss and gradients on the device against float32 on the CPU, eager and compiled
-    resume      a run that is stopped and continued against the uninterrupted one, bit for bit
-    step        tokens/s and MFU of the 124M step at T = 1,024: attention kernels, losses, residuals, micro-batches
+    resume      with --deterministic, a run that is stopped and continued against one left alone, bit for bit
+    step        tokens/s and MFU of the update of GPT-2 124M as pretrain.py makes it: 8 micro-batches of 64 x 1,024
     hellaswag   seconds for the whole validation set, 124M, bfloat16
     curve       the loss of a short real run on the shards in --data, if there are any
+    variants    the same update with other attention, loss, residual stream, micro-batch and ways to compile
+    matrix      the rates of large bf16 products: the ceiling beside every MFU
 
-Needs no network. --quick makes everything small enough for a CPU: the same code, numbers without meaning. A part
-that fails is reported and the next one runs; the exit code is then 1.
+Needs no network. Each part is a process of its own; every line is in the JSON file as soon as it is measured, and
+what does not fit into --seconds is left out, so that a run cut short loses nothing. A part that fails is reported
+and the next one runs; the exit code is then 1. --quick makes everything small enough for a CPU: the same code,
+numbers without meaning.
 """
 
 import argparse
@@ -18,11 +21,13 @@ import contextlib
 import json
 import os
 import statistics
+import subprocess
+import sys
 import tempfile
+import threading
 import time
-import traceback
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -41,15 +46,17 @@ from aymen_gpt.model.folders import checkpoints
 from aymen_gpt.model.gpt import GPT, PRESETS, GPTConfig
 from aymen_gpt.model.loss import linear_cross_entropy
 from aymen_gpt.training import device as devices
-from aymen_gpt.training import optim
 from aymen_gpt.training.config import resolve
 from aymen_gpt.training.distributed import Ranks
 from aymen_gpt.training.runlog import RunLog
+from aymen_gpt.training.trainer import Trainer
+
+Row = dict[str, Any]
 
 
 @dataclass(frozen=True)
 class Setting:
-    """What every part is told."""
+    """What every part gets."""
 
     device: devices.Device
     quick: bool
@@ -60,61 +67,38 @@ class Setting:
         """Eager and compiled; compiling takes a CPU minutes."""
         return (False,) if self.quick else (False, True)
 
+    def seconds(self, work: Callable[[], object]) -> float:
+        """Seconds of one call, the device waited for."""
+        self.sync()
+        began = time.perf_counter()
+        work()
+        self.sync()
+        return time.perf_counter() - began
+
     def sync(self) -> None:
         if self.device.place.type == "cuda":
             torch.cuda.synchronize()
 
-    def seconds(self, work: Callable[[], object], repeats: int) -> float:
-        """Median seconds of one call, the device waited for; two calls warm up."""
-        found = []
-        for _ in range(repeats + 2):
-            self.sync()
-            began = time.perf_counter()
-            work()
-            self.sync()
-            found.append(time.perf_counter() - began)
-        return statistics.median(found[2:])
 
-
-Table = list[dict[str, Any]]
-
-
-def matrix(s: Setting) -> Table:
-    """TFLOP/s of bf16 products of random numbers."""
-    n = 256 if s.quick else 8192
-    tokens = 256 if s.quick else 65536
-    sizes = [(n, n, n), (tokens, 768, 3072), (tokens, 3072, 768), (tokens, 768, 50304)]
-    rows = []
-    for m, k, cols in sizes:
-        a = torch.randn(m, k, device=s.device.place, dtype=torch.bfloat16)
-        b = torch.randn(k, cols, device=s.device.place, dtype=torch.bfloat16)
-        seconds = s.seconds(lambda a=a, b=b: a @ b, 3 if s.quick else 20)  # type: ignore[misc]
-        rows.append({"product": f"{m:,} x {k:,} x {cols:,}", "tflops": 2 * m * k * cols / seconds / 1e12})
-    return rows
-
-
-def correct(s: Setting) -> Table:
-    """Relative error of the loss and of all gradients against float32 on the CPU, from fresh random tokens."""
+def correct(s: Setting) -> Iterator[Row]:
+    """Relative error of the loss and of all gradients against float32 on the CPU, from random tokens."""
     config = GPTConfig(block_size=256, n_layer=4, n_head=4, n_embd=256)
-    tokens = torch.randint(50257, (4, 257))
+    tokens = torch.randint(50257, (4, 257), generator=torch.Generator().manual_seed(2))
     reference = GPT(config, torch.Generator().manual_seed(1))
     expected, expected_grads = loss_and_gradients(reference, tokens, torch.float32)
-    rows = []
     for dtype in (torch.float32, torch.bfloat16):
         for compiled in s.compiled:
             model = GPT(config, torch.Generator().manual_seed(1)).to(s.device.place)
             loss, grads = loss_and_gradients(model, tokens.to(s.device.place), dtype, compiled)
-            rows.append(
-                {
-                    "dtype": str(dtype).removeprefix("torch."),
-                    "compiled": compiled,
-                    "loss_error": abs(loss - expected) / expected,
-                    "gradient_error": ((grads - expected_grads).norm() / expected_grads.norm()).item(),
-                }
-            )
+            error = ((grads - expected_grads).norm() / expected_grads.norm()).item()
             limit = 2e-3 if dtype == torch.float32 else 3e-2  # TF32 is on for float32 products
-            assert rows[-1]["gradient_error"] < limit, rows[-1]
-    return rows
+            yield {
+                "dtype": str(dtype).removeprefix("torch."),
+                "compiled": compiled,
+                "loss_error": abs(loss - expected) / expected,
+                "gradient_error": error,
+                "ok": error < limit,
+            }
 
 
 def loss_and_gradients(
@@ -147,9 +131,9 @@ class StopAt:
         return self.asked == self.step
 
 
-def resume(s: Setting) -> Table:
+def resume(s: Setting) -> Iterator[Row]:
     """Losses and final weights of 8 steps in one go, and of 3 + 5, eager and compiled."""
-    rows = []
+    devices.be_deterministic()
     with tempfile.TemporaryDirectory() as temporary:
         data = random_shards(Path(temporary) / "shards")
         for compiled in s.compiled:
@@ -161,18 +145,16 @@ def resume(s: Setting) -> Table:
             losses = [[row["loss"] for row in metrics(run) if "loss" in row] for run in runs]
             weights = [(checkpoints(run)[0] / "model.safetensors").read_bytes() for run in runs]
             difference = max(abs(a - b) for a, b in zip(*losses, strict=True))
-            rows.append(
-                {"compiled": compiled, "same_bits": weights[0] == weights[1], "loss_difference": difference}
-            )
-    return rows
+            same = weights[0] == weights[1]
+            yield {"compiled": compiled, "same_bits": same, "loss_difference": difference, "ok": same}
 
 
-def random_shards(folder: Path) -> Path:
+def random_shards(folder: Path, tokens: int = 200_000) -> Path:
     rng = np.random.default_rng(0)
     for index, split in enumerate(("val", "train")):
-        tokens = rng.integers(0, 2000, 200_000).astype(np.uint16)
-        tokens[::500] = 50256
-        write_shard(folder / shard_name(split, index), tokens)
+        ids = rng.integers(0, 2000, tokens).astype(np.uint16)
+        ids[::500] = 50256
+        write_shard(folder / shard_name(split, index), ids)
     return folder
 
 
@@ -183,7 +165,7 @@ def short_run(s: Setting, data: Path, run: Path, compiled: bool, stop_at: int) -
         trainer.fit(run, log, StopAt(stop_at))
 
 
-def metrics(run: Path) -> list[dict[str, Any]]:
+def metrics(run: Path) -> list[Row]:
     return [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
 
 
@@ -197,116 +179,121 @@ class LowPrecisionResidual(GPT):
         return self.ln_f(x)
 
 
+def low_precision_residual(trainer: Trainer) -> None:
+    trainer.model.__class__ = LowPrecisionResidual
+
+
+def full_logits(trainer: Trainer) -> None:
+    """The textbook's loss, which holds all logits of a micro-batch in float32."""
+
+    def loss(x: Tensor, y: Tensor) -> Tensor:
+        with trainer.device.autocast():
+            return F.cross_entropy(trainer.model(x).float().flatten(0, 1), y.flatten(), reduction="sum")
+
+    trainer.loss = torch.compile(loss, dynamic=False) if trainer.compiled else loss
+
+
+def blocks_one_by_one(trainer: Trainer) -> None:
+    """Each block is compiled alone, as a sharded model needs, and the loss alone."""
+    for block in trainer.model.h:
+        block.compile(dynamic=False)
+    whole = torch.compile(linear_cross_entropy, dynamic=False)
+
+    def loss(x: Tensor, y: Tensor) -> Tensor:
+        with trainer.device.autocast():
+            return whole(trainer.model.hidden(x), trainer.model.wte.weight, y, trainer.model.config.vocab_size)
+
+    trainer.loss = loss
+
+
 @dataclass(frozen=True)
 class Variant:
-    """One way to make the step; the defaults are what pretrain.py does."""
+    """One way to make the update; the defaults are what pretrain.py does."""
 
     name: str
-    attention: tuple[SDPBackend, ...] = ()
-    full_logits: bool = False
-    low_precision_residual: bool = False
-    rows: int = 64
-    fused: bool = True
-    compiled: bool = True
+    options: dict[str, Any] = field(default_factory=dict)  # of pretrain.py
+    change: Callable[[Trainer], None] | None = None
+    attention: SDPBackend | None = None
 
 
-CUDNN, FLASH = SDPBackend.CUDNN_ATTENTION, SDPBackend.FLASH_ATTENTION
 VARIANTS = [
-    Variant("as pretrain.py does"),
-    Variant("cuDNN attention", attention=(CUDNN,)),
-    Variant("flash attention", attention=(FLASH,)),
-    Variant("bfloat16 residual", low_precision_residual=True),
-    Variant("cuDNN, bfloat16 residual", attention=(CUDNN,), low_precision_residual=True),
-    Variant("full logits, compiled", full_logits=True, rows=32),
-    Variant("cuDNN, bfloat16 residual, full logits", (CUDNN,), True, True, rows=32),
-    Variant("micro-batch 32", rows=32),
-    Variant("unfused AdamW", fused=False),
-    Variant("eager", compiled=False),
+    Variant("flash attention", attention=SDPBackend.FLASH_ATTENTION),
+    Variant("bfloat16 residual", change=low_precision_residual),
+    Variant("blocks compiled one by one", change=blocks_one_by_one),
+    Variant("micro-batch 32", {"micro_batch": 32}),
+    Variant("full logits, micro-batch 32", {"micro_batch": 32}, full_logits),
+    Variant("eager", {"compile": False}),
 ]
 
 
-def step(s: Setting) -> Table:
-    """Tokens/s and MFU of forward, backward, clip and AdamW on one micro-batch."""
-    config = GPTConfig(block_size=64, n_layer=2, n_head=2, n_embd=64) if s.quick else PRESETS["gpt2"]
-    rows: Table = []
-    for variant in VARIANTS[:3] if s.quick else VARIANTS:
-        if s.quick:
-            variant = replace(variant, rows=4, compiled=False, attention=())
+def step(s: Setting) -> Iterator[Row]:
+    yield one_variant(s, Variant("as pretrain.py does"))
+
+
+def variants(s: Setting) -> Iterator[Row]:
+    for variant in VARIANTS[1:2] if s.quick else VARIANTS:
         try:
-            rows.append({"variant": variant.name, "rows": variant.rows} | one_step(s, config, variant))
+            yield one_variant(s, variant)
         except RuntimeError as error:  # a kernel this device or torch does not have
-            rows.append({"variant": variant.name, "error": " ".join(str(error).split())[:100]})
+            yield {"variant": variant.name, "error": " ".join(str(error).split())[:100]}
         torch._dynamo.reset()
-        print(rows[-1], flush=True)
-    return rows
 
 
-def one_step(s: Setting, config: GPTConfig, v: Variant) -> dict[str, Any]:
-    kind = LowPrecisionResidual if v.low_precision_residual else GPT
-    model = kind(config, torch.Generator().manual_seed(1)).to(s.device.place)
-    optimizer = optim.adamw(model, lr=6e-4, betas=(0.9, 0.95), weight_decay=0.1)
-    if not v.fused:
-        optimizer = torch.optim.AdamW(optimizer.param_groups, lr=6e-4, betas=(0.9, 0.95), fused=False)
-    tokens = torch.randint(50257, (v.rows, config.block_size + 1), device=s.device.place)
-    if s.device.place.type == "cuda":
-        torch.cuda.reset_peak_memory_stats()
-
-    def loss(x: Tensor, y: Tensor) -> Tensor:
-        with torch.autocast(x.device.type, dtype=torch.bfloat16):
-            if v.full_logits:
-                return F.cross_entropy(model(x).float().flatten(0, 1), y.flatten(), reduction="sum")
-            return linear_cross_entropy(model.hidden(x), model.wte.weight, y, config.vocab_size)
-
-    run = torch.compile(loss, dynamic=False) if v.compiled else loss
-
-    def once() -> None:
-        with sdpa_kernel(list(v.attention)) if v.attention else contextlib.nullcontext():
-            (run(tokens[:, :-1], tokens[:, 1:]) / tokens[:, 1:].numel()).backward()
-        optim.clip_gradients(model.parameters(), 1.0)
-        optimizer.step()
-        optimizer.zero_grad(set_to_none=True)
-
-    seconds = s.seconds(once, 2 if s.quick else 10)
-    speed = v.rows * config.block_size / seconds
-    peak = s.device.peak_flops
+def one_variant(s: Setting, v: Variant) -> Row:
+    """Median of 5 whole updates after 2, data ready in host memory; the first one compiles."""
+    small = {"preset": "tiny", "tokens_per_step": 64 * 8, "micro_batch": 4, "compile": False}
+    large = {"preset": "gpt2", "tokens_per_step": 2**19, "micro_batch": 64, "compile": True}
+    with tempfile.TemporaryDirectory() as temporary:
+        data = random_shards(Path(temporary), 2 * 2**19)
+        options = (small if s.quick else large) | {"data": str(data), "hellaswag_every": 0, "steps": 100}
+        trainer = build(resolve(options | ({} if s.quick else v.options)), s.device, Ranks())
+        if v.change:
+            v.change(trainer)
+        if s.device.place.type == "cuda":
+            torch.cuda.reset_peak_memory_stats()
+        found = []
+        with sdpa_kernel(v.attention) if v.attention else contextlib.nullcontext():
+            for number in range(3 if s.quick else 7):
+                batches = trainer.batches_of(number)
+                found.append(s.seconds(lambda n=number, b=batches: trainer.train_step(n, b)))  # type: ignore[misc]
+    speed, peak = trainer.config.tokens_per_step / statistics.median(found[2:]), s.device.peak_flops
     return {
+        "variant": v.name,
         "tokens_per_second": speed,
-        "mfu": speed * config.flops_per_token / peak if peak else None,
+        "mfu": speed * trainer.config.model.flops_per_token / peak if peak else None,
         "peak_gb": torch.cuda.max_memory_allocated() / 1e9 if s.device.place.type == "cuda" else None,
+        "first_step_seconds": found[0],
     }
 
 
-def score(s: Setting) -> Table:
-    """Seconds for HellaSwag, by one and by both protocols; twice: the first call warms up."""
+def score(s: Setting) -> Iterator[Row]:
+    """Seconds for HellaSwag, by one and by both protocols; the first call warms up."""
     config = GPTConfig(block_size=256, n_layer=2, n_head=2, n_embd=64) if s.quick else PRESETS["gpt2"]
     model = GPT(config, torch.Generator().manual_seed(1)).to(s.device.place).eval()
-    examples = load_examples()
-    if s.quick:
-        examples = evenly_spaced(examples, 20)
-    rows = []
+    examples = evenly_spaced(load_examples(), 20) if s.quick else load_examples()
     for protocols in (("completion",), ("completion",), ("completion", "harness")):
-        s.sync()
-        began = time.perf_counter()
-        result = hellaswag.evaluate(model, examples, protocols=protocols, dtype=torch.bfloat16)
-        s.sync()
-        seconds = time.perf_counter() - began
-        accuracy = result.tally("completion").as_dict()["acc_norm"]
-        rows.append(
-            {"protocols": " + ".join(protocols), "n": len(examples), "seconds": seconds, "acc_norm": accuracy}
+        result: list[Any] = []
+        seconds = s.seconds(
+            lambda p=protocols, r=result: r.append(  # type: ignore[misc]
+                hellaswag.evaluate(model, examples, protocols=p, dtype=torch.bfloat16)
+            )
         )
-    return rows
+        accuracy = result[0].tally("completion").as_dict()["acc_norm"]
+        yield {"protocols": " + ".join(protocols), "n": len(examples), "seconds": seconds, "acc_norm": accuracy}
 
 
-def curve(s: Setting) -> Table:
+def curve(s: Setting) -> Iterator[Row]:
     """A short run of the 124M model on real shards: validation loss by step and its seconds."""
     if s.data is None:
-        return [{"skipped": "no --data"}]
+        yield {"skipped": "no --data"}
+        return
     steps = 4 if s.quick else 200
     options = {
         "preset": "tiny" if s.quick else "gpt2",
         "data": str(s.data),
         "steps": steps,
         "tokens_per_step": 512 if s.quick else 2**17,
+        "warmup_steps": steps // 10,
         "val_every": steps // 4,
         "val_tokens": 2**10 if s.quick else 2**19,
         "hellaswag_every": 0,
@@ -314,30 +301,39 @@ def curve(s: Setting) -> Table:
     }
     with tempfile.TemporaryDirectory() as temporary:
         run = Path(temporary) / "run"
-        config = resolve(options)
-        began = time.perf_counter()
-        trainer = build(config, s.device, Ranks())
-        with RunLog(run, steps) as log:
-            trainer.fit(run, log, StopAt(0))
-        found = [row for row in metrics(run) if "val_loss" in row]
-        seconds = time.perf_counter() - began
-    return [
-        {k: row.get(k) for k in ("step", "tokens", "loss", "val_loss", "tokens_per_second")} for row in found
-    ] + [{"seconds": seconds}]
+        trainer = build(resolve(options), s.device, Ranks())
+        with RunLog(run, steps) as log, contextlib.redirect_stdout(sys.stderr):
+            seconds = s.seconds(lambda: trainer.fit(run, log, StopAt(0)))
+        for row in metrics(run):
+            if "val_loss" in row:
+                yield {k: row.get(k) for k in ("step", "tokens", "loss", "val_loss", "tokens_per_second")}
+        yield {"seconds": seconds}
 
 
-PARTS: dict[str, Callable[[Setting], Table]] = {
-    "matrix": matrix,
+def matrix(s: Setting) -> Iterator[Row]:
+    """TFLOP/s of bf16 products of random numbers, the median of 20."""
+    n, tokens = (256, 256) if s.quick else (8192, 65536)
+    for m, k, cols in ((n, n, n), (tokens, 768, 3072), (tokens, 3072, 768), (tokens, 768, 50304)):
+        a = torch.randn(m, k, device=s.device.place, dtype=torch.bfloat16)
+        b = torch.randn(k, cols, device=s.device.place, dtype=torch.bfloat16)
+        seconds = [s.seconds(lambda a=a, b=b: a @ b) for _ in range(22)]  # type: ignore[misc]
+        rate = 2 * m * k * cols / statistics.median(seconds[2:]) / 1e12
+        yield {"product": f"{m:,} x {k:,} x {cols:,}", "tflops": rate}
+
+
+PARTS: dict[str, Callable[[Setting], Iterator[Row]]] = {
     "correct": correct,
     "resume": resume,
     "step": step,
     "hellaswag": score,
     "curve": curve,
+    "variants": variants,
+    "matrix": matrix,
 }
 
 
-def table(rows: Table) -> Iterator[str]:
-    """A markdown table of rows that need not have the same columns."""
+def table(rows: list[Row]) -> Iterator[str]:
+    """A Markdown table of rows that need not have the same columns."""
     columns = list(dict.fromkeys(key for row in rows for key in row))
     yield "| " + " | ".join(columns) + " |"
     yield "|" + "---|" * len(columns)
@@ -358,26 +354,54 @@ def main() -> int:
     parser.add_argument("--parts", nargs="+", choices=PARTS, default=list(PARTS))
     parser.add_argument("--device", default="auto")
     parser.add_argument("--data", type=Path, help="token shards for the curve")
+    parser.add_argument("--seconds", type=float, default=520, help="what is not begun by then is left out [520]")
     parser.add_argument("--json", type=Path, metavar="FILE")
     parser.add_argument("--quick", action="store_true")
+    parser.add_argument("--as-part", choices=PARTS, help=argparse.SUPPRESS)
     args = parser.parse_args()
     os.environ.setdefault("GOMP_SPINCOUNT", "1000")
-    setting = Setting(devices.choose_device(args.device, "bfloat16"), args.quick, args.data)
-    found: dict[str, Any] = {"device": setting.device.name, "torch": torch.__version__, "quick": args.quick}
-    failed = False
-    for part in args.parts:
-        began = time.perf_counter()
-        try:
-            found[part] = PARTS[part](setting)
-        except Exception:
-            failed = True
-            found[part] = [{"error": traceback.format_exc(limit=3)}]
-        found[f"{part}_seconds"] = time.perf_counter() - began
-        print(f"\n## {part} ({found[f'{part}_seconds']:.0f} s)\n", *table(found[part]), sep="\n", flush=True)
+    if args.as_part:
+        setting = Setting(devices.choose_device(args.device, "bfloat16"), args.quick, args.data)
+        for row in PARTS[args.as_part](setting):
+            print(json.dumps({"device": setting.device.name} | row), flush=True)
+        return 0
+    deadline = time.monotonic() + args.seconds
+    found: dict[str, Any] = {"torch": torch.__version__, "quick": args.quick}
+    failed = [part for part in args.parts if not measured(part, args, found, deadline)]
+    print(f"\n{found.get('device')}, torch {torch.__version__}{f': failed: {failed}' if failed else ''}")
+    return int(bool(failed))
+
+
+def measured(part: str, args: argparse.Namespace, found: dict[str, Any], deadline: float) -> bool:
+    """Run a part as a process, until the deadline, and keep each of its rows at once; whether all was well."""
+    words = [sys.executable, __file__, "--as-part", part, "--device", args.device]
+    words += ["--quick"] * args.quick + (["--data", str(args.data)] if args.data else [])
+    rows = found[part] = []
+    began = time.monotonic()
+
+    def keep(row: Row) -> None:
+        found["device"] = row.pop("device", found.get("device"))
+        rows.append(row)
         if args.json:
             args.json.write_text(json.dumps(found, indent=2) + "\n")
-    print(f"\n{setting.device.name}, torch {torch.__version__}")
-    return int(failed)
+
+    if began >= deadline:
+        keep({"skipped": f"{args.seconds:.0f} s are over"})
+    else:
+        child = subprocess.Popen(words, stdout=subprocess.PIPE, text=True)
+        assert child.stdout
+        alarm = threading.Timer(deadline - began, child.kill)
+        alarm.start()
+        for line in child.stdout:
+            if line.startswith('{"device"'):
+                keep(json.loads(line))
+        if child.wait() and not alarm.finished.is_set():
+            keep({"error": f"ended with {child.returncode}, see above"})
+        elif child.returncode:
+            keep({"skipped": f"cut off: {args.seconds:.0f} s are over"})
+        alarm.cancel()
+    print(f"\n## {part} ({time.monotonic() - began:.0f} s)\n", *table(rows), sep="\n", flush=True)
+    return all("error" not in row and row.get("ok", True) for row in rows)
 
 
 if __name__ == "__main__":

@@ -22,11 +22,34 @@ def test_the_gpu_benchmark_runs_in_reduced_form_on_a_cpu(tmp_path):
     )
     assert done.returncode == 0, done.stdout + done.stderr
     found = json.loads((tmp_path / "gpu.json").read_text())
-    parts = ["matrix", "correct", "resume", "step", "hellaswag", "curve"]
-    assert [part for part in parts if part in found] == parts
-    assert all("error" not in row for part in parts for row in found[part])
-    assert all(row["same_bits"] for row in found["resume"])
+    parts = ["correct", "resume", "step", "hellaswag", "curve", "variants", "matrix"]
+    assert [part for part in found if part in parts] == parts
+    assert all("error" not in row and "skipped" not in row for part in parts for row in found[part])
+    assert all(row["ok"] for part in ("correct", "resume") for row in found[part])
     assert [row["val_loss"] for row in found["curve"][:-1]][-1] < 10.9
+
+
+def test_what_no_longer_fits_into_the_gpu_benchmarks_time_is_left_out_and_the_rest_kept(tmp_path):
+    words = [
+        sys.executable,
+        ROOT / "benchmarks/gpu.py",
+        "--quick",
+        "--device",
+        "cpu",
+        "--parts",
+        "matrix",
+        "correct",
+    ]
+    done = subprocess.run(
+        [*words, "--seconds", "0", "--json", tmp_path / "gpu.json"],
+        env=os.environ | {"PYTHONPATH": str(ROOT)},
+        capture_output=True,
+        text=True,
+        timeout=120,
+    )
+    assert done.returncode == 0, done.stderr
+    found = json.loads((tmp_path / "gpu.json").read_text())
+    assert found["matrix"] == found["correct"] == [{"skipped": "0 s are over"}]
 
 
 @pytest.mark.slow
