@@ -2,6 +2,7 @@
 # make test          install, then every test
 # make test-faults   only the tests that kill, cut, flip and fill things, and a table of what is survived
 # make test-parity   our HellaSwag against lm-evaluation-harness on 1,000 examples, three models: a quarter of an hour
+# make rehearse      the CUDA path on a machine without a GPU: what runs, waits, moves and compiles (docs/cuda.md)
 # make lint          formatting, lint and types
 # make report        the paper of a run, build/report/research-report.pdf: RUN=runs/NAME, else the committed demo's
 # make record        of a finished runs/demo: docs/results/demo, the numbers of README, the notebook's outputs, the pictures
@@ -13,7 +14,7 @@ RUN ?= docs/results/demo
 # pip shows its bars to a person and only errors to a log
 PIP := $(BIN)/pip --disable-pip-version-check $(shell test -t 2 || echo -qq)
 
-.PHONY: setup demo report record test test-faults test-parity lint clean
+.PHONY: setup demo report record test test-faults test-parity rehearse lint clean
 
 setup: .venv/installed
 
@@ -58,6 +59,10 @@ test-faults: .venv/installed-dev
 
 test-parity: .venv/installed-dev
 	PARITY_EXAMPLES=1000 $(BIN)/python -m pytest --timeout=3600 -n 2 tests/test_lm_eval_bridge.py
+
+rehearse: .venv/installed-dev
+	$(BIN)/python -c 'import triton' 2>/dev/null || $(PIP) install --no-deps triton==3.7.1
+	$(BIN)/python -W ignore -m tools.rehearse
 
 lint: .venv/installed-dev
 	$(BIN)/ruff format --check .

@@ -88,7 +88,7 @@ def test_a_planted_fault_is_found(fault):
 
 
 def test_without_a_compiler_one_line_names_it(tmp_path):
-    code = "from tools import pretend_cuda; pretend_cuda.ROOT = pretend_cuda.Path(sys.argv[1]); pretend_cuda.preload()"
+    code = "from tools import pretend_cuda as p; p.ROOT = p.Path(sys.argv[1]); p.preload()"
     done = subprocess.run(
         [sys.executable, "-c", f"import sys; {code}", tmp_path],
         env=os.environ | {"PATH": "", "PYTHONPATH": str(ROOT)},

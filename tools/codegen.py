@@ -13,7 +13,7 @@ import os
 import re
 import tempfile
 import types
-from collections import Counter
+from collections import Counter, defaultdict
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
@@ -161,8 +161,8 @@ class Counted:
     launches: int = 0
     matmul_flops: int = 0
     attention: Counter[str] = field(default_factory=Counter)  # "forward" and "backward" calls
-    kernel_gb: Counter[str] = field(
-        default_factory=Counter
+    kernel_gb: dict[str, float] = field(
+        default_factory=lambda: defaultdict(float)
     )  # GB that each Triton kernel moves, over all its launches
     peak_gb: float = 0.0  # the most that buffers made in the program hold at once
     atomics: int = 0  # lines with an atomic addition, whose order no run repeats
