@@ -1,6 +1,6 @@
 """The training step against what others would run: tokens/s, MFU, peak memory, in one alternating run.
 
-    python benchmarks/train.py [--shape gpt2-256 gpt2-1024 small] [--rounds 7] [--json FILE]
+    python benchmarks/train.py [--shape gpt2-256 gpt2-1024 small gpu] [--rounds 7] [--json FILE]
 
 Every variant is a live process of its own; the rounds step them in turn, A B C A B C, so that a machine that slows
 down slows all. A step is zero_grad, forward, backward, clip to 1.0, AdamW, on the same random tokens. Variants:
@@ -53,6 +53,7 @@ class Shape:
 SHAPES = {
     "gpt2-256": Shape(replace(PRESETS["gpt2"], block_size=256), 4),
     "gpt2-1024": Shape(PRESETS["gpt2"], 1),
+    "gpu": Shape(PRESETS["gpt2"], 64),  # a GPU's own size: with the others it measures launches
     "small": Shape(GPTConfig(block_size=256, n_layer=4, n_head=4, n_embd=256), 16),
     "tiny": Shape(GPTConfig(block_size=32, n_layer=2, n_head=2, n_embd=32), 4),
 }
@@ -197,7 +198,7 @@ def result(
 
 def main() -> None:
     parser = argparse.ArgumentParser(description="the training step against others', alternating")
-    parser.add_argument("--shape", nargs="+", choices=SHAPES, default=["gpt2-256", "gpt2-1024", "small"])
+    parser.add_argument("--shape", nargs="+", choices=SHAPES, help="[gpt2-256 gpt2-1024 small, on CUDA gpu]")
     parser.add_argument("--variant", nargs="+", choices=VARIANTS, default=list(VARIANTS))
     parser.add_argument("--rounds", type=whole_number, default=7)
     parser.add_argument("--dtype", default="auto")
@@ -211,7 +212,8 @@ def main() -> None:
         "| shape | variant | tokens/s (best) | ours is | GFLOP/s | MFU | peak GB |\n|---|---|---|---|---|---|---|"
     )
     results = []
-    for name in args.shape:
+    usual = ["gpu"] if device.place.type == "cuda" else ["gpt2-256", "gpt2-1024", "small"]
+    for name in args.shape or usual:
         for r in measure(name, args.rounds, args.dtype, args.variant):
             results.append(r)
             mfu = "" if r["mfu"] is None else f"{100 * r['mfu']:.1f} %"
