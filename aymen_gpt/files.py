@@ -175,7 +175,7 @@ def sync(path: Path) -> None:
     """Return when a file's or folder's content is on the disk itself."""
     if os.name == "nt" and path.is_dir():
         return  # Windows opens no folders
-    handle = os.open(path, os.O_RDONLY)
+    handle = os.open(path, os.O_RDWR if os.name == "nt" else os.O_RDONLY)  # Windows syncs what it may write
     try:
         os.fsync(handle)
     finally:

@@ -58,11 +58,63 @@ def test_each_rank_takes_the_gpu_of_its_local_rank(monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation: True)
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "NVIDIA H100 80GB HBM3")
     monkeypatch.setattr(torch.cuda, "set_device", chosen.append)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 4)
     before = torch.get_float32_matmul_precision()
     found = devices.choose_device("auto", "auto", local_rank=3)
     torch.set_float32_matmul_precision(before)
     assert chosen == [torch.device("cuda:3")] == [found.place]
     assert (found.dtype, found.peak_flops) == (torch.bfloat16, 989e12)
+
+
+@pytest.mark.parametrize(
+    ("name", "local_rank", "processes", "message"),
+    [
+        ("cuda:9", 0, 1, "--device cuda:9: this machine has 4 GPUs, cuda:0 is the first"),
+        ("cuda", 5, 8, "8 processes and 4 GPUs on this machine: try --nproc_per_node=4"),
+        ("cuda:1", 1, 2, "--device cuda:1: all 2 processes would share one GPU; leave the number out"),
+    ],
+)
+def test_a_gpu_that_is_not_there_or_taken_is_one_line(monkeypatch, name, local_rank, processes, message):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 4)
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", str(processes))
+    with pytest.raises(UsageError, match=message):
+        devices.choose_device(name, "auto", local_rank)
+
+
+@pytest.mark.parametrize(
+    ("name", "tflops"),
+    [
+        ("NVIDIA H100 NVL", 835),
+        ("NVIDIA H100 PCIe", 756),
+        ("NVIDIA H100 80GB HBM3", 989),
+        ("NVIDIA GH200 480GB", 989),
+        ("NVIDIA A10G", 70),
+        ("NVIDIA A10", 125),
+        ("NVIDIA L4", 121),
+        ("NVIDIA L40S", 362),
+        ("NVIDIA GeForce RTX 5090", 209),
+        ("NVIDIA RTX A1000 Laptop GPU", None),
+        ("Tesla T4", None),
+    ],
+)
+def test_mfu_is_stated_for_devices_whose_peak_is_known(name, tflops):
+    peak = devices.peak_flops(name)
+    assert (peak and peak / 1e12) == tflops
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        ("CUDA error: out of memory", True),
+        ("MPS backend out of memory (MPS allocated: 8.00 GB)", True),
+        ("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`", True),
+        ("NCCL error: Failed to CUDA calloc 4194304 bytes", True),
+        ("CUDA error: an illegal memory access was encountered", False),
+    ],
+)
+def test_every_failed_allocation_is_known_for_one(text, expected):
+    assert devices.is_out_of_memory(RuntimeError(text)) is expected
 
 
 def test_float32_runs_without_autocast():

@@ -405,6 +405,43 @@ def test_a_micro_batch_of_ones_own_that_does_not_fit_is_answered_with_the_next(s
         monster.fit_micro_batch()
 
 
+def test_the_second_micro_batch_of_a_step_must_fit_too(shards):
+    t, sizes = trainer(shards, tokens_per_step=8 * 64), []
+    t.micro_batch = 4
+    t.batch_loss = lambda tokens: sizes.append(len(tokens)) or t._loss(tokens[:, :-1], tokens[:, 1:])
+    t.fit_micro_batch()
+    assert sizes == [4, 4]
+    t.micro_batch = 8  # the whole step: there is no second
+    t.fit_micro_batch()
+    assert sizes == [4, 4, 8]
+
+
+def test_where_nothing_can_be_compiled_the_run_goes_on_without_unless_compiling_was_asked_for(shards):
+    def broken(x, y):
+        raise torch._dynamo.exc.BackendCompilerFailed(
+            lambda: None, RuntimeError("Failed to find C compiler"), None
+        )
+
+    t = trainer(shards)
+    t.compiled, t.loss = True, broken  # as on a GPU without a compiler
+    with pytest.warns(UserWarning, match=r"goes without it, slower \(.*Failed to find C compiler"):
+        t.fit_micro_batch()
+    assert not t.compiled
+    assert t.train_step(0, t.batches_of(0)).loss > 0
+    asked = trainer(shards, compile=True)
+    asked.loss = broken
+    with pytest.raises(torch._dynamo.exc.BackendCompilerFailed):
+        asked.fit_micro_batch()
+
+
+def test_deterministic_runs_ask_the_compiler_for_the_same_kernels_every_time(shards, monkeypatch):
+    asked = []
+    monkeypatch.setattr(torch, "compile", lambda f, **options: asked.append(options.get("options")) or f)
+    trainer(shards, compile=True)
+    trainer(shards, compile=True, deterministic=True)
+    assert asked == [None, {"deterministic": True}]
+
+
 @pytest.mark.fault(57)
 def test_a_clock_set_back_makes_no_speed_negative(shards, tmp_path, monkeypatch):
     now = iter(range(10**9, 0, -1000))

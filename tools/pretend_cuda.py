@@ -130,6 +130,16 @@ def _module_to(module: torch.nn.Module, *args: Any, **kwargs: Any) -> torch.nn.M
     return module
 
 
+def _on_the_host(method: Any) -> Any:
+    """A method of tensors on the host, such as numpy, that fake tensors keep from their contents."""
+
+    def run(tensor: Tensor, *args: Any, **kwargs: Any) -> Any:
+        with fake_tensor.unset_fake_temporarily():
+            return method(tensor, *args, **kwargs)
+
+    return run
+
+
 class _HostGenerator(torch.Generator):
     """A generator on the host, whatever device is asked for: fake tensors draw no numbers."""
 
@@ -195,6 +205,8 @@ def pretended_gpu(count_waits: bool = True) -> Iterator[HostWaits]:
             (FakeTensorMode, "avoid_device_init", True),
             (torch, "Generator", _HostGenerator),
             (torch._C, "_InferenceMode", lambda mode: torch.set_grad_enabled(not mode)),  # fakes know no inference
+            (Tensor, "numpy", _on_the_host(Tensor.numpy)),
+            (Tensor, "tolist", _on_the_host(Tensor.tolist)),
             (Tensor, "pin_memory", lambda tensor, *args: tensor),
             (torch.nn.Module, "to", _module_to),
             (F, "scaled_dot_product_attention", _attention),

@@ -125,7 +125,7 @@ def traces() -> Table:
         return graph.forward
 
     found: Table = []
-    with made_trainer("cpu", "bfloat16", tokens_per_step=64 * 150, val_tokens=64 * 75) as trainer:
+    with made_trainer("cpu", "bfloat16", compile=True, tokens_per_step=64 * 150, val_tokens=64 * 75) as trainer:
         torch._dynamo.reset()
         trainer.loss = torch.compile(trainer._loss, dynamic=False, fullgraph=True, backend=backend)
 

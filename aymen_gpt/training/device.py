@@ -4,7 +4,6 @@ import math
 import os
 import platform
 import re
-import resource
 import sys
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
@@ -23,17 +22,24 @@ class Kind:
     memory_gb: float
 
 
-# The first name found in the device's name counts. MFU is tokens/s x GPTConfig.flops_per_token / peak, and is not
-# reported for unknown devices.
+# The first name that the device's name has as whole words counts. MFU is tokens/s x GPTConfig.flops_per_token /
+# peak, and is not reported for devices that are not here.
 KINDS = {
     "B200": Kind(2250e12, 180),
     "GH200": Kind(989e12, 96),
     "H200": Kind(989e12, 141),
+    "H100 NVL": Kind(835e12, 94),
     "H100 PCIe": Kind(756e12, 80),
     "H100": Kind(989e12, 80),
+    "H800": Kind(989e12, 80),
     "A100": Kind(312e12, 80),
+    "A800": Kind(312e12, 80),
     "L40S": Kind(362e12, 48),
+    "L40": Kind(181e12, 48),
+    "L4": Kind(121e12, 24),
     "A10G": Kind(70e12, 24),
+    "A10": Kind(125e12, 24),
+    "RTX 5090": Kind(209e12, 32),
     "RTX 4090": Kind(165e12, 24),
     "RTX 3090": Kind(71e12, 24),
 }
@@ -74,11 +80,31 @@ def choose_device(name: str = "auto", dtype: str = "auto", local_rank: int = 0) 
         raise UsageError("--device mps: this machine has no Apple GPU that torch can use; try --device cpu")
     device = torch.device(f"cuda:{local_rank}" if name == "cuda" else name)
     if kind == "cuda":
+        require_gpu(name, device.index)
         torch.cuda.set_device(device)
         torch.set_float32_matmul_precision("high")  # TF32 for what autocast leaves in float32
     full_name = torch.cuda.get_device_name(device) if kind == "cuda" else cpu_name()
-    peak = next((k.peak_flops for key, k in KINDS.items() if key in full_name), None)
-    return Device(device, _dtype(dtype, kind), full_name, peak)
+    return Device(device, _dtype(dtype, kind), full_name, peak_flops(full_name))
+
+
+def require_gpu(name: str, index: int) -> None:
+    """UsageError where this machine has no GPU of that number, or several processes would share one."""
+    there, processes = torch.cuda.device_count(), int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+    if name != "cuda" and processes > 1:
+        raise UsageError(f"--device {name}: all {processes} processes would share one GPU; leave the number out")
+    if index >= there and processes > 1:
+        raise UsageError(f"{processes} processes and {there} GPUs on this machine: try --nproc_per_node={there}")
+    if index >= there:
+        raise UsageError(f"--device {name}: this machine has {there} GPUs, cuda:0 is the first")
+
+
+def peak_flops(name: str) -> float | None:
+    """Dense bf16 peak in FLOP/s of a device by its full name, None where it is not known.
+
+    >>> peak_flops("NVIDIA A100-SXM4-80GB"), peak_flops("NVIDIA RTX A1000")
+    (312000000000000.0, None)
+    """
+    return next((k.peak_flops for key, k in KINDS.items() if re.search(rf"\b{key}\b", name)), None)
 
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
@@ -104,8 +130,24 @@ def be_deterministic() -> None:
 
 
 def is_out_of_memory(error: RuntimeError) -> bool:
-    """Whether an allocation failed, on a GPU or (rarely: Linux prefers to kill) in host memory."""
-    return isinstance(error, torch.OutOfMemoryError) or "can't allocate memory" in str(error)
+    """Whether an allocation failed: in torch, in a library of CUDA's, or in host memory (Linux rather kills)."""
+    text = str(error)
+    return isinstance(error, torch.OutOfMemoryError) or any(
+        sign in text
+        for sign in ("out of memory", "can't allocate memory", "ALLOC_FAILED", "Failed to CUDA calloc")
+    )
+
+
+def is_compiler_failure(error: RuntimeError) -> bool:
+    """Whether torch.compile gave up: no C compiler or Triton, or a GPU too old for it."""
+    return type(error).__module__.startswith(("torch._dynamo", "torch._inductor"))
+
+
+def forget_failed_try() -> None:
+    """After a size that did not fit: free its memory, and do not count its programs towards compile's limit."""
+    torch.compiler.reset()
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()
 
 
 def device_elsewhere(name: str, dtype: str) -> tuple[Device, float]:
@@ -184,5 +226,7 @@ def peak_memory(place: torch.device) -> int:
         status = Path("/proc/self/status").read_text()
         return int(re.search(r"VmHWM:\s+(\d+) kB", status)[1]) * 1024  # type: ignore[index]
     except (OSError, TypeError):
+        import resource  # Windows has neither
+
         # Where there is no /proc. On Linux ru_maxrss would be that of the parent, where it had taken more.
         return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)

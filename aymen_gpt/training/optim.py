@@ -75,11 +75,14 @@ def set_learning_rate(optimizer: torch.optim.Optimizer, lr: float) -> None:
         group["lr"] = lr
 
 
-def clip_gradients(parameters: Iterable[Tensor], limit: float | None) -> float:
-    """Scale the gradients to a total L2 norm of at most ``limit`` (None: any); the norm before."""
+def clip_gradients(parameters: Iterable[Tensor], limit: float | None) -> Tensor:
+    """Scale the gradients to a total L2 norm of at most ``limit`` (None: any); the norm before, a float32 scalar.
+
+    Gradients that are not finite stay as they are. A GPU computes on without the host looking at the norm; on a
+    CPU a look spares a pass over all gradients, for most are small once training goes well.
+    """
     parameters = list(parameters)
-    total = nn.utils.get_total_norm([p.grad for p in parameters if p.grad is not None])
-    norm = total.item()
-    if limit is not None and norm > limit:  # mostly not, once training goes well: a pass over all gradients less
-        nn.utils.clip_grads_with_norm_(parameters, limit, total)
+    norm = nn.utils.get_total_norm([p.grad for p in parameters if p.grad is not None])
+    if limit is not None and (norm.device.type != "cpu" or norm > limit):
+        nn.utils.clip_grads_with_norm_(parameters, limit, norm.nan_to_num(0.0, posinf=0.0))
     return norm

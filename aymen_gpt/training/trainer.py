@@ -8,6 +8,7 @@ So the mean is over tokens, and world size and micro-batch change nothing but th
 import gc
 import math
 import time
+import warnings
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
@@ -27,6 +28,7 @@ from aymen_gpt.model.generation import generate
 from aymen_gpt.model.gpt import GPT
 from aymen_gpt.model.loss import linear_cross_entropy
 from aymen_gpt.training import checkpoint, optim
+from aymen_gpt.training import device as devices
 from aymen_gpt.training.config import TrainConfig
 from aymen_gpt.training.device import Device, is_out_of_memory, memory_in_words
 from aymen_gpt.training.distributed import Ranks
@@ -87,7 +89,10 @@ class Trainer:
         self.guard = Guard(c.skip_spikes)
         self.origin = (0, 0)  # a step and its first row of the data order; both move on when a run is continued
         self.compiled = self.device.place.type == "cuda" if c.compile is None else c.compile
-        self.loss = torch.compile(self._loss, dynamic=False) if self.compiled else self._loss
+        repeatable: dict[str, Any] | None = (
+            {"deterministic": True} if c.deterministic else None
+        )  # choose no kernel by timing it
+        self.loss = torch.compile(self._loss, dynamic=False, options=repeatable) if self.compiled else self._loss
         if self.device.place.type == "cpu" and not self.compiled:
             cpu.use_sparse_gradient(self.model.wte)
 
@@ -132,12 +137,24 @@ class Trainer:
             self.micro_batch = (self.micro_batch + 1) // 2
 
     def _fits(self, rows: int) -> bool:
+        passes = len(
+            self.micro_batches(0, self.config.rows_per_step)[:2]
+        )  # the second has the first's gradients too
         try:
-            self.batch_loss(torch.zeros(rows, self.config.block_size + 1, dtype=torch.int64)).backward()
+            for _ in range(passes):
+                self.batch_loss(torch.zeros(rows, self.config.block_size + 1, dtype=torch.int64)).backward()
         except RuntimeError as error:
-            if not is_out_of_memory(error):
+            if is_out_of_memory(error):
+                devices.forget_failed_try()
+                return False
+            if self.config.compile or not devices.is_compiler_failure(error):
                 raise
-            return False
+            reason = " ".join(str(error).split())[:150]
+            warnings.warn(
+                f"torch.compile does not work here, so this run goes without it, slower ({reason})", stacklevel=2
+            )
+            self.loss, self.compiled = self._loss, False
+            return self._fits(rows)
         finally:
             self.sum.clear()
         return True
@@ -160,7 +177,8 @@ class Trainer:
         self.sum.complete()
         self.scaler.unscale_(self.optimizer)
         norm = optim.clip_gradients(self.parameters, c.grad_clip)
-        mean_loss, *verdicts = self.ranks.sum(self._numbers(sum(losses), stop, cannot_save)).tolist()
+        numbers = self.ranks.sum(self._numbers(sum(losses), norm / self.ranks.world_size, stop, cannot_save))
+        mean_loss, norm, *verdicts = numbers.cpu().tolist()  # the only place where the host waits for a GPU
         wrong, skip = self._judge(mean_loss, norm)
         lr = optim.learning_rate(
             step, peak=c.learning_rate, warmup_steps=c.warmup_steps, steps=c.steps, min_ratio=c.min_lr_ratio
@@ -182,7 +200,8 @@ class Trainer:
 
     def _numbers(self, *values: float | Tensor) -> Tensor:
         """Values as one float32 tensor on the device, so that one sum over the ranks serves all."""
-        return torch.stack([torch.as_tensor(v, dtype=torch.float32, device=self.device.place) for v in values])
+        scalars = [v if isinstance(v, Tensor) else torch.full((), v, device=self.device.place) for v in values]
+        return torch.stack([scalar.float() for scalar in scalars])
 
     @contextmanager
     def advice_when_out_of_memory(self, step: int) -> Iterator[None]:
@@ -226,11 +245,11 @@ class Trainer:
     def validation_loss(self) -> float:
         """Mean loss of the first ``val_tokens`` validation tokens, the same number on any ranks."""
         count = min(max(self.config.val_tokens // self.config.block_size, 1), self.val_rows.rows_per_epoch)
-        total = torch.zeros((), dtype=torch.float64 if self.device.place.type != "mps" else torch.float32)
+        place = self.device.place
+        total = torch.zeros((), dtype=torch.float32 if place.type == "mps" else torch.float64, device=place)
         for tokens in self.batches(self.val_rows, 0, count):
-            total += self.batch_loss(tokens).cpu()
-        total = self.ranks.sum(total.to(self.device.place))
-        return total.item() / (count * self.config.block_size)
+            total += self.batch_loss(tokens)
+        return self.ranks.sum(total).item() / (count * self.config.block_size)
 
     def sample(self, step: int) -> list[dict[str, Any]]:
         """For samples.jsonl: the model goes on from 16 tokens at three places of the validation text.
