@@ -224,6 +224,94 @@ def test_a_rank_is_named_wherever_it_hangs_and_no_other(monkeypatch, arrivals):
         list(pool.map(wait_in_vain, (ranks[0], ranks[2])))
 
 
+class Queued:
+    """A collective as NCCL's are to the host: begun and waited for at once, done when the GPU is done with it."""
+
+    def __init__(self, polls):
+        self.polls = polls
+
+    def is_completed(self):
+        self.polls -= 1
+        return self.polls < 0
+
+    def wait(self):
+        pass
+
+
+def gpu_ranks(monkeypatch, polls, timeout):
+    monkeypatch.setattr(distributed, "PATIENCE", 0.3)
+    monkeypatch.setattr(dist, "all_reduce", lambda values, async_op: Queued(polls))
+    store = dist.HashStore()
+    return [distributed.Ranks(rank, 2, store=store, timeout=timeout) for rank in range(2)]
+
+
+def test_on_nccl_a_sum_ends_when_the_gpu_has_it(monkeypatch):
+    ours, _ = gpu_ranks(monkeypatch, polls=20, timeout=60)
+    assert ours.sum(torch.ones(1)).item() == 1.0
+
+
+@pytest.mark.fault(8)
+def test_on_nccl_a_rank_that_does_not_come_is_named_after_the_timeout(monkeypatch):
+    ours, _ = gpu_ranks(monkeypatch, polls=10**9, timeout=0.5)
+    with pytest.raises(AymenError, match=r"^rank 1 did not answer: dead or hanging; .*\(nothing for 0.5 s\)"):
+        ours.sum(torch.ones(1))
+
+
+@pytest.mark.fault(7)
+def test_on_nccl_a_rank_that_fails_ends_the_others_with_its_words(monkeypatch):
+    ours, other = gpu_ranks(monkeypatch, polls=10**9, timeout=600)
+    began = time.monotonic()
+    with ThreadPoolExecutor() as pool:
+        waiting = pool.submit(ours.sum, torch.ones(1))
+        other.say_failed("out of memory in step 3")
+        other.say_failed("the sum cannot be finished")  # which says nothing new
+        with pytest.raises(
+            AymenError, match="^rank 1 failed: out of memory in step 3; run the same command again"
+        ):
+            waiting.result(timeout=30)
+    assert time.monotonic() - began < 30  # of 600
+
+
+@pytest.mark.fault(7)
+@pytest.mark.parametrize("error", [AymenError("runs/x is in use"), ValueError("a bug"), KeyError("x")])
+def test_a_rank_that_fails_takes_no_leave_that_waits_for_the_others(monkeypatch, error):
+    left, store = [], dist.HashStore()
+    monkeypatch.setattr(distributed, "rendezvous", lambda *a, **k: iter([(store, 0, 2)]))
+    monkeypatch.setattr(dist, "init_process_group", lambda *a, **k: None)
+    monkeypatch.setattr(dist, "destroy_process_group", lambda: left.append("destroyed"))
+    ours = distributed.Ranks(0, 2)
+    with pytest.raises(type(error)), distributed.process_group(ours, torch.device("cpu")):
+        raise error
+    assert left == []
+    told = distributed.Ranks(1, 2, store=ours.store)._failures()
+    assert told == {"0": str(error)}
+    with distributed.process_group(distributed.Ranks(0, 2), torch.device("cpu")):
+        pass
+    assert left == ["destroyed"]
+
+
+@pytest.mark.slow
+@pytest.mark.fault(7)
+def test_a_bug_on_one_rank_is_told_at_once_and_ends_the_others(door, shards, tmp_path):
+    script = tmp_path / "faulty.py"
+    script.write_text(
+        "import os, runpy\n"
+        "from aymen_gpt.training import optim\n"
+        "honest = optim.learning_rate\n"
+        "def learning_rate(step, **more):\n"
+        "    assert step < 7 or os.environ['RANK'] != '1', 'planted'\n"
+        "    return honest(step, **more)\n"
+        "optim.learning_rate = learning_rate\n"
+        f"runpy.run_path({str(ROOT / 'pretrain.py')!r}, run_name='__main__')\n"
+    )
+    words = [*SMALL, "--data", shards, "--steps", 12, "--run-dir", "run"]
+    began = time.monotonic()
+    done = ended(door(script, *words, processes=2), 1)
+    assert time.monotonic() - began < 60
+    assert "AssertionError: planted" in done.stderr
+    assert "error: rank 1 failed: planted; run the same command again to continue" in done.stderr
+
+
 @pytest.mark.slow
 @pytest.mark.fault(9)
 def test_torchruns_own_restart_continues_the_run(door, shards, tmp_path):

@@ -51,6 +51,9 @@ def run(main: Callable[[], int]) -> NoReturn:
         code = 130
     except OSError as error:
         code = output_failed(error)
+    except Exception:  # a bug: one rank of several that has it must not wait for the others
+        traceback.print_exc()
+        code = 1
     leave(code)
 
 

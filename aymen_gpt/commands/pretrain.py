@@ -6,17 +6,18 @@ import platform
 import shlex
 import subprocess
 import sys
+import warnings
 from collections.abc import Callable
 from contextlib import nullcontext
 from dataclasses import MISSING, Field, asdict, fields
 from datetime import UTC, datetime
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeAlias
 
 import aymen_gpt
 from aymen_gpt.commands import console
-from aymen_gpt.errors import AymenError, UsageError, redact
+from aymen_gpt.errors import AymenError, DataError, UsageError, redact
 from aymen_gpt.training.config import (
     COUNT,
     RECIPES,
@@ -30,6 +31,7 @@ from aymen_gpt.training.config import (
 )
 
 if TYPE_CHECKING:
+    from aymen_gpt.data.loader import TokenRows
     from aymen_gpt.model.gpt import GPT
     from aymen_gpt.training.device import Device
     from aymen_gpt.training.distributed import Ranks
@@ -169,13 +171,14 @@ def main(argv: list[str] | None = None) -> int:
         cpu.keep_freed_memory()
     if config.deterministic:
         devices.be_deterministic()
+    data = open_data(config, ranks) if ranks.world_size > 1 else None  # takes minutes, so not while ranks wait
     folder = Path(config.run)
     track = tracker(config.track, folder, redact(asdict(config)))
     with (
         process_group(ranks, device.place, config.timeout),
         RunLog(folder, config.steps, draw_report, track) if ranks.is_first else nullcontext() as log,
     ):
-        trainer = build(config, device, ranks)
+        trainer = build(config, device, ranks, data)
         if log:
             told = [introduction(trainer), *doubts(config, trainer.train_rows.n_tokens)]
             log.say(console.as_typed("\n".join(told)))
@@ -211,15 +214,30 @@ def cell(value: str | int | None) -> str:
     return "" if value is None else "".join(c if c.isprintable() else repr(c)[1:-1] for c in str(value))
 
 
-def build(config: TrainConfig, device: "Device", ranks: "Ranks") -> "Trainer":
+Data: TypeAlias = (
+    "tuple[TokenRows, TokenRows, str]"  # training rows, validation rows, the identity of their tokens
+)
+
+
+def open_data(config: TrainConfig, ranks: "Ranks") -> "Data":
+    """The rows of tokens, each shard checked by this rank; only the first one warns about them."""
     from aymen_gpt.data.loader import TokenRows
     from aymen_gpt.data.shards import check_shards
+
+    folder = Path(config.data)
+    train = TokenRows(folder, "train", block_size=config.block_size, seed=config.seed)
+    val = TokenRows(folder, "val", block_size=config.block_size, seed=None)
+    with warnings.catch_warnings(action="default" if ranks.is_first else "ignore"):
+        return train, val, check_shards(folder)
+
+
+def build(config: TrainConfig, device: "Device", ranks: "Ranks", data: "Data | None" = None) -> "Trainer":
+    """The trainer of a run, and everything it reads; DataError where ranks see different shards."""
     from aymen_gpt.training.trainer import Trainer
 
-    data = Path(config.data)
-    train = TokenRows(data, "train", block_size=config.block_size, seed=config.seed)
-    val = TokenRows(data, "val", block_size=config.block_size, seed=None)
-    identity = ranks.first(lambda: check_shards(data))
+    train, val, identity = data or open_data(config, ranks)
+    if len(set(ranks.gather(identity))) > 1:
+        raise DataError(f"{config.data} differs between machines: copy the folder of one of them to the others")
     return Trainer(
         config,
         device,

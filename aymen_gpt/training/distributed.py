@@ -23,9 +23,9 @@ PATIENCE = 3.0
 class Ranks:
     """Which process this is, of how many; the default is the only one.
 
-    When another rank dies or hangs, the collective under way raises AymenError naming it: each rank counts its
-    arrivals in a store that lives in torchrun, not in a rank, and says there that it failed. Who is not ahead and
-    says nothing within PATIENCE seconds does not live.
+    When another rank fails, dies or hangs, the collective under way raises AymenError naming it: each rank counts
+    its arrivals in a store that lives in torchrun, not in a rank, and writes there why it failed. A rank that is
+    not ahead and writes nothing within PATIENCE seconds does not live.
     """
 
     rank: int = 0
@@ -33,6 +33,7 @@ class Ranks:
     local_rank: int = 0
     store: dist.Store | None = None
     arrivals: int = 0
+    timeout: float | None = None  # seconds to look for a sum, where waiting for it does not stop the host (NCCL)
 
     @property
     def is_first(self) -> bool:
@@ -42,14 +43,26 @@ class Ranks:
         """Sum of ``values`` over all ranks, in place."""
         if self.world_size > 1:
             with self.meeting():
-                dist.all_reduce(values)
+                self._finish(dist.all_reduce(values, async_op=True))
         return values
 
-    def wait(self) -> None:
-        """Return when every rank has come here."""
-        if self.world_size > 1:
-            with self.meeting():
-                dist.barrier()
+    def _finish(self, work: dist.Work) -> None:
+        """Return when a collective is done.
+
+        With NCCL ``wait`` only puts the wait into the GPU's queue, and whoever reads the result next hangs where
+        no signal and no timeout reaches it, if a rank is missing. So look, and see in the store who failed.
+        """
+        if self.timeout is not None:
+            deadline, look = time.monotonic() + self.timeout, 0.0
+            while not work.is_completed():
+                time.sleep(0.0005)
+                if time.monotonic() > deadline:
+                    raise RuntimeError(f"nothing for {self.timeout:g} s")
+                if time.monotonic() > look:
+                    look = time.monotonic() + 1
+                    if self._failures():
+                        raise RuntimeError("the sum cannot be finished")
+        work.wait()
 
     def broadcast(self, value: T) -> T:
         """The first rank's value (anything JSON could hold) on every rank."""
@@ -95,31 +108,51 @@ class Ranks:
         try:
             yield
         except RuntimeError as error:
+            self.say_failed("")  # of another rank's failure
             reason = " ".join(str(error).split())[:200]
             raise AymenError(f"{self._missing()}; run the same command again to continue ({reason})") from error
 
+    def say_failed(self, why: str) -> None:
+        """Tell the other ranks, at most once, that this one has failed."""
+        with suppress(RuntimeError):  # the store is gone too
+            if self.store is not None and not self.store.check([f"failed {self.rank}"]):
+                self.store.set(f"failed {self.rank}", why)
+
     def _missing(self) -> str:
-        """Who did not go through the collective that this rank waited in, nor failed in it too, in words."""
-        with suppress(RuntimeError):  # the store is gone too: blame nobody
-            if self.store is not None:
-                self.store.set(f"failed {self.rank}", "")
-            silent, deadline = self._silent(), time.monotonic() + PATIENCE
-            while silent and time.monotonic() < deadline:
+        """In words, who failed, or else who did not go through the collective that this rank waited in."""
+        with suppress(RuntimeError):
+            deadline = time.monotonic() + PATIENCE
+            while (silent := self._silent()) and time.monotonic() < deadline:
+                if any(self._failures().values()):
+                    break
                 time.sleep(0.1)
-                silent = self._silent()
+            for rank, why in self._failures().items():
+                if why:
+                    return f"rank {rank} failed: {why}"
             if silent:
                 return f"rank{'s'[: len(silent) > 1]} {', '.join(silent)} did not answer: dead or hanging"
         return "the connection to another rank was lost"
 
+    def _others(self) -> list[str]:
+        return [str(rank) for rank in range(self.world_size) if rank != self.rank]
+
+    def _failures(self) -> dict[str, str]:
+        """Of each other rank that said it failed: why, empty where that is another rank's failure."""
+        if self.store is None:
+            return {}
+        return {
+            name: self.store.get(f"failed {name}").decode()
+            for name in self._others()
+            if self.store.check([f"failed {name}"])
+        }
+
     def _silent(self) -> list[str]:
         """The ranks that have neither come further than this one nor told the store that they failed."""
-        names = [str(rank) for rank in range(self.world_size) if rank != self.rank]
         if self.store is None:
             return []
-        failed = [name for name in names if self.store.check([f"failed {name}"])]
-        known = [name for name in names if self.store.check([name])]
+        known = [name for name in self._others() if self.store.check([name])]
         ahead = [name for name in known if int(self.store.get(name)) > self.arrivals]
-        return [name for name in names if name not in failed + ahead]
+        return [name for name in self._others() if name not in ahead and name not in self._failures()]
 
 
 def ranks_from_environment() -> Ranks:
@@ -143,9 +176,10 @@ def attempt() -> str:
 
 @contextmanager
 def process_group(ranks: Ranks, device: torch.device, timeout_seconds: float = 600.0) -> Iterator[None]:
-    """Connect the ranks for the length of the block: NCCL between GPUs, Gloo between CPUs.
+    """Connect the ranks for the length of the block: NCCL between GPUs, Gloo between CPUs and for Python objects.
 
-    A rank that waits longer than the timeout for the others gives up.
+    A rank that waits longer than the timeout for the others gives up. A rank that leaves the block by an error
+    says so to the others and does not take its leave of NCCL, for that would wait for them.
     """
     if ranks.world_size == 1:
         yield
@@ -156,14 +190,17 @@ def process_group(ranks: Ranks, device: torch.device, timeout_seconds: float = 6
     store = dist.PrefixStore(attempt(), store)
     ranks.store = dist.PrefixStore("arrivals", store)
     dist.init_process_group(
-        "nccl" if on_cuda else "gloo",
+        "cpu:gloo,cuda:nccl" if on_cuda else "gloo",
         store=dist.PrefixStore("group", store),
         rank=rank,
         world_size=world_size,
-        timeout=timeout,
+        timeout=timeout + timedelta(seconds=60 * on_cuda),  # NCCL's watchdog kills without a word: ours is first
         device_id=device if on_cuda else None,
     )
+    ranks.timeout = timeout_seconds if on_cuda else None
     try:
         yield
-    finally:
-        dist.destroy_process_group()
+    except BaseException as error:
+        ranks.say_failed(" ".join(str(error).split())[:200] or type(error).__name__)
+        raise
+    dist.destroy_process_group()
