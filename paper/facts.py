@@ -290,7 +290,7 @@ def benchmarks(root: Path) -> list[Record]:
     """The training step and the scorer beside other programs'; a fact is benchmark.FILE.WHAT.MEASURE."""
     records = []
     for path in sorted((root / BENCHMARKS).glob("*.json")):
-        found = read_object(path)
+        found = read_object(path, [])
         source = Artefact(path, str(found.get("command")))
         for title, key, labels in (
             ("The training step", "results", ("shape", "variant")),

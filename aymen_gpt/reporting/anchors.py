@@ -7,19 +7,18 @@ for orientation and are labelled so.
 """
 
 from dataclasses import dataclass
-from typing import Literal
-
-Protocol = Literal["completion", "harness", "gpt3-paper"]
-Metric = Literal["acc", "acc_norm"]
 
 CHANCE = 0.25  # four endings, one is right
-GPT2_FINEWEB_EDU = (
-    3.2924  # nats per token of GPT-2 124M on FineWeb-Edu's held-out shard: build-nanogpt, play.ipynb
-)
+# Nats per token of GPT-2 124M on FineWeb-Edu's held-out shard: build-nanogpt, play.ipynb.
+GPT2_FINEWEB_EDU = 3.2924
 
 _DOCSTRING = "build-nanogpt, hellaswag.py docstring (10,042 examples)"
 _NOTEBOOK = "build-nanogpt, play.ipynb"
 _GPT3 = "arXiv:2005.14165, Table H.1, zero-shot, dev set"
+_GPT3_SCORES = {
+    "GPT-3 Small": 0.337, "GPT-3 Medium": 0.436, "GPT-3 Large": 0.510, "GPT-3 XL": 0.547,
+    "GPT-3 2.7B": 0.628, "GPT-3 6.7B": 0.674, "GPT-3 13B": 0.709, "GPT-3 175B": 0.789,
+}  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -27,31 +26,24 @@ class Anchor:
     """One published number, value in 0..1."""
 
     model: str
-    protocol: Protocol
-    metric: Metric
+    protocol: str  # completion, harness or gpt3-paper
+    metric: str  # acc or acc_norm
     value: float
     source: str
 
 
-ANCHORS: tuple[Anchor, ...] = (
-    Anchor("GPT-2 124M", "completion", "acc", 0.2859, _DOCSTRING),
-    Anchor("GPT-2 124M", "completion", "acc_norm", 0.2955, _DOCSTRING),
-    Anchor("GPT-2 355M", "completion", "acc_norm", 0.3752, _NOTEBOOK),
-    Anchor("GPT-2 774M", "completion", "acc_norm", 0.4320, _NOTEBOOK),
-    Anchor("GPT-2 1558M", "completion", "acc", 0.3842, _DOCSTRING),
-    Anchor("GPT-2 1558M", "completion", "acc_norm", 0.4893, _DOCSTRING),
-    Anchor("GPT-2 124M", "harness", "acc", 0.2892, _DOCSTRING),
-    Anchor("GPT-2 124M", "harness", "acc_norm", 0.3114, _DOCSTRING),
-    Anchor("GPT-2 1558M", "harness", "acc", 0.4004, _DOCSTRING),
-    Anchor("GPT-2 1558M", "harness", "acc_norm", 0.5089, _DOCSTRING),
-    Anchor("GPT-3 Small", "gpt3-paper", "acc_norm", 0.337, _GPT3),
-    Anchor("GPT-3 Medium", "gpt3-paper", "acc_norm", 0.436, _GPT3),
-    Anchor("GPT-3 Large", "gpt3-paper", "acc_norm", 0.510, _GPT3),
-    Anchor("GPT-3 XL", "gpt3-paper", "acc_norm", 0.547, _GPT3),
-    Anchor("GPT-3 2.7B", "gpt3-paper", "acc_norm", 0.628, _GPT3),
-    Anchor("GPT-3 6.7B", "gpt3-paper", "acc_norm", 0.674, _GPT3),
-    Anchor("GPT-3 13B", "gpt3-paper", "acc_norm", 0.709, _GPT3),
-    Anchor("GPT-3 175B", "gpt3-paper", "acc_norm", 0.789, _GPT3),
+ANCHORS = tuple(
+    Anchor(model, protocol, metric, value, source)
+    for protocol, source, models in (
+        ("completion", _DOCSTRING, {"GPT-2 124M": (0.2859, 0.2955)}),
+        ("completion", _NOTEBOOK, {"GPT-2 355M": (None, 0.3752), "GPT-2 774M": (None, 0.4320)}),
+        ("completion", _DOCSTRING, {"GPT-2 1558M": (0.3842, 0.4893)}),
+        ("harness", _DOCSTRING, {"GPT-2 124M": (0.2892, 0.3114), "GPT-2 1558M": (0.4004, 0.5089)}),
+        ("gpt3-paper", _GPT3, {model: (None, acc_norm) for model, acc_norm in _GPT3_SCORES.items()}),
+    )
+    for model, values in models.items()
+    for metric, value in zip(("acc", "acc_norm"), values, strict=True)
+    if value is not None
 )
 
 

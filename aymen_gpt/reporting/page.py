@@ -20,7 +20,7 @@ from matplotlib.figure import Figure
 
 from aymen_gpt.files import replace_text
 from aymen_gpt.reporting import plots
-from aymen_gpt.reporting.runs import Run, Series, number, read_run
+from aymen_gpt.reporting.runs import Run, number, read_run
 from aymen_gpt.wording import HELLASWAG_EXAMPLES, PROTOCOLS, duration, human, percent, shape
 
 HERE = Path(__file__).parent
@@ -77,7 +77,7 @@ def build_page(run: Run) -> str:
     return render(
         "report.html.j2",
         run=run,
-        shape=shape(part(run, "model"), run.get("n_params")) or "GPT",
+        shape=shape(run.table("model"), run.get("n_params")) or "GPT",
         now=standing(run),
         loss=loss_chart(run),
         hellaswag=hellaswag_charts(run),
@@ -94,7 +94,7 @@ def standing(run: Run) -> dict[str, Any]:
     """Where the run stands, in numbers; None for what is not known."""
     steps = number(run.status.get("steps")) or number(run.get("run", "steps"))
     step = max(int(number(run.status.get("step")) or 0), run.step)
-    loss, spent, each = run.series("loss"), sum(finite(run.series("step_seconds"))), recent(run, "step_seconds")
+    n_loss, spent, each = len(run.series("loss")), sum(run.finite("step_seconds")), recent(run, "step_seconds")
     started, updated, wall = moment(run.get("started")), moment(run.status.get("updated")), wall_seconds(run)
     left = steps - run.step if steps and run.status.get("state") == "running" else 0
     return {
@@ -105,8 +105,8 @@ def standing(run: Run) -> dict[str, Any]:
         "updated": updated,
         "started": started,
         "loss": run.last("loss"),
-        "n_loss": len(loss),
-        "n_bad": len(loss) - len(finite(loss)),
+        "n_loss": n_loss,
+        "n_bad": n_loss - len(run.finite("loss")),
         "validation": next(((s, v) for s, v in reversed(run.series("val_loss")) if v is not None), None),
         "score": run.score("completion") or run.score("harness"),
         "speed": recent(run, "tokens_per_second"),
@@ -120,24 +120,18 @@ def standing(run: Run) -> dict[str, Any]:
 
 def wall_seconds(run: Run) -> float | None:
     """How long the parts of a run took together, without the pauses between them; None when that is not known."""
-    history = run.get("history")
-    parts = [part for part in history if isinstance(part, dict)] if isinstance(history, list) else []
-    starts = [moment(part.get("started")) for part in parts]
-    ends = [moment(part.get("ended")) for part in parts[:-1]] + [moment(run.status.get("updated"))]
-    if not parts or None in starts + ends:  # as runs of earlier versions are: from the first start to now
+    starts = [moment(part.get("started")) for part in run.history]
+    ends = [moment(part.get("ended")) for part in run.history[:-1]] + [moment(run.status.get("updated"))]
+    if not starts or None in starts + ends:  # as runs of earlier versions are: from the first start to now
         starts, ends = [moment(run.get("started"))], ends[-1:]
     pairs = zip(starts, ends, strict=True)
     seconds = [(end - start).total_seconds() for start, end in pairs if start is not None and end is not None]
     return sum(seconds) if seconds else None
 
 
-def finite(points: Series) -> list[float]:
-    return [y for _, y in points if y is not None]
-
-
 def recent(run: Run, key: str, n: int = 50) -> float | None:
     """Median of the last ``n`` finite values: what the run does now, without its hiccups."""
-    values = sorted(finite(run.series(key))[-n:])
+    values = sorted(run.finite(key)[-n:])
     return values[len(values) // 2] if values else None
 
 
@@ -169,7 +163,7 @@ def drawings(name: str, label: str, draw: Callable[..., Figure], size: plots.Siz
 
 
 def loss_chart(run: Run) -> Chart:
-    loss, measured = finite(run.series("loss")), finite(run.series("val_loss"))
+    loss, measured = run.finite("loss"), run.finite("val_loss")
     if not loss and not measured:
         return Chart("Loss", note="No loss yet: the first update will put a point here.")
     said = [f"{name} {found[-1]:.3f}" for name, found in (("training", loss), ("validation", measured)) if found]
@@ -211,7 +205,7 @@ def small_charts(run: Run) -> list[Chart]:
     }
     charts, size = [], FLAT if run.last("mfu") is not None else THIRD
     for key, (title, unit) in named.items():
-        values = finite(run.series(key))
+        values = run.finite(key)
         label = f"{title} by {plots.unit(run)}, now {human(values[-1])}." if values else ""
         drawn = drawings(key, label, partial(plots.small, run, key), size) if values else ()
         if drawn or key != "mfu":
@@ -261,11 +255,6 @@ def value_text(value: Any, key: str = "") -> str:
     return f"{text} {unit.removesuffix('s') if value == 1 else unit}".rstrip()
 
 
-def part(run: Run, key: str) -> dict[str, Any]:
-    value = run.get(key)
-    return dict(value) if isinstance(value, dict) else {}
-
-
 def samples(run: Run) -> dict[str, Any]:
     """sections: (step, [(prompt, text)], how many more) of some steps, the last first; n: of how many steps."""
     by_step: dict[int, list[tuple[str, str]]] = {}
@@ -290,11 +279,11 @@ def configuration(run: Run) -> dict[str, dict[str, Any]]:
     epochs = {"epochs planned": round(steps * per_step / train, 2)} if train and steps and per_step else {}
     device = {"device": run.get("device", "name"), "peak_tflops": run.get("device", "peak_tflops")}
     tables = {
-        "Training": part(run, "run"),
-        "Model": part(run, "model") | top("n_params", "flops_per_token"),
-        "Data": part(run, "data") | epochs,
-        "Machine": part(run, "host") | top("world_size") | (device if part(run, "device") else {}),
-        "Versions": part(run, "versions") | top("git_commit", "started"),
+        "Training": run.table("run"),
+        "Model": run.table("model") | top("n_params", "flops_per_token"),
+        "Data": run.table("data") | epochs,
+        "Machine": run.table("host") | top("world_size") | (device if run.table("device") else {}),
+        "Versions": run.table("versions") | top("git_commit", "started"),
         "Starts": starts(run),
     }
     return {title: values for title, values in tables.items() if values}
@@ -302,13 +291,12 @@ def configuration(run: Run) -> dict[str, dict[str, Any]]:
 
 def starts(run: Run) -> dict[str, str]:
     """When the run was started and continued, at which step, and what had changed by then."""
-    told, history = {}, run.get("history")
-    for entry in history if isinstance(history, list) else []:
-        if isinstance(entry, dict):
-            changed = entry.get("changed")
-            pairs = changed.items() if isinstance(changed, dict) else []
-            words = [f"{k} {v[0]} → {v[1]}" for k, v in pairs if isinstance(v, list) and len(v) == 2]
-            told[f"step {entry.get('step')}"] = ", ".join([str(entry.get("started")), *words])
+    told = {}
+    for entry in run.history:
+        changed = entry.get("changed")
+        pairs = changed.items() if isinstance(changed, dict) else []
+        words = [f"{k} {v[0]} → {v[1]}" for k, v in pairs if isinstance(v, list) and len(v) == 2]
+        told[f"step {entry.get('step')}"] = ", ".join([str(entry.get("started")), *words])
     return told
 
 

@@ -9,6 +9,7 @@ import logging
 import re
 from collections.abc import Sequence
 from html import escape
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -26,19 +27,9 @@ logging.getLogger("matplotlib").setLevel(logging.ERROR)  # it would tell of its 
 Size = tuple[float, float]
 Curve = tuple[np.ndarray, np.ndarray]  # x and y, NaN where nothing finite was measured
 
-COLOURS = {  # the light ones of page.css; in an SVG each becomes var(--NAME), so the page may be dark
-    "ink": "#1b1c20",
-    "soft": "#5f626b",
-    "grid": "#ece9e2",
-    "bg": "#fcfbf8",
-    "train": "#2b5bc7",
-    "val": "#b8450f",
-    "bad": "#b3261e",
-    "good": "#1d7346",
-    "violet": "#7a3fa3",
-    "ochre": "#8a5a00",
-    "teal": "#0f7580",
-}
+# The light colours of the page; in an SVG each becomes var(--NAME), so the page may be dark.
+LIGHT = Path(__file__).with_name("page.css").read_text("utf-8").split("@media")[0]
+COLOURS = dict(re.findall(r"--(\w+):(#[0-9a-f]{6})", LIGHT))
 INK, SOFT, GRID, TRAIN, VAL, BAD = (COLOURS[name] for name in ("ink", "soft", "grid", "train", "val", "bad"))
 RUNS = ("train", "val", "good", "violet", "ochre", "teal")  # of several runs, in turn
 TEXT = 12  # points
@@ -168,8 +159,9 @@ def loss(run: Run, size: Size = (1056, 400)) -> Figure:
     for i, step in enumerate(starts := continued(run)):
         axes.axvline(step * per_step, 0, 0.62, color=SOFT, linewidth=1, dashes=(2, 3))
         if i == 0:
-            text = "stopped here and continued" + (f", {len(starts)} times" if len(starts) > 1 else "")
-            side, shift = ("left", 5) if step < (0.6 if size[0] > 500 else 0.4) * run.step else ("right", -5)
+            text = "stopped here and continued" if size[0] > 500 else "continued"  # on a phone it must fit beside
+            text += f", {len(starts)} times" if len(starts) > 1 else ""
+            side, shift = ("left", 5) if step < 0.6 * run.step else ("right", -5)
             say(axes, text, step * per_step, 0.62, shift, of=("data", "axes fraction"), va="top", ha=side)
     if "fineweb-edu" in str(run.get("data", "source", "repo")).lower():
         axes.axhline(GPT2_FINEWEB_EDU, color=INK, linewidth=1, dashes=(6, 4), label="GPT-2 124M, validation")
@@ -205,10 +197,7 @@ def loss_limits(*curves: Curve, leave_out: float = 0.02) -> tuple[float, float]:
 
 def continued(run: Run) -> list[int]:
     """The steps after which the run was started again."""
-    history = run.get("history")
-    starts = (
-        [entry.get("step") for entry in history if isinstance(entry, dict)] if isinstance(history, list) else []
-    )
+    starts = (entry.get("step") for entry in run.history)
     return [step for step in starts if isinstance(step, int) and step > 0]
 
 
@@ -260,14 +249,15 @@ def scores(run: Run, size: Size = (508, 300)) -> Figure:
     figure, axes = frame(size, "accuracy", left=112, right=66)
     found = [score for protocol in PROTOCOLS if (score := run.score(protocol))]
     place = 0.0
+    title = {"bbox": {"facecolor": COLOURS["bg"], "linewidth": 0, "pad": 1}}  # on top of the line of chance
     for score in found:
-        say(axes, f"{score.protocol} protocol, {score.metric}", 0, place, -110)
+        say(axes, f"{score.protocol} protocol, {score.metric}", 0, place, -110, **title)
         row(axes, place + 1, "this run", score.value, score.error, color=VAL)
         near = neighbours(score.protocol, score.metric, score.value)
         for i, anchor in enumerate(near, 2):
             row(axes, place + i, anchor.model, anchor.value, markerfacecolor=COLOURS["bg"])
         place += 2.4 + len(near)
-    say(axes, "the GPT-3 paper's own, acc_norm", 0, place, -110)
+    say(axes, "the GPT-3 paper's own, acc_norm", 0, place, -110, **title)
     for anchor in neighbours("gpt3-paper", "acc_norm", max(score.value for score in found)):
         place += 1
         row(axes, place, anchor.model, anchor.value, fmt="D", markerfacecolor=COLOURS["bg"], color=SOFT)

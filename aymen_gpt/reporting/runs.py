@@ -52,11 +52,11 @@ class Score:
 
     @property
     def value(self) -> float:
-        return (self.acc or 0.0) if self.acc_norm is None else self.acc_norm
+        return getattr(self, self.metric)
 
     @property
     def error(self) -> float | None:
-        return self.acc_stderr if self.acc_norm is None else self.acc_norm_stderr
+        return getattr(self, f"{self.metric}_stderr")
 
 
 @dataclass(frozen=True)
@@ -94,6 +94,17 @@ class Run:
             value = value.get(key) if isinstance(value, dict) else None
         return value
 
+    def table(self, key: str) -> dict[str, Any]:
+        """An object of config.json, {} where it is absent or something else."""
+        found = self.config.get(key)
+        return found if isinstance(found, dict) else {}
+
+    @property
+    def history(self) -> list[dict[str, Any]]:
+        """When the run was started and continued, as config.json tells it."""
+        found = self.config.get("history")
+        return [entry for entry in found if isinstance(entry, dict)] if isinstance(found, list) else []
+
     def series(self, key: str) -> Series:
         """(step, value) of every row that has ``key``; None where the value is not a finite number."""
         if key not in self._series:  # a page asks a dozen times, a long run has 100,000 rows
@@ -102,8 +113,11 @@ class Run:
 
     def last(self, key: str) -> float | None:
         """The latest finite value of ``key``."""
-        values = (number(row.get(key)) for row in reversed(self.rows))
-        return next((v for v in values if v is not None), None)
+        return next(reversed(self.finite(key)), None)
+
+    def finite(self, key: str) -> list[float]:
+        """The finite values of ``key``, in order of their step."""
+        return [value for _, value in self.series(key) if value is not None]
 
     def scores(self, protocol: str) -> list[Score]:
         """The HellaSwag measurements by ``protocol`` made while training, in order of their step."""
@@ -146,32 +160,21 @@ def _score(step: int | None, found: Any, protocol: str, file: str = "metrics.jso
     return None if score.acc_norm is None and score.acc is None else score
 
 
-def _read_text(path: Path) -> str | None:
-    """The file's text, bytes that are no UTF-8 replaced (a half-written letter); None where there is none."""
-    try:
-        return path.read_bytes().decode("utf-8", errors="replace")
-    except (FileNotFoundError, IsADirectoryError, NotADirectoryError):
-        return None
-
-
-def read_object(path: Path, problems: list[str] | None = None) -> dict[str, Any]:
+def read_object(path: Path, problems: list[str]) -> dict[str, Any]:
     """The JSON object in ``path``, {} where there is none; ``problems`` gets a line if a file is there."""
-    if not path.is_file():
-        return {}
     try:
-        return read_json(path)
+        return read_json(path) if path.is_file() else {}
     except DataError as error:
-        if problems is not None:
-            problems.append(f"{error}; left out here.")
+        problems.append(f"{error}; left out here.")
         return {}
 
 
 def read_lines(path: Path, problems: list[str]) -> list[Row]:
     """The objects with a step in a .jsonl file, in order of their step; ``problems`` is told of other lines."""
     found, n_bad = [], 0
-    for line in (_read_text(path) or "").split("\n"):
-        if not line.strip():
-            continue
+    # A half-written letter becomes a replacement character.
+    text = path.read_bytes().decode("utf-8", errors="replace") if path.is_file() else ""
+    for line in filter(str.strip, text.split("\n")):
         try:
             row = json.loads(line)
         except (ValueError, RecursionError):
@@ -186,14 +189,6 @@ def read_lines(path: Path, problems: list[str]) -> list[Row]:
     return sorted(found, key=lambda row: row["step"])
 
 
-def merged(rows: list[Row]) -> list[Row]:
-    """Rows of one step as one row, the later one's keys winning."""
-    by_step: dict[int, Row] = {}
-    for row in rows:
-        by_step.setdefault(row["step"], {}).update(row)
-    return list(by_step.values())
-
-
 def read_run(folder: Path) -> Run:
     """Read the run in ``folder``. DataError when there is none; anything less is a line in ``problems``."""
     folder = Path(folder)
@@ -203,7 +198,9 @@ def read_run(folder: Path) -> Run:
     config, status, hellaswag = (
         read_object(folder / name, problems) for name in ("config.json", "status.json", "hellaswag.json")
     )
-    rows = merged(read_lines(folder / "metrics.jsonl", problems))
+    rows: dict[int, Row] = {}
+    for row in read_lines(folder / "metrics.jsonl", problems):
+        rows.setdefault(row["step"], {}).update(row)  # of one step a later line's keys win
     written = read_lines(folder / "samples.jsonl", problems)
     samples = [Sample(row["step"], str(row.get("prompt", "")), str(row.get("text", ""))) for row in written]
-    return Run(folder, config, rows, status, samples, hellaswag, problems)
+    return Run(folder, config, list(rows.values()), status, samples, hellaswag, problems)
