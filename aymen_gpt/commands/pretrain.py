@@ -227,7 +227,7 @@ def open_data(config: TrainConfig, ranks: "Ranks") -> "Data":
     folder = Path(config.data)
     train = TokenRows(folder, "train", block_size=config.block_size, seed=config.seed)
     val = TokenRows(folder, "val", block_size=config.block_size, seed=None)
-    with warnings.catch_warnings(action="default" if ranks.is_first else "ignore"):
+    with nullcontext() if ranks.is_first else warnings.catch_warnings(action="ignore"):
         return train, val, check_shards(folder)
 
 
