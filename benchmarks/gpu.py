@@ -173,7 +173,9 @@ class LowPrecisionResidual(GPT):
     """The residual stream in the autocast dtype instead of float32."""
 
     def hidden(self, idx: Tensor, *args: Any, **more: Any) -> Tensor:
-        x = (self.wte(idx) + self.wpe.weight[: idx.size(1)]).to(torch.bfloat16)
+        x = self.wte(idx) + self.wpe.weight[: idx.size(1)]
+        if torch.is_autocast_enabled(idx.device.type):
+            x = x.to(torch.bfloat16)
         for block in self.h:
             x = block(x)
         return self.ln_f(x)
