@@ -125,7 +125,7 @@ def traces() -> Table:
         return graph.forward
 
     found: Table = []
-    with made_trainer("cpu", "bfloat16", compile=True, tokens_per_step=64 * 150, val_tokens=64 * 75) as trainer:
+    with made_trainer("cpu", "bfloat16", compile=True, tokens_per_step=64 * 22, val_tokens=64 * 11) as trainer:
         torch._dynamo.reset()
         trainer.loss = torch.compile(trainer._loss, dynamic=False, fullgraph=True, backend=backend)
 
@@ -137,9 +137,9 @@ def traces() -> Table:
         trainer.micro_batch = 4
         for rows in (4, 4):
             look(f"a micro-batch of {rows} tried", partial(trainer._fits, rows))
-        look("a step of 37 x 4 + 2 rows", lambda: trainer.train_step(0, trainer.batches_of(0)))
+        look("a step of 5 x 4 + 2 rows", lambda: trainer.train_step(0, trainer.batches_of(0)))
         look("another", lambda: trainer.train_step(1, trainer.batches_of(1)))
-        look("validation of 18 x 4 + 3 rows", trainer.validation_loss)
+        look("validation of 2 x 4 + 3 rows", trainer.validation_loss)
         look("a third step", lambda: trainer.train_step(2, trainer.batches_of(2)))
         torch._dynamo.reset()
     limit = torch._dynamo.config.recompile_limit
@@ -189,7 +189,7 @@ def code() -> Table:
         "kernels launched": forward.launches + backward.launches,
         "Triton kernels move in forward, GB": sum(forward.kernel_gb.values()),
         "Triton kernels move in backward, GB": sum(backward.kernel_gb.values()),
-        "of that the loss, GB a chunk of 8,192 tokens": loss_gb,
+        "of forward, the loss: GB a chunk of 8,192 tokens": loss_gb,
         "most memory of forward's buffers, GB": forward.peak_gb,
         "atomic additions": forward.atomics + backward.atomics,
         "atomic additions with --deterministic": exact,
@@ -240,7 +240,7 @@ def shown(rows: Table) -> Iterator[str]:
     yield "|" + "---|" * len(columns)
     for row in rows:
         cells = [
-            f"{v:,.2f}".removesuffix(".00") if isinstance(v, float) else str(v) for v in map(row.get, columns)
+            f"{v:,.{2 if v < 1000 else 0}f}" if isinstance(v, float) else str(v) for v in map(row.get, columns)
         ]
         yield "| " + " | ".join(cells) + " |"
 
