@@ -67,18 +67,9 @@ def main(argv: list[str] | None = None) -> int:
 
 # ---- text as LaTeX -----------------------------------------------------------------------------------
 
-SPECIAL = {
-    "\\": r"\textbackslash{}",
-    "~": r"\textasciitilde{}",
-    "^": r"\textasciicircum{}",
-    "<": r"\textless{}",
-    ">": r"\textgreater{}",
-    "|": r"\textbar{}",
-    '"': r"\textquotedbl{}",
-    "'": r"\textquotesingle{}",
-    "`": r"\textasciigrave{}",
-    "-": "{-}",  # two of them are no dash
-} | {c: f"\\{c}" for c in "&%$#_{}"}
+NAMES = "backslash asciitilde asciicircum less greater bar quotedbl quotesingle asciigrave"
+SPECIAL = {c: f"\\text{name}{{}}" for c, name in zip("\\~^<>|\"'`", NAMES.split(), strict=True)}
+SPECIAL |= {c: f"\\{c}" for c in "&%$#_{}"} | {"-": "{-}"}  # two hyphens are no dash
 
 
 def escape(text: str) -> str:
@@ -91,9 +82,7 @@ def escape(text: str) -> str:
 
 
 def _letter(c: str) -> str:
-    if c in SPECIAL or " " <= c <= "~":
-        return SPECIAL.get(c, c)
-    if c in "\n\t\u00a0":
+    if c in "\n\t":
         return " "
     plain = unicodedata.normalize("NFKD", c).encode("ascii", "ignore").decode()
     return "".join(SPECIAL.get(p, p) for p in plain if p >= " ") or f"[U+{ord(c):04X}]"
@@ -184,18 +173,16 @@ def samples(run: Run) -> str:
 
 def table(record: Record) -> str:
     """A benchmark's numbers; no column of which nothing was measured (MFU, where a device's peak is not known)."""
-    columns = [i for i in range(len(MEASURES)) if any(row.facts[i].shown for row in record.rows)]
-    heads = [list(MEASURES.values())[i][0] for i in columns]
-    labels = len(record.rows[0].labels)
-    lines = ["& " * (labels - 1) + " & ".join(["", *map(escape, heads)])]
-    lines += [
-        " & ".join(map(escape, [*row.labels, *(row.facts[i].shown or "" for i in columns)])) for row in record.rows
-    ]
-    body = " \\\\\n".join([lines[0] + r" \\\midrule" + "\n" + lines[1], *lines[2:]])
+    columns = [i for i in range(len(MEASURES)) if any(row[i].shown for row in record.rows.values())]
+    labels = len(next(iter(record.rows)))
+    rows = [[""] * labels + [list(MEASURES.values())[i][0] for i in columns]]
+    rows += [[*words, *(row[i].shown or "" for i in columns)] for words, row in record.rows.items()]
+    head, *lines = (" & ".join(map(escape, row)) + r" \\" for row in rows)
+    body = "\n".join([head + r"\midrule", *lines])
     return (
         "\\begin{table}[htbp]\\centering\\small\n"
         f"\\caption{{{escape(record.title)}: {code(record.artefact.command)}}}\n"
-        f"\\fitted{{\\begin{{tabular}}{{{'l' * labels}{'r' * len(columns)}}}\\toprule\n{body} \\\\\\bottomrule\n"
+        f"\\fitted{{\\begin{{tabular}}{{{'l' * labels}{'r' * len(columns)}}}\\toprule\n{body}\\bottomrule\n"
         "\\end{tabular}}\n\\end{table}\n"
     )
 
@@ -232,17 +219,10 @@ def compile_paper(out: Path) -> None:
     inputs = os.environ | {"TEXINPUTS": f"{out.resolve()}:"}
     done = subprocess.run(command, cwd=ROOT, env=inputs, capture_output=True, text=True)
     if done.returncode:
-        raise AymenError(f"{PAPER} does not compile: {first_error(out)} (all of it: {out}/research-report.log)")
-
-
-def first_error(out: Path) -> str:
-    """The first line of TeX's log that begins with ! and the two after it."""
-    try:
-        lines = (out / "research-report.log").read_text(errors="replace").splitlines()
-    except OSError:
-        return "latexmk wrote no log"
-    start = next((i for i, line in enumerate(lines) if line.startswith("!")), 0)
-    return " ".join(lines[start : start + 3])
+        log = out / "research-report.log"
+        lines = log.read_text(errors="replace").splitlines() if log.is_file() else ["! latexmk wrote no log"]
+        first = next((i for i, line in enumerate(lines) if line.startswith("!")), 0)
+        raise AymenError(f"{PAPER} does not compile: {' '.join(lines[first : first + 3])} (all of it: {log})")
 
 
 if __name__ == "__main__":

@@ -48,7 +48,7 @@ class Fact:
 def all_facts(run: Run, root: Path) -> list[Fact]:
     """Everything that README, docs and paper of the checkout ``root`` may state."""
     found = [*run_facts(run), *plan_facts(root, run), *published_facts(root)]
-    found += [fact for record in benchmarks(root) for row in record.rows for fact in row.facts]
+    found += [fact for record in benchmarks(root) for row in record.rows.values() for fact in row]
     names = [fact.name for fact in found]
     assert len(set(names)) == len(names), "two facts have one name"
     return found
@@ -85,9 +85,7 @@ def slug(text: str) -> str:
 
 CONFIG: dict[str, tuple[str, Form]] = {  # name -> path in config.json, how it is shown
     "name": ("run.run", str),
-    "preset": ("run.preset", str),
     "params": ("n_params", "{:,}"),
-    "params-short": ("n_params", human),
     "layers": ("model.n_layer", "{}"),
     "heads": ("model.n_head", "{}"),
     "width": ("model.n_embd", "{}"),
@@ -113,13 +111,10 @@ CONFIG: dict[str, tuple[str, Form]] = {  # name -> path in config.json, how it i
     "held-out-tokens": ("data.val_tokens", "{:,}"),
     "device": ("device.name", str),
     "cores": ("host.cores", "{}"),
-    "memory": ("host.memory_gb", "{:.0f} GB"),
     "processes": ("world_size", "{}"),
-    "python": ("versions.python", str),
     "torch": ("versions.torch", str),
     "commit": ("git_commit", lambda text: text[:12]),
     "started": ("started", lambda text: text[:10]),
-    "starts": ("history", lambda starts: str(len(starts))),
     "command": ("command", lambda words: shlex.join(map(str, words))),
 }
 
@@ -135,19 +130,10 @@ def artefact(run: Run, name: str) -> Artefact:
 
 def run_facts(run: Run) -> Iterator[Fact]:
     """All facts of a run folder or of its digest (tools/record.py), named run.*"""
-    config, metrics = artefact(run, "config.json"), artefact(run, "metrics.jsonl")
     for name, (path, form) in CONFIG.items():
-        yield Fact(f"run.{name}", shown(run.get(*path.split(".")), form), config, path)
-    at = ", ".join(f"{step:,}" for step in continued(run))
-    yield Fact("run.continued-at", at or None, config, "history")
-    yield Fact("run.data-files", data_files(run), config, "data.source.files")
-    builtin = "yes" if (data_files(run) or "").startswith("builtin-") else None
-    yield Fact("run.builtin", builtin, config, "data.source.files")
-    for name, value, where in measured(run):
-        yield Fact(f"run.{name}", value, metrics, where)
-    yield Fact("run.state", shown(run.status.get("state")), artefact(run, "status.json"), "state")
-    n_samples = str(len(run.samples)) if run.samples else None
-    yield Fact("run.samples", n_samples, artefact(run, "samples.jsonl"), "samples, counted")
+        yield Fact(f"run.{name}", shown(run.get(*path.split(".")), form), artefact(run, "config.json"), path)
+    for file, name, value, form, where in counted(run):
+        yield Fact(f"run.{name}", shown(value, form), artefact(run, file), where)
     yield from scores(run)
 
 
@@ -159,52 +145,57 @@ def data_files(run: Run) -> str | None:
     return ", ".join(names[:3]) + more if names else None
 
 
-def measured(run: Run) -> Iterator[tuple[str, str | None, str]]:
-    """(name, shown, where) of what metrics.jsonl says."""
-
-    def finite(key: str) -> list[float]:
-        return [v for _, v in run.series(key) if v is not None]
-
+def counted(run: Run) -> list[tuple[str, str, Any, Form, str]]:
+    """(file, name, value, form, where) of what is counted or computed from a file of the run; None: not known."""
     vals = [(step, v) for step, v in run.series("val_loss") if v is not None]
-    loss, speed, seconds, mfu = (finite(k) for k in ("loss", "tokens_per_second", "step_seconds", "mfu"))
-    tokens, train = run.last("tokens"), number(run.get("data", "train_tokens"))
-    last = vals[-1][1] if vals else None
-    fell = vals[0][1] if len(vals) > 1 else None
+    loss, speed, seconds, mfu = map(run.finite, ("loss", "tokens_per_second", "step_seconds", "mfu"))
+    tokens, train, files = run.last("tokens"), number(run.get("data", "train_tokens")), data_files(run)
+    last_step, last = vals[-1] if vals else (None, None)
     complete = bool(seconds) and len(seconds) == run.step
     skipped = sum(bool(row.get("skipped")) for row in run.rows) if run.rows else None
-    yield "steps", shown(run.step or None, "{:,}"), "step of the last row"
-    yield "tokens", shown(tokens, "{:,.0f}"), "tokens of the last row"
-    yield "tokens-short", shown(tokens, human), "tokens of the last row"
-    yield "epochs", shown(tokens and train and tokens / train, "{:.2f}"), "last tokens / config's train_tokens"
-    yield "first-val-loss", shown(fell, "{:.2f}"), "first val_loss"
-    yield "val-loss", shown(last, "{:.3f}"), "last val_loss"
-    yield "val-step", shown(vals[-1][0] if vals else None, "{:,}"), "step of the last val_loss"
-    yield "perplexity", shown(last and math.exp(min(last, 100)), "{:,.0f}"), "exp of the last val_loss"
-    yield "train-loss", shown(fmean(loss[-50:]) if loss else None, "{:.3f}"), "loss, mean of the last 50"
-    yield "speed", shown(median(speed) if speed else None, "{:,.0f}"), "tokens_per_second, median"
-    yield "training-time", shown(sum(seconds) if complete else None, duration), "step_seconds, summed"
-    yield "mfu", shown(median(mfu) if mfu else None, share), "mfu, median"
-    yield "skipped", shown(skipped, "{:,}"), "rows with skipped, counted"
+    builtin = "yes" if (files or "").startswith("builtin-") else None
+    config, metrics = "config.json", "metrics.jsonl"
+    return [
+        (config, "continued-at", ", ".join(f"{step:,}" for step in continued(run)), "{}", "history"),
+        (config, "data-files", files, "{}", "data.source.files"),
+        (config, "builtin", builtin, "{}", "data.source.files"),
+        (metrics, "steps", run.step or None, "{:,}", "step of the last row"),
+        (metrics, "tokens", tokens, "{:,.0f}", "tokens of the last row"),
+        (metrics, "epochs", tokens and train and tokens / train, "{:.2f}", "last tokens / config's train_tokens"),
+        (metrics, "first-val-loss", vals[0][1] if len(vals) > 1 else None, "{:.2f}", "first val_loss"),
+        (metrics, "val-loss", last, "{:.3f}", "last val_loss"),
+        (metrics, "val-step", last_step, "{:,}", "step of the last val_loss"),
+        (metrics, "perplexity", last and math.exp(min(last, 100)), "{:,.0f}", "exp of the last val_loss"),
+        (metrics, "train-loss", fmean(loss[-50:]) if loss else None, "{:.3f}", "loss, mean of the last 50"),
+        (metrics, "speed", median(speed) if speed else None, "{:,.0f}", "tokens_per_second, median"),
+        (metrics, "training-time", sum(seconds) if complete else None, duration, "step_seconds, summed"),
+        (metrics, "mfu", median(mfu) if mfu else None, share, "mfu, median"),
+        (metrics, "skipped", skipped, "{:,}", "rows with skipped, counted"),
+        ("status.json", "state", run.status.get("state"), "{}", "state"),
+        ("samples.jsonl", "samples", len(run.samples) or None, "{}", "samples, counted"),
+    ]
 
 
 def scores(run: Run) -> Iterator[Fact]:
     """The newest and largest score of each protocol, of training or of hellaswag.json, acc and acc_norm."""
-    scores = {protocol: run.score(protocol) for protocol in PROTOCOLS}
-    for protocol, score in scores.items():
-        source = artefact(run, score.file if score else "metrics.jsonl")
-        for metric in ("acc", "acc_norm"):
-            name, where = f"run.{protocol}-{slug(metric)}", f"{protocol}.{metric}"
-            value, error = (getattr(score, key, None) for key in (metric, f"{metric}_stderr"))
-            yield Fact(name, shown(value, share), source, where)
-            yield Fact(
-                f"{name}-stderr", shown(error, lambda e: f"{100 * e:.1f}"), source, f"{where}_stderr, points"
-            )
+    found = {protocol: run.score(protocol) for protocol in PROTOCOLS}
+    for protocol, score in found.items():
         away = (score.value - CHANCE) / score.error if score and score.error else None
-        form = f"{{:.1f}} standard errors {'above' if (away or 0) > 0 else 'below'}"
-        yield Fact(f"run.{protocol}-from-chance", shown(away and abs(away), form), source, protocol)
-        yield Fact(f"run.{protocol}-n", shown(score and score.n, "{:,}"), source, "n")
-        yield Fact(f"run.{protocol}-step", shown(score and score.step, "{:,}"), source, "step")
-    latest = scores["completion"] or scores["harness"]
+        apart = f"{{:.1f}} standard errors {'above' if (away or 0) > 0 else 'below'}"
+        said: list[tuple[str, Any, Form, str]] = [
+            ("from-chance", away and abs(away), apart, protocol),
+            ("n", score and score.n, "{:,}", "n"),
+            ("step", score and score.step, "{:,}", "step"),
+        ]
+        for metric in ("acc", "acc_norm"):
+            value, error = (getattr(score, key, None) for key in (metric, f"{metric}_stderr"))
+            points, where = None if error is None else 100 * error, f"{protocol}.{metric}"
+            said.append((slug(metric), value, share, where))
+            said.append((f"{slug(metric)}-stderr", points, "{:.1f}", f"{where}_stderr, points"))
+        source = artefact(run, score.file if score else "metrics.jsonl")
+        for name, value, form, where in said:
+            yield Fact(f"run.{protocol}-{name}", shown(value, form), source, where)
+    latest = found["completion"] or found["harness"]
     source = artefact(run, latest.file if latest else "metrics.jsonl")
     yield Fact("run.hellaswag-n", shown(latest and latest.n, "{:,}"), source, "n")
 
@@ -221,27 +212,28 @@ def plan_facts(root: Path, run: Run) -> Iterator[Fact]:
     claimed = tokens / CLAIMED_HOURS / 3600
     mfu = claimed * shape.flops_per_token / (8 * A100_PEAK)
     repeated = run.get("n_params") == shape.n_params and (done or 0) >= tokens
-    for name, value, where in (
-        ("tokens", f"{tokens:,}", "steps x tokens_per_step"),
-        ("tokens-short", human(tokens), "steps x tokens_per_step"),
-        ("warmup-tokens", human(plan.warmup_steps * plan.tokens_per_step), "warmup x tokens"),
-        ("run-share", shown(done and 100 * done / tokens, "{:.2g} %"), "run.tokens / plan.tokens"),
-        ("repeated", "yes" if repeated else None, "run.tokens and run.params are the plan's"),
-        ("claimed-speed", f"{claimed / 1e6:.2f} million", "plan.tokens / 7 hours"),
-        ("claimed-mfu", share(mfu), "claimed-speed x flops-per-token / (8 x 312 TFLOP/s)"),
-    ):
-        yield Fact(f"plan.{name}", value, recipe, where)
-    yield Fact("plan.params", f"{shape.n_params:,}", code, "GPTConfig().n_params")
-    yield Fact("plan.flops-per-token", human(shape.flops_per_token), code, "flops_per_token")
-    yield Fact("plan.padded-vocabulary", f"{shape.padded_vocab_size:,}", code, "GPTConfig().padded_vocab_size")
-    for name in ("n_layer", "n_head", "n_embd", "block_size", "vocab_size"):
-        yield Fact(f"plan.{slug(name)}", f"{getattr(shape, name):,}", code, name)
+    facts: list[tuple[Artefact, str, Any, Form, str]] = [
+        (recipe, "tokens", tokens, "{:,}", "steps x tokens_per_step"),
+        (recipe, "tokens-short", tokens, human, "steps x tokens_per_step"),
+        (recipe, "warmup-tokens", plan.warmup_steps * plan.tokens_per_step, human, "warmup x tokens"),
+        (recipe, "run-share", done and 100 * done / tokens, "{:.2g} %", "run.tokens / plan.tokens"),
+        (recipe, "repeated", "yes" if repeated else None, "{}", "run.tokens and run.params are the plan's"),
+        (recipe, "claimed-speed", claimed / 1e6, "{:.2f} million", "plan.tokens / 7 hours"),
+        (recipe, "claimed-mfu", mfu, share, "claimed-speed x flops-per-token / (8 x 312 TFLOP/s)"),
+        (code, "params", shape.n_params, "{:,}", "GPTConfig().n_params"),
+        (code, "flops-per-token", shape.flops_per_token, human, "flops_per_token"),
+        (code, "padded-vocabulary", shape.padded_vocab_size, "{:,}", "GPTConfig().padded_vocab_size"),
+    ]
+    sizes = ("n_layer", "n_head", "n_embd", "block_size", "vocab_size")
+    facts += [(code, slug(name), getattr(shape, name), "{:,}", name) for name in sizes]
     for f in fields(TrainConfig):
-        number = getattr(plan, f.name)
+        value = getattr(plan, f.name)
         told = f.metadata["group"] in ("run", "recipe", "watching") and f.name != "block_size"
-        if told and not isinstance(number, str | bool | None):
-            counted = isinstance(number, int) and f.name != "seed"
-            yield Fact(f"plan.{slug(f.name)}", f"{number:,}" if counted else rate(number), recipe, f.name)
+        if told and not isinstance(value, str | bool | None):
+            counted = isinstance(value, int) and f.name != "seed"
+            facts.append((recipe, slug(f.name), value, "{:,}" if counted else rate, f.name))
+    for source, name, value, form, where in facts:
+        yield Fact(f"plan.{name}", shown(value, form), source, where)
 
 
 def published_facts(root: Path) -> Iterator[Fact]:
@@ -270,20 +262,12 @@ MEASURES: dict[str, tuple[str, Form]] = {  # keys of a benchmark's rows -> head 
 
 
 @dataclass(frozen=True)
-class Row:
-    """What was measured, in words ("gpt2-256", "transformers"), and its numbers."""
-
-    labels: tuple[str, ...]
-    facts: list[Fact]
-
-
-@dataclass(frozen=True)
 class Record:
-    """A file of docs/results/benchmarks: what it compares, on which machine, and its rows."""
+    """A file of docs/results/benchmarks: what it compares, on which machine, and its rows by their labels."""
 
     title: str
     artefact: Artefact
-    rows: list[Row]
+    rows: dict[tuple[str, ...], list[Fact]]  # ("gpt2-256", "transformers"): a fact for each of MEASURES
 
 
 def benchmarks(root: Path) -> list[Record]:
@@ -299,26 +283,19 @@ def benchmarks(root: Path) -> list[Record]:
             rows = found.get(key)
             rows = [r for r in rows if isinstance(r, dict) and labels[-1] in r] if isinstance(rows, list) else []
             if rows:
-                made = [
-                    _row(path.stem, row, tuple(str(row.get(label)) for label in labels), source) for row in rows
-                ]
-                records.append(Record(f"{title} ({found.get('machine')})", source, made))
+                said = [tuple(str(row.get(label)) for label in labels) for row in rows]
+                facts = {words: measures(words, row, source) for words, row in zip(said, rows, strict=True)}
+                records.append(Record(f"{title} ({found.get('machine')})", source, facts))
     return records
 
 
-def _row(stem: str, row: dict[str, Any], labels: tuple[str, ...], source: Artefact) -> Row:
-    facts, what = [], ".".join(map(slug, labels))
+def measures(labels: tuple[str, ...], row: dict[str, Any], source: Artefact) -> list[Fact]:
+    """All MEASURES of a row, by their path in it."""
+    facts, prefix = [], ".".join(["benchmark", source.path.stem, *map(slug, labels)])
     for path, (_, form) in MEASURES.items():
         value: Any = row
         for key in path.split("."):
             value = value.get(key) if isinstance(value, dict) else None
-        where = f"{', '.join(labels)}: {path}"
-        facts.append(
-            Fact(
-                f"benchmark.{stem}.{what}.{slug(path.replace('.', ' '))}",
-                shown(number(value), form),
-                source,
-                where,
-            )
-        )
-    return Row(labels, facts)
+        name, where = f"{prefix}.{slug(path.replace('.', ' '))}", f"{', '.join(labels)}: {path}"
+        facts.append(Fact(name, shown(number(value), form), source, where))
+    return facts

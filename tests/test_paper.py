@@ -83,7 +83,6 @@ def test_the_facts_are_what_the_files_say(run):
         "epochs": "0.50",
         "training-time": "2 min 00 s",
         "speed": "1,020",
-        "starts": "1",
         "continued-at": None,
         "commit": "0123456789ab",
         "data-files": "my_notes.txt",
@@ -202,7 +201,7 @@ def test_a_benchmarks_file_becomes_facts_and_a_table(tmp_path):
     }.items():
         (tmp_path / BENCHMARKS / f"{name}.json").write_text(json.dumps(found))
     records = benchmarks(tmp_path)
-    facts = {f.name: f.shown for record in records for row in record.rows for f in row.facts if f.shown}
+    facts = {f.name: f.shown for record in records for row in record.rows.values() for f in row if f.shown}
     assert facts == {
         "benchmark.a.small.transformers-co.tokens-per-second": "1,500",
         "benchmark.a.small.transformers-co.ours-is-times": "1.50x",
