@@ -9,7 +9,7 @@ from html.parser import HTMLParser
 import pytest
 
 from aymen_gpt.commands import report
-from aymen_gpt.errors import CannotWrite, DataError
+from aymen_gpt.errors import CannotWrite
 from aymen_gpt.reporting.anchors import ANCHORS, neighbours
 from aymen_gpt.reporting.page import build_page, commands, value_text, wall_seconds, write_comparison, write_report
 from aymen_gpt.reporting.runs import read_run
@@ -20,12 +20,7 @@ CONFIG = {
     "command": ["python", "pretrain.py", "--preset", "demo"],
     "model": {"block_size": 256, "vocab_size": 50257, "n_layer": 4, "n_head": 4, "n_embd": 256},
     "n_params": 16080896,
-    "data": {
-        "folder": "data/builtin",
-        "manifest_sha256": "ab" * 32,
-        "source": "builtin",
-        "train_tokens": 1_000_000,
-    },
+    "data": {"manifest_sha256": "ab" * 32, "source": "builtin", "train_tokens": 1_000_000},
     "versions": {"python": "3.11.7", "torch": "2.13.0", "aymen_gpt": "0.1.0"},
     "git_commit": "c0ffee",
     "host": {"name": "laptop", "cores": 2},
@@ -48,15 +43,14 @@ class Page(HTMLParser):
         ids = [v for _, k, v in self.attributes if k == "id"]
         assert len(ids) == len(set(ids))
 
-    def handle_starttag(self, tag, attrs):
-        self.tags.append(tag)
-        self.attributes += [(tag, k, v) for k, v in attrs]
-        if tag not in VOID:
-            self.open.append(tag)
-
     def handle_startendtag(self, tag, attrs):
         self.tags.append(tag)
         self.attributes += [(tag, k, v) for k, v in attrs]
+
+    def handle_starttag(self, tag, attrs):
+        self.handle_startendtag(tag, attrs)
+        if tag not in VOID:
+            self.open.append(tag)
 
     def handle_endtag(self, tag):
         assert self.open, f"</{tag}> closes nothing"
@@ -101,12 +95,6 @@ def test_an_empty_run_has_a_page(tmp_path):
     assert "svg" not in page.tags
 
 
-def test_a_folder_without_a_run_is_refused(tmp_path):
-    with pytest.raises(DataError, match="no run in"):
-        write_report(tmp_path)
-    assert not (tmp_path / "report.html").exists()
-
-
 def test_the_first_row_has_a_page(tmp_path):
     page = page_of(make_run(tmp_path / "one", [row(1)]))
     assert "9.990 nats/token" in page.words
@@ -144,13 +132,6 @@ def test_mfu_has_a_chart_when_it_was_measured(tmp_path):
 
 
 @pytest.mark.fault(61)
-def test_half_lines_are_said(tmp_path):
-    page = page_of(make_run(tmp_path, [row(1), row(2)], tail='{"step": 3, "lo'))
-    assert "1 line of metrics.jsonl could not be read" in page.words
-    assert "step 2 of 300" in page.words
-
-
-@pytest.mark.fault(61)
 def test_a_log_torn_at_any_byte_has_a_page_with_every_whole_row(tmp_path):
     run = make_run(tmp_path, [row(1, val_loss=9.5), row(2), row(3)])
     log = run / "metrics.jsonl"
@@ -178,9 +159,6 @@ def test_losses_that_are_not_finite_are_shown_as_such(tmp_path):
     assert "not finite (2)" in page.words
     said = [page.words, *(v for _, _, v in page.attributes if v)]
     assert not [text for text in said if re.search(r"\b(nan|inf)\b", text, re.IGNORECASE)]
-
-
-def test_nothing_but_bad_losses_has_a_page(tmp_path):
     assert "No loss yet" in page_of(make_run(tmp_path, [row(1, loss=None), row(2, loss=None)])).words
 
 
@@ -196,9 +174,8 @@ def test_text_from_a_run_is_never_markup(tmp_path):
     }
     status = {"state": evil, "message": evil, "updated": evil}
     samples = [{"step": i, "prompt": evil, "text": f"and so {evil}"} for i in (1, 2)]
-    page = page_of(
-        make_run(tmp_path, [row(1, tokens_per_second=5.0)], config=config, status=status, samples=samples)
-    )
+    rows = [row(1, tokens_per_second=5.0)]
+    page = page_of(make_run(tmp_path, rows, config=config, status=status, samples=samples))
     assert not {"script", "img"} & set(page.tags)
     assert page.words.count('alert("x")') > 10
 
@@ -255,26 +232,22 @@ def test_a_very_long_run_stays_small_and_keeps_its_spike(tmp_path):
 
 
 def test_any_key_may_be_absent_or_of_the_wrong_kind(tmp_path):
-    keys = list(CONFIG)
-    for i, key in enumerate(keys):
-        for wrong in (None, "text", [1], {"a": []}, 3):
-            build_page(read_run(make_run(tmp_path / f"r{i}", [row(1)], config=CONFIG | {key: wrong})))
+    for key in [*CONFIG, "history"]:
         less = {k: v for k, v in CONFIG.items() if k != key}
-        Page(build_page(read_run(make_run(tmp_path / f"r{i}", [row(1)], config=less))))
+        for config in (less, *(less | {key: wrong} for wrong in (None, "text", [1], {"a": []}, 3))):
+            Page(build_page(read_run(make_run(tmp_path, [row(1)], config=config))))
 
 
-def test_a_report_is_replaced_whole_and_leaves_nothing_beside(tmp_path):
+def test_a_report_is_replaced_whole_and_leaves_nothing_beside_or_says_why_not(tmp_path):
     folder = make_run(tmp_path, [row(1)])
     (folder / "report.html").write_text("old")
     first = write_report(folder).read_text()
     assert first.endswith("</html>\n")
     assert write_report(folder).read_text() == first
     assert sorted(p.name for p in folder.iterdir()) == ["config.json", "metrics.jsonl", "report.html"]
-
-
-def test_a_folder_that_cannot_be_written_is_said(tmp_path):
-    folder = make_run(tmp_path, [row(1)])
-    (folder / "report.html").mkdir()
+    first = folder / "report.html"
+    first.unlink()
+    first.mkdir()
     with pytest.raises(CannotWrite, match=r"cannot write .*report\.html"):
         write_report(folder)
 
@@ -307,11 +280,7 @@ def test_commands_continue_generate_and_score(tmp_path, monkeypatch):
         ("peak_tflops", 989.0, "989 TFLOP/s"),
         ("memory_gb", 25.2765, "25.28 GB"),
         ("warmup_steps", 1, "1 update"),
-        (
-            "source",
-            {"repo": "a/b", "revision": None, "files": [{"name": "x", "sha256": "0"}]},
-            "repo: a/b, files: x",
-        ),
+        ("source", {"repo": "a/b", "revision": None, "files": [{"name": "x"}]}, "repo: a/b, files: x"),
         ("files", ["a", "b", "c", "d", "e"], "a, b, c and 2 more"),
     ],
 )
@@ -365,10 +334,7 @@ def test_the_command_draws_one_run_or_compares_several(tmp_path, monkeypatch, ca
 
 def test_the_time_of_a_run_is_that_of_its_parts_without_the_pauses(tmp_path):
     at = "2026-11-24T{}:00+00:00".format
-    history = [
-        {"step": 0, "started": at("10:00"), "ended": at("10:05")},
-        {"step": 5, "started": at("20:00")},
-    ]
+    history = [{"started": at("10:00"), "ended": at("10:05")}, {"step": 5, "started": at("20:00")}]
     config = {**CONFIG, "started": at("10:00"), "history": history}
     status = {"state": "done", "step": 10, "steps": 10, "updated": at("20:02")}
     make_run(tmp_path / "run", [row(10)], config=config, status=status)

@@ -23,7 +23,7 @@ def run(tmp_path):
     folder = tmp_path / "runs" / "small_1"
     folder.mkdir(parents=True)
     options = json.loads((ROOT / "docs/results/demo/config.json").read_text())["run"]
-    options |= {"run": "runs/small_1", "steps": 40, "tokens_per_step": 100, "learning_rate": 3e-3}
+    options |= {"run": "runs/small_1", "steps": 40, "tokens_per_step": 100}
     config = {
         "run": options,
         "command": ["python", "pretrain.py", "--run", HOSTILE],
@@ -109,12 +109,7 @@ SCORED = r"accuracy by the completion protocol is 33.8 % $\pm$ 1.0"
     ("config", "training", "file", "said"),
     [
         ({}, None, None, [OWN, "own: \\code{my_notes.txt}", "It ran in one piece.", "HellaSwag was not scored."]),
-        (
-            {},
-            {"n": 250, "completion": SCORE},
-            None,
-            [SCORED, "scored on 250 of 10,042", "completion & 40 & 250 &"],
-        ),
+        ({}, {"n": 250, "completion": SCORE}, None, [SCORED, "on 250 of 10,042", "completion & 40 & 250 &"]),
         ({}, None, {"n": 9, "step": 20, "harness": SCORE}, ["by the harness protocol is", "harness & 20 & 9 &"]),
         ({}, None, {"n": 9, "completion": SCORE}, [SCORED, "lies 8.8 standard errors above chance", "& -- & 9 &"]),
         ({"data": {"source": {"repo": "a/b"}}}, None, None, ["Its text is \\code{a/b}."]),
@@ -181,24 +176,12 @@ def test_a_figure_of_another_run_is_not_left_for_this_one(run, tmp_path, monkeyp
 
 
 def test_a_benchmarks_file_becomes_facts_and_a_table(tmp_path):
-    row = {
-        "shape": "small",
-        "tokens_per_second": 1500.2,
-        "ours_is_times": 1.5,
-        "mfu": None,
-        "peak_gb": float("nan"),
-    }
-    step = {"machine": "CPU_2", "command": "python x.py", "results": [row | {"variant": "transformers & co"}]}
+    row = {"shape": "small", "variant": "transformers & co", "tokens_per_second": 1500.2, "ours_is_times": 1.5}
+    step = {"machine": "CPU_2", "command": "python x.py"}
+    step |= {"results": [row | {"mfu": None, "peak_gb": float("nan")}]}
     speed = {"speed": [{"scorer": "ours, float32", "ours_is_times": {"float32": 2.5}}]}
     (tmp_path / BENCHMARKS).mkdir(parents=True)
-    for name, found in {
-        "a": step,
-        "b": speed,
-        "c": {},
-        "d": [],
-        "e": {"results": [1]},
-        "f": {"speed": "x"},
-    }.items():
+    for name, found in zip("abcdef", (step, speed, {}, [], {"results": [1]}, {"speed": "x"}), strict=True):
         (tmp_path / BENCHMARKS / f"{name}.json").write_text(json.dumps(found))
     records = benchmarks(tmp_path)
     facts = {f.name: f.shown for record in records for row in record.rows.values() for f in row if f.shown}
@@ -214,9 +197,7 @@ def test_a_benchmarks_file_becomes_facts_and_a_table(tmp_path):
 
 def test_without_latexmk_the_packages_are_named(monkeypatch, tmp_path):
     monkeypatch.setenv("PATH", str(tmp_path))
-    with pytest.raises(
-        AymenError, match="latexmk is missing.*apt-get install --no-install-recommends latexmk texl"
-    ):
+    with pytest.raises(AymenError, match="latexmk is missing.*apt-get install .*latexmk texl"):
         build.compile_paper(tmp_path)
 
 

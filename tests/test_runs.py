@@ -14,8 +14,7 @@ def write_run(folder, *, config=None, metrics=None, status=None, samples=None, h
     files = {"config.json": config, "metrics.jsonl": metrics, "status.json": status, "samples.jsonl": samples}
     for name, value in (files | {"hellaswag.json": hellaswag}).items():
         if value is not None:
-            text = value if isinstance(value, str | bytes) else json.dumps(value)
-            (folder / name).write_bytes(text if isinstance(text, bytes) else text.encode())
+            (folder / name).write_text(value if isinstance(value, str) else json.dumps(value))
     return folder
 
 
@@ -51,8 +50,9 @@ def test_a_whole_run_is_read(tmp_path):
 @pytest.mark.fault(61)
 @pytest.mark.parametrize("name", ["metrics", "samples"])
 def test_a_half_written_last_line_is_left_out_and_counted(tmp_path, name):
-    lines = b'{"step": 1, "loss": 9.5, "text": "a"}\n{"step": 2, "lo\xe2\x82'
-    run = read_run(write_run(tmp_path, **{"config": {}, name: lines}))
+    write_run(tmp_path, config={})
+    (tmp_path / f"{name}.jsonl").write_bytes(b'{"step": 1, "loss": 9.5, "text": "a"}\n{"step": 2, "lo\xe2\x82')
+    run = read_run(tmp_path)
     assert run.series("loss") == ([(1, 9.5)] if name == "metrics" else [])
     assert [s.text for s in run.samples] == (["a"] if name == "samples" else [])
     assert [f"1 line of {name}.jsonl could not be read" in problem for problem in run.problems] == [True]
