@@ -28,7 +28,7 @@ from aymen_gpt.commands import console
 from aymen_gpt.errors import AymenError
 from aymen_gpt.files import replace_text, sha256
 from aymen_gpt.reporting import plots
-from aymen_gpt.reporting.runs import Run, read_run
+from aymen_gpt.reporting.run_folder import Run, read_run
 from aymen_gpt.wording import PROTOCOLS
 from paper.facts import MEASURES, Artefact, Fact, Record, all_facts, artefact, benchmarks, known
 

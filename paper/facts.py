@@ -14,9 +14,9 @@ from statistics import fmean, median
 from typing import Any
 
 from aymen_gpt.model.gpt import GPTConfig
-from aymen_gpt.reporting.anchors import ANCHORS, CHANCE
 from aymen_gpt.reporting.plots import continued
-from aymen_gpt.reporting.runs import Run, number, read_object
+from aymen_gpt.reporting.published_scores import ANCHORS, CHANCE
+from aymen_gpt.reporting.run_folder import Run, number, read_object
 from aymen_gpt.training.config import TrainConfig, resolve
 from aymen_gpt.wording import HELLASWAG_EXAMPLES, PROTOCOLS, duration, human, percent
 
@@ -237,8 +237,8 @@ def plan_facts(root: Path, run: Run) -> Iterator[Fact]:
 
 
 def published_facts(root: Path) -> Iterator[Fact]:
-    """Scores of others, from anchors.py, named published.MODEL.PROTOCOL.METRIC, and what chance would score."""
-    source = Artefact(root / "aymen_gpt/reporting/anchors.py", "kept by hand, each with its source")
+    """Scores of others, named published.MODEL.PROTOCOL.METRIC, and what chance would score."""
+    source = Artefact(root / "aymen_gpt/reporting/published_scores.py", "kept by hand, each with its source")
     for a in ANCHORS:
         name = f"published.{slug(a.model)}.{a.protocol}.{slug(a.metric)}"
         yield Fact(name, f"{100 * a.value:.4g} %", source, a.source)

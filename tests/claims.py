@@ -10,7 +10,7 @@ import re
 from pathlib import Path
 
 from aymen_gpt.errors import DataError
-from aymen_gpt.reporting.runs import read_run
+from aymen_gpt.reporting.run_folder import read_run
 from paper.build import chosen, stated
 from paper.facts import all_facts
 from paper.facts import known as known_of

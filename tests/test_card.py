@@ -11,7 +11,7 @@ from test_checkpoint import save, snapshot
 from aymen_gpt.commands.report import write_cards
 from aymen_gpt.model.card import card
 from aymen_gpt.model.folders import problem
-from aymen_gpt.reporting.runs import read_run
+from aymen_gpt.reporting.run_folder import read_run
 from aymen_gpt.training import checkpoint
 
 SHAPE = {"n_layer": 12, "n_head": 12, "n_embd": 768, "block_size": 1024, "vocab_size": 50257}

@@ -10,9 +10,9 @@ import pytest
 
 from aymen_gpt.commands import report
 from aymen_gpt.errors import CannotWrite
-from aymen_gpt.reporting.anchors import ANCHORS, neighbours
 from aymen_gpt.reporting.page import build_page, commands, value_text, wall_seconds, write_comparison, write_report
-from aymen_gpt.reporting.runs import read_run
+from aymen_gpt.reporting.published_scores import ANCHORS, neighbours
+from aymen_gpt.reporting.run_folder import read_run
 
 CONFIG = {
     "format": 1,

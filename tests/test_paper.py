@@ -8,7 +8,7 @@ import pytest
 from conftest import ROOT
 
 from aymen_gpt.errors import AymenError
-from aymen_gpt.reporting.runs import read_run
+from aymen_gpt.reporting.run_folder import read_run
 from paper import build
 from paper.facts import BENCHMARKS, all_facts, benchmarks, known, run_facts
 

@@ -9,7 +9,7 @@ import pytest
 from conftest import ROOT
 
 from aymen_gpt.reporting import plots
-from aymen_gpt.reporting.runs import read_run
+from aymen_gpt.reporting.run_folder import read_run
 from benchmarks import five_kills
 
 NAN = float("nan")

@@ -19,7 +19,7 @@ from fake_hub import FakeHub
 from test_prepare import make_texts, write_parquet
 from test_shards import llmc_bytes
 
-from aymen_gpt.reporting.anchors import ANCHORS
+from aymen_gpt.reporting.published_scores import ANCHORS
 
 EDU = "--data edu_fineweb10B"
 TINY = "--preset tiny --steps 4 --val-every 2 --checkpoint-every 2 --val-tokens 256 --hellaswag-every 0"

@@ -5,7 +5,7 @@ import json
 import pytest
 
 from aymen_gpt.errors import DataError
-from aymen_gpt.reporting.runs import read_run
+from aymen_gpt.reporting.run_folder import read_run
 from tools import record
 
 

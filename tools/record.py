@@ -11,7 +11,7 @@ from pathlib import Path
 from aymen_gpt.commands import console
 from aymen_gpt.errors import DataError, UsageError
 from aymen_gpt.files import replace_text, sha256
-from aymen_gpt.reporting.runs import Run, read_run
+from aymen_gpt.reporting.run_folder import Run, read_run
 from paper.facts import run_facts
 
 ROOT = Path(__file__).parent.parent

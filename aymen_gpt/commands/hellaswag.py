@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING
 from aymen_gpt.commands import console
 from aymen_gpt.errors import UsageError, printable
 from aymen_gpt.files import check_writable, replace_text
-from aymen_gpt.reporting.anchors import ANCHORS, CHANCE, Anchor, neighbours
+from aymen_gpt.reporting.published_scores import ANCHORS, CHANCE, Anchor, neighbours
 from aymen_gpt.training.config import COUNT
 from aymen_gpt.wording import percent
 

@@ -10,7 +10,7 @@ from aymen_gpt.errors import DataError
 from aymen_gpt.wording import PROTOCOLS
 
 if TYPE_CHECKING:
-    from aymen_gpt.reporting.runs import Run
+    from aymen_gpt.reporting.run_folder import Run
 
 EXAMPLES = """\
   python -m aymen_gpt report runs/demo           draw runs/demo/report.html anew
@@ -46,7 +46,7 @@ def main(argv: list[str] | None = None) -> int:
 def refresh(run: Path) -> None:
     """Draw the page of a run anew, and put its scores into the model cards of its checkpoints."""
     from aymen_gpt.reporting.page import write_page
-    from aymen_gpt.reporting.runs import read_run
+    from aymen_gpt.reporting.run_folder import read_run
 
     found = read_run(run)
     write_page(found)

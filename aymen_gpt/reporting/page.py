@@ -20,7 +20,7 @@ from matplotlib.figure import Figure
 
 from aymen_gpt.files import replace_text
 from aymen_gpt.reporting import plots
-from aymen_gpt.reporting.runs import Run, number, read_run
+from aymen_gpt.reporting.run_folder import Run, number, read_run
 from aymen_gpt.wording import HELLASWAG_EXAMPLES, PROTOCOLS, duration, human, percent, shape
 
 HERE = Path(__file__).parent

@@ -18,8 +18,8 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, MaxNLocator, NullLocator
 
-from aymen_gpt.reporting.anchors import CHANCE, GPT2_FINEWEB_EDU, neighbours
-from aymen_gpt.reporting.runs import Run
+from aymen_gpt.reporting.published_scores import CHANCE, GPT2_FINEWEB_EDU, neighbours
+from aymen_gpt.reporting.run_folder import Run
 from aymen_gpt.wording import PROTOCOLS, human
 
 logging.getLogger("matplotlib").setLevel(logging.ERROR)  # it would tell of its font cache on the first start

@@ -6,7 +6,7 @@ import re
 import pytest
 
 from aymen_gpt.errors import DataError
-from aymen_gpt.reporting.runs import number, read_run
+from aymen_gpt.reporting.run_folder import number, read_run
 
 
 def write_run(folder, *, config=None, metrics=None, status=None, samples=None, hellaswag=None):
