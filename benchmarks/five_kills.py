@@ -19,6 +19,7 @@ import numpy as np
 from matplotlib.figure import Figure
 
 from aymen_gpt.reporting import plots
+from aymen_gpt.reporting.run_folder import read_lines
 from aymen_gpt.training.config import resolve
 from aymen_gpt.training.device import cpu_name
 
@@ -28,11 +29,7 @@ FOUND = ROOT / "docs/results/five-kills.json"
 
 def rows(run: Path) -> list[dict[str, Any]]:
     """The finished steps of a run; a last line that is still being written does not count."""
-    try:
-        lines = (run / "metrics.jsonl").read_text().splitlines(keepends=True)
-    except FileNotFoundError:
-        return []
-    return [json.loads(line) for line in lines if line.endswith("\n")]
+    return read_lines(run / "metrics.jsonl", [])
 
 
 def train(run: Path, options: list[str], kill_after: int | None = None) -> int | None:

@@ -170,7 +170,9 @@ def measure(source: Path, megabytes: float, rounds: int) -> dict[str, Any]:
             shutil.rmtree(out)
             print(f"round {round + 1}: {method}, {seconds[method][-1][0]:.2f} s", file=sys.stderr)
     assert len(set(found.values())) == 1, f"the methods disagree: {found}"
-    machine = {"processor": processor(), "cores": os.cpu_count(), "system": platform.platform()}
+    from aymen_gpt.training.device import cpu_name  # here, as torch would slow the start of each method
+
+    machine = {"processor": cpu_name(), "cores": os.cpu_count(), "system": platform.platform()}
     versions = {name: version(name) for name in ("gigatoken", "tiktoken", "pyarrow", "numpy")}
     return {
         "date": time.strftime("%Y-%m-%d"),
@@ -181,12 +183,6 @@ def measure(source: Path, megabytes: float, rounds: int) -> dict[str, Any]:
         "seconds": seconds,
         "peak_mb": peaks,
     }
-
-
-def processor() -> str:
-    lines = Path("/proc/cpuinfo").read_text().splitlines() if Path("/proc/cpuinfo").exists() else []
-    names = [line.partition(": ")[2] for line in lines if line.startswith("model name")]
-    return names[0] if names else platform.processor()
 
 
 def table(result: dict[str, Any]) -> str:

@@ -77,7 +77,7 @@ def make_run(folder, rows=(), *, config=CONFIG, status=None, samples=None, tail=
 
 
 def page_of(folder):
-    path = write_report(folder)
+    path = write_report(read_run(folder))
     assert path == folder / "report.html"
     return Page(path.read_text(encoding="utf-8"))
 
@@ -181,7 +181,7 @@ def test_text_from_a_run_is_never_markup(tmp_path):
 
 
 def test_the_page_loads_nothing(tmp_path):
-    path = write_report(make_run(tmp_path, [row(1)]))
+    path = write_report(read_run(make_run(tmp_path, [row(1)])))
     html = path.read_text()
     page = Page(html)
     links = [(tag, v) for tag, k, v in page.attributes if k in ("src", "href", "action", "data", "xlink:href")]
@@ -216,7 +216,7 @@ def test_a_very_long_run_stays_small_and_keeps_its_spike(tmp_path):
         lines.append(f'{{"step":{s},"loss":{loss:.4f},"lr":6e-4,"grad_norm":{rng.uniform(0.2, 0.4):.4f}}}\n')
     samples = [{"step": s, "prompt": "p", "text": "word " * 1000} for s in range(0, steps, 250)]
     folder = make_run(tmp_path, config=CONFIG | {"run": {}}, samples=samples, tail="".join(lines))
-    path = write_report(folder)
+    path = write_report(read_run(folder))
     assert path.stat().st_size < 1_000_000
     html = path.read_text()
     drawn = re.findall(r'<path d="([^"]*)"', html)
@@ -241,15 +241,15 @@ def test_any_key_may_be_absent_or_of_the_wrong_kind(tmp_path):
 def test_a_report_is_replaced_whole_and_leaves_nothing_beside_or_says_why_not(tmp_path):
     folder = make_run(tmp_path, [row(1)])
     (folder / "report.html").write_text("old")
-    first = write_report(folder).read_text()
+    first = write_report(read_run(folder)).read_text()
     assert first.endswith("</html>\n")
-    assert write_report(folder).read_text() == first
+    assert write_report(read_run(folder)).read_text() == first
     assert sorted(p.name for p in folder.iterdir()) == ["config.json", "metrics.jsonl", "report.html"]
     first = folder / "report.html"
     first.unlink()
     first.mkdir()
     with pytest.raises(CannotWrite, match=r"cannot write .*report\.html"):
-        write_report(folder)
+        write_report(read_run(folder))
 
 
 def test_commands_continue_generate_and_score(tmp_path, monkeypatch):
@@ -300,7 +300,7 @@ def test_several_runs_stand_on_one_page(tmp_path):
     rows = [row(s, val_loss=9.0, step_seconds=1.0, tokens_per_second=4096.0) for s in (1, 2)]
     other = CONFIG | {"run": CONFIG["run"] | {"learning_rate": 6e-4, "init_from": evil}, "git_commit": evil}
     folders = [make_run(tmp_path / "a" / "x", rows), make_run(tmp_path / "b" / "x", rows[:1], config=other)]
-    page = Page(write_comparison(folders, tmp_path / "compare.html").read_text())
+    page = Page(write_comparison([*map(read_run, folders)], tmp_path / "compare.html").read_text())
     assert page.tags.count("svg") == 4
     assert "script" not in page.tags
     for said in (
@@ -315,7 +315,7 @@ def test_several_runs_stand_on_one_page(tmp_path):
 
 def test_runs_without_anything_stand_on_one_page(tmp_path):
     folders = [make_run(tmp_path / name, config={}) for name in "ab"]
-    page = Page(write_comparison(folders, tmp_path / "compare.html").read_text())
+    page = Page(write_comparison([*map(read_run, folders)], tmp_path / "compare.html").read_text())
     assert "Nothing in their config.json" in page.words
     assert "by time" not in page.words
 

@@ -35,21 +35,23 @@ def parser() -> argparse.ArgumentParser:
 def main(argv: list[str] | None = None) -> int:
     options = parser().parse_args(argv)
     from aymen_gpt.reporting.page import write_comparison, write_report
+    from aymen_gpt.reporting.run_folder import read_run
 
-    if len(options.runs) == 1:
-        print(write_report(options.runs[0], options.out))
+    runs = [read_run(folder) for folder in options.runs]
+    if len(runs) == 1:
+        print(write_report(runs[0], options.out))
     else:
-        print(write_comparison(options.runs, options.out or Path("compare.html")))
+        print(write_comparison(runs, options.out or Path("compare.html")))
     return 0
 
 
 def refresh(run: Path) -> None:
     """Draw the page of a run anew, and put its scores into the model cards of its checkpoints."""
-    from aymen_gpt.reporting.page import write_page
+    from aymen_gpt.reporting.page import write_report
     from aymen_gpt.reporting.run_folder import read_run
 
     found = read_run(run)
-    write_page(found)
+    write_report(found)
     write_cards(found)
 
 

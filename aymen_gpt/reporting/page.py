@@ -1,7 +1,7 @@
 """Run folders -> a page: one file that opens by double click, complete without network or script.
 
-``write_report(Path("runs/demo"))`` may be called at any moment of a run, by the trainer or by hand; the page is
-written beside and renamed, so a browser never sees half of it. Here are the values, report.html.j2 has the
+``write_report(read_run(Path("runs/demo")))`` may be called at any moment of a run, by the trainer or by hand; the
+page is written beside and renamed, so a browser never sees half of it. Here are the values, report.html.j2 has the
 words: it escapes whatever comes from a run. A Content-Security-Policy forbids the page to load anything at all.
 """
 
@@ -20,7 +20,7 @@ from matplotlib.figure import Figure
 
 from aymen_gpt.files import replace_text
 from aymen_gpt.reporting import plots
-from aymen_gpt.reporting.run_folder import Run, number, read_run
+from aymen_gpt.reporting.run_folder import Run, number
 from aymen_gpt.wording import HELLASWAG_EXAMPLES, PROTOCOLS, duration, human, percent, shape
 
 HERE = Path(__file__).parent
@@ -37,21 +37,16 @@ MAX_SECTIONS, MAX_SAMPLES, MAX_CHARS = 24, 6, 2000  # samples shown: steps, per 
 MAX_ROWS = 400  # of the table of validations
 
 
-def write_report(folder: Path, out: Path | None = None) -> Path:
-    """Write the page of the run in ``folder`` to its report.html, or to ``out``, whole or not at all; its path."""
-    return write_page(read_run(Path(folder)), out)
-
-
-def write_page(run: Run, out: Path | None = None) -> Path:
-    """``write_report`` of a run that was read already."""
+def write_report(run: Run, out: Path | None = None) -> Path:
+    """Write the page of a run to report.html in its folder, or to ``out``, whole or not at all; its path."""
     path = out or run.folder / "report.html"
     replace_text(path, build_page(run), follow=out is not None)
     return path
 
 
-def write_comparison(folders: Sequence[Path], out: Path) -> Path:
+def write_comparison(runs: Sequence[Run], out: Path) -> Path:
     """Write one page with the curves of several runs on shared axes, and what differs between them."""
-    replace_text(out, build_comparison([read_run(Path(folder)) for folder in folders]), follow=True)
+    replace_text(out, build_comparison(runs), follow=True)
     return out
 
 
