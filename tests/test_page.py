@@ -4,9 +4,11 @@ import json
 import math
 import random
 import re
+from functools import partial
 from html.parser import HTMLParser
 
 import pytest
+from run_folders import write_run
 
 from aymen_gpt.commands import report
 from aymen_gpt.errors import CannotWrite
@@ -65,15 +67,7 @@ class Page(HTMLParser):
         return " ".join(" ".join(self.text).split())
 
 
-def make_run(folder, rows=(), *, config=CONFIG, status=None, samples=None, tail=""):
-    folder.mkdir(parents=True, exist_ok=True)
-    (folder / "config.json").write_text(json.dumps(config))
-    (folder / "metrics.jsonl").write_text("".join(json.dumps(r) + "\n" for r in rows) + tail)
-    if status:
-        (folder / "status.json").write_text(json.dumps(status))
-    if samples:
-        (folder / "samples.jsonl").write_text("".join(json.dumps(sample) + "\n" for sample in samples))
-    return folder
+make_run = partial(write_run, config=CONFIG)
 
 
 def page_of(folder):

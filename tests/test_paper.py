@@ -6,6 +6,7 @@ import shutil
 
 import pytest
 from conftest import ROOT
+from run_folders import write_run
 
 from aymen_gpt.errors import AymenError
 from aymen_gpt.reporting.run_folder import read_run
@@ -20,8 +21,6 @@ SCORE = {"acc": 0.26, "acc_stderr": 0.0139, "acc_norm": 0.338, "acc_norm_stderr"
 @pytest.fixture
 def run(tmp_path):
     """A finished run on own text, not scored: 40 steps of 100 tokens, with numbers to compute by hand."""
-    folder = tmp_path / "runs" / "small_1"
-    folder.mkdir(parents=True)
     options = json.loads((ROOT / "docs/results/demo/config.json").read_text())["run"]
     options |= {"run": "runs/small_1", "steps": 40, "tokens_per_step": 100}
     config = {
@@ -45,12 +44,9 @@ def run(tmp_path):
         rows.append({"step": step, "tokens": 100 * step, "loss": 8.0, "lr": 1e-3, "step_seconds": 3.0})
         rows[-1] |= {"tokens_per_second": 1000.0 + step, "grad_norm": 1.0}
     rows[-1]["val_loss"] = 5.0
-    (folder / "config.json").write_text(json.dumps(config))
-    (folder / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    (folder / "status.json").write_text(json.dumps({"state": "done", "step": 40, "steps": 40}))
-    sample = {"step": 40, "prompt": HOSTILE, "text": f"{HOSTILE} und schön ש"}
-    (folder / "samples.jsonl").write_text(json.dumps(sample) + "\n")
-    return folder
+    status = {"state": "done", "step": 40, "steps": 40}
+    samples = [{"step": 40, "prompt": HOSTILE, "text": f"{HOSTILE} und schön ש"}]
+    return write_run(tmp_path / "runs" / "small_1", rows, config=config, status=status, samples=samples)
 
 
 def change(folder, **parts):

@@ -7,6 +7,7 @@ import xml.etree.ElementTree as ET
 import numpy as np
 import pytest
 from conftest import ROOT
+from run_folders import write_run
 
 from aymen_gpt.reporting import plots
 from aymen_gpt.reporting.run_folder import read_run
@@ -20,11 +21,8 @@ def write(tmp_path):
     """write(rows, config, name) -> the Run; a step is 100 tokens."""
 
     def write(rows, config=None, name="run"):
-        folder = tmp_path / name
-        folder.mkdir(exist_ok=True)
-        (folder / "config.json").write_text(json.dumps({"run": {"tokens_per_step": 100}} | (config or {})))
-        (folder / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-        return read_run(folder)
+        config = {"run": {"tokens_per_step": 100}} | (config or {})
+        return read_run(write_run(tmp_path / name, rows, config=config))
 
     return write
 

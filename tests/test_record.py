@@ -3,6 +3,7 @@
 import json
 
 import pytest
+from run_folders import write_run
 
 from aymen_gpt.errors import DataError
 from aymen_gpt.reporting.run_folder import read_run
@@ -11,20 +12,16 @@ from tools import record
 
 @pytest.fixture
 def run(tmp_path):
-    folder = tmp_path / "run"
-    folder.mkdir()
     rows = [{"step": step, "tokens": step, "loss": 8.0, "val_loss": 5.0} for step in range(5)]
     part = {"acc_norm": 0.25, "acc_norm_stderr": 0.01}
-    files = {
-        "config.json": json.dumps({"n_params": 7, "git_commit": "c0ffee"}),
-        "metrics.jsonl": "".join(json.dumps(row) + "\n" for row in rows),
-        "status.json": '{"state": "done"}',
-        "samples.jsonl": '{"step": 4, "prompt": "a", "text": "b"}\n',
-        "hellaswag.json": json.dumps({"n": 1000, "completion": part, "examples": [1, 2]}),
-    }
-    for name, text in files.items():
-        (folder / name).write_text(text)
-    return folder
+    return write_run(
+        tmp_path / "run",
+        rows,
+        config={"n_params": 7, "git_commit": "c0ffee"},
+        status={"state": "done"},
+        samples=[{"step": 4, "prompt": "a", "text": "b"}],
+        hellaswag={"n": 1000, "completion": part, "examples": [1, 2]},
+    )
 
 
 def test_a_digest_gives_the_same_facts_from_less(run, tmp_path):

@@ -1,21 +1,12 @@
 """Reading a run folder: whatever state it is in, what can be read is read and the rest is said."""
 
-import json
 import re
 
 import pytest
+from run_folders import write_run
 
 from aymen_gpt.errors import DataError
 from aymen_gpt.reporting.run_folder import number, read_run
-
-
-def write_run(folder, *, config=None, metrics=None, status=None, samples=None, hellaswag=None):
-    folder.mkdir(parents=True, exist_ok=True)
-    files = {"config.json": config, "metrics.jsonl": metrics, "status.json": status, "samples.jsonl": samples}
-    for name, value in (files | {"hellaswag.json": hellaswag}).items():
-        if value is not None:
-            (folder / name).write_text(value if isinstance(value, str) else json.dumps(value))
-    return folder
 
 
 def test_a_folder_without_a_run_is_refused_by_name(tmp_path):
@@ -31,9 +22,9 @@ def test_a_whole_run_is_read(tmp_path):
         write_run(
             tmp_path / "demo",
             config={"model": {"n_layer": 4}, "run": "text instead of an object"},
-            metrics='{"step": 1, "loss": 9.5, "lr": 0.1}\n{"step": 2, "loss": 8.5}\n',
+            tail='{"step": 1, "loss": 9.5, "lr": 0.1}\n\n{"step": 2, "loss": 8.5}\n',
             status={"state": "running", "step": 2},
-            samples='{"step": 2, "prompt": "Hello", "text": " world\\n> and\\n````\\n"}\n',
+            samples=[{"step": 2, "prompt": "Hello", "text": " world\n> and\n````\n"}],
         )
     )
     assert run.name == "demo"
@@ -62,21 +53,21 @@ def test_a_half_written_last_line_is_left_out_and_counted(tmp_path, name):
     "line", ["null", "[1]", "7", "{}", '{"step": "3"}', '{"step": true}', '{"step": -1}', "{", "[" * 9999]
 )
 def test_lines_that_are_no_row_are_counted(tmp_path, line):
-    run = read_run(write_run(tmp_path, metrics=f'{line}\n\n{{"step": 5}}\n'))
+    run = read_run(write_run(tmp_path, tail=f'{line}\n{{"step": 5}}\n'))
     assert run.rows == [{"step": 5}]
     assert run.problems[0].startswith("1 line of metrics.jsonl")
 
 
 def test_rows_come_in_order_of_step_and_a_later_line_of_a_step_wins(tmp_path):
     text = '{"step": 2, "loss": 8}\n{"step": 1, "loss": 9}\n{"step": 2, "loss": 7, "val_loss": 6}\n'
-    run = read_run(write_run(tmp_path, metrics=text))
+    run = read_run(write_run(tmp_path, tail=text))
     assert run.rows == [{"step": 1, "loss": 9}, {"step": 2, "loss": 7, "val_loss": 6}]
     assert run.problems == []
 
 
 def test_losses_that_are_not_finite_are_gaps_and_the_latest_finite_one_is_last(tmp_path):
     metrics = '{"step":1,"loss":9.0}\n{"step":2,"loss":NaN}\n{"step":3,"loss":null}\n{"step":4,"loss":Infinity}\n'
-    run = read_run(write_run(tmp_path, metrics=metrics))
+    run = read_run(write_run(tmp_path, tail=metrics))
     assert run.series("loss") == [(1, 9.0), (2, None), (3, None), (4, None)]
     assert run.last("loss") == 9.0
 
@@ -91,7 +82,7 @@ def test_number_takes_finite_numbers_only(value, expected):
 
 @pytest.mark.parametrize("name", ["config", "status", "hellaswag"])
 def test_a_damaged_file_is_said_and_the_rest_is_read(tmp_path, name):
-    run = read_run(write_run(tmp_path, **{name: '{"run": ', "metrics": '{"step": 1, "loss": 9.0}\n'}))
+    run = read_run(write_run(tmp_path, [{"step": 1, "loss": 9.0}], **{name: '{"run": '}))
     assert getattr(run, name) == {}
     (problem,) = run.problems
     assert re.fullmatch(rf"cannot read .*{name}\.json: no JSON .*; left out here\.", problem)
@@ -123,8 +114,7 @@ SCORED = [
     ],
 )
 def test_the_newest_and_largest_score_counts(tmp_path, file, last):
-    metrics = "".join(json.dumps(r) + "\n" for r in SCORED)
-    run = read_run(write_run(tmp_path, metrics=metrics, hellaswag=file))
+    run = read_run(write_run(tmp_path, SCORED, hellaswag=file))
     score = run.score("completion")
     assert (score.step, score.n, score.value) == last
     assert run.score("completion", step=15) is None
