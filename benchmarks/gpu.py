@@ -169,22 +169,6 @@ def metrics(run: Path) -> list[Row]:
     return [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
 
 
-class LowPrecisionResidual(GPT):
-    """The residual stream in the autocast dtype instead of float32."""
-
-    def hidden(self, idx: Tensor, *args: Any, **more: Any) -> Tensor:
-        x = self.wte(idx) + self.wpe.weight[: idx.size(1)]
-        if torch.is_autocast_enabled(idx.device.type):
-            x = x.to(torch.bfloat16)
-        for block in self.h:
-            x = block(x)
-        return self.ln_f(x)
-
-
-def low_precision_residual(trainer: Trainer) -> None:
-    trainer.model.__class__ = LowPrecisionResidual
-
-
 def full_logits(trainer: Trainer) -> None:
     """The textbook's loss, which holds all logits of a micro-batch in float32."""
 
@@ -220,7 +204,7 @@ class Variant:
 
 VARIANTS = [
     Variant("flash attention", attention=SDPBackend.FLASH_ATTENTION),
-    Variant("bfloat16 residual", change=low_precision_residual),
+    Variant("bfloat16 residual", {"residual": "bfloat16"}),
     Variant("blocks compiled one by one", change=blocks_one_by_one),
     Variant("micro-batch 32", {"micro_batch": 32}),
     Variant("full logits, micro-batch 32", {"micro_batch": 32}, full_logits),

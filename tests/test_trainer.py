@@ -434,6 +434,22 @@ def test_where_nothing_can_be_compiled_the_run_goes_on_without_unless_compiling_
         asked.fit_micro_batch()
 
 
+def test_the_residual_stream_may_be_bfloat16(shards):
+    """Blocks see sums in that dtype, the loss is near, and without autocast nothing changes."""
+    found = {}
+    for residual, dtype in (("float32", "bfloat16"), ("bfloat16", "bfloat16"), ("bfloat16", "float32")):
+        config = resolve({"preset": "tiny", "data": str(shards), "residual": residual})
+        t = build(config, choose_device("cpu", dtype), Ranks())
+        seen = []
+        t.model.h[1].register_forward_pre_hook(lambda block, args, seen=seen: seen.append(args[0].dtype))
+        found[residual, dtype] = (t.train_step(0, t.batches_of(0)).loss, seen[0])
+    assert [seen for _, seen in found.values()] == [torch.float32, torch.bfloat16, torch.float32]
+    losses = [loss for loss, _ in found.values()]
+    assert losses[0] != losses[1] == pytest.approx(losses[0], abs=0.01)
+    with pytest.raises(UsageError, match="--residual half: expected float32 or bfloat16"):
+        trainer(shards, residual="half")
+
+
 def test_deterministic_runs_ask_the_compiler_for_the_same_kernels_every_time(shards, monkeypatch):
     asked = []
     monkeypatch.setattr(torch, "compile", lambda f, **options: asked.append(options.get("options")) or f)

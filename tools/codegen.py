@@ -89,8 +89,10 @@ def _triton_for(architecture: int) -> Iterator[None]:
         yield
 
 
-def programs(config: GPTConfig, rows: int, *, deterministic: bool = False, grad: bool = True) -> list[str]:
-    """The source of each graph of the summed loss of ``rows`` rows in bfloat16 and, with ``grad``, its backward.
+def programs(
+    config: GPTConfig, rows: int, *, deterministic: bool = False, residual: torch.dtype = torch.float32
+) -> list[str]:
+    """The source of each graph of the summed loss of ``rows`` rows in bfloat16, and of its backward.
 
     Raises torch._dynamo's exceptions where it is not one graph each.
     """
@@ -131,19 +133,17 @@ def programs(config: GPTConfig, rows: int, *, deterministic: bool = False, grad:
             pretended_gpu(count_waits=False),
             inductor.patch(settings),
             mock.patch.object(GraphLowering, "compile_to_module", keep),
-            torch.set_grad_enabled(grad),
         ):
             torch.set_float32_matmul_precision("high")
             model = GPT(config).to("cuda:0")
+            model.residual = residual
 
             def loss(x: Tensor, y: Tensor) -> Tensor:
                 with torch.autocast("cuda", dtype=torch.bfloat16):
                     return linear_cross_entropy(model.hidden(x), model.wte.weight, y, config.vocab_size)
 
             tokens = torch.zeros(rows, config.block_size + 1, dtype=torch.int64, device="cuda:0")
-            value = torch.compile(loss, dynamic=False, fullgraph=True)(tokens[:, :-1], tokens[:, 1:])
-            if grad:
-                value.backward()
+            torch.compile(loss, dynamic=False, fullgraph=True)(tokens[:, :-1], tokens[:, 1:]).backward()
     finally:
         torch.use_deterministic_algorithms(False)
         torch.set_float32_matmul_precision("highest")

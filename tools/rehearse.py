@@ -196,12 +196,17 @@ def code() -> Table:
     }
     found: Table = [{"what": what, "value": value} for what, value in facts.items()]
     gb = sum(forward.kernel_gb.values()) + sum(backward.kernel_gb.values()) + OTHER_GB
+    less = [count(source) for source in programs(gpt2, rows, residual=torch.bfloat16)]
+    less_gb = sum(gb for program in less for gb in program.kernel_gb.values()) + OTHER_GB
+    found.append({"what": "with --residual bfloat16: both, GB", "value": less_gb - OTHER_GB})
+    found.append({"what": "with --residual bfloat16: most memory, GB", "value": less[0].peak_gb})
     for name, r in GPUS.items():
-        seconds = facts["products, TFLOP"] / r.matmul + gb / 1000 / r.memory
-        seconds += sum(work / rate for work, rate in zip(attention, r.attention, strict=True))
-        speed = tokens / seconds
-        mfu = speed * gpt2.flops_per_token / 1e12 / r.peak
-        found.append({"what": f"{name} on paper, tokens/s (MFU {100 * mfu:.1f} %)", "value": speed})
+        for note, moved in (("", gb), (", --residual bfloat16", less_gb)):
+            seconds = facts["products, TFLOP"] / r.matmul + moved / 1000 / r.memory
+            seconds += sum(work / rate for work, rate in zip(attention, r.attention, strict=True))
+            speed = tokens / seconds
+            mfu = speed * gpt2.flops_per_token / 1e12 / r.peak
+            found.append({"what": f"{name}{note} on paper, tokens/s (MFU {100 * mfu:.1f} %)", "value": speed})
     for what, value, most in (
         ("the loss's kernel moves {:.2f} GB a chunk", loss_gb, LOSS_GB),
         ("forward's buffers take {:.1f} GB", forward.peak_gb, PEAK_GB),

@@ -159,6 +159,7 @@ class GPT(nn.Module):
     def __init__(self, config: GPTConfig, generator: torch.Generator | None = None) -> None:
         super().__init__()
         self.config = config
+        self.residual = torch.float32  # of the sums between blocks under autocast
         self.wte = nn.Embedding(config.padded_vocab_size, config.n_embd)  # also the output layer
         self.wpe = nn.Embedding(config.block_size, config.n_embd)
         self.h = nn.ModuleList(Block(config) for _ in range(config.n_layer))
@@ -205,6 +206,8 @@ class GPT(nn.Module):
         if positions is None and past + T > self.config.block_size:
             raise ValueError(f"{past + T} tokens do not fit into a context of {self.config.block_size}")
         x = self.wte(idx) + (self.wpe.weight[past : past + T] if positions is None else self.wpe(positions))
+        if torch.is_autocast_enabled(x.device.type):
+            x = x.to(self.residual)
         for i, block in enumerate(self.h):
             x = block(x, caches[i] if caches else None, mask)  # (B, T, C)
         return self.ln_f(x)

@@ -98,6 +98,11 @@ class TrainConfig:
         "auto",
         default=None,
     )
+    residual: str = option(
+        "of the sums between blocks, where products are not float32: float32 or bfloat16",
+        "machine",
+        default="float32",
+    )
     compile: bool | None = option("torch.compile the model [only on CUDA]", "machine", default=None)
     deterministic: bool = option(
         "the same bits on every run of a GPU too, at some speed", "machine", default=False

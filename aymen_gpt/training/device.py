@@ -118,6 +118,13 @@ def _dtype(name: str, kind: str) -> torch.dtype:
     return DTYPES[name]
 
 
+def residual(name: str) -> torch.dtype:
+    """The dtype of the residual stream; UsageError for another name than float32 and bfloat16."""
+    if name not in ("float32", "bfloat16"):
+        raise UsageError(f"--residual {name}: expected float32 or bfloat16")
+    return DTYPES[name]
+
+
 def be_deterministic() -> None:
     """Ask torch for kernels that give the same bits on every run, before anything is computed.
 
