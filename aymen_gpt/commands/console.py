@@ -51,8 +51,10 @@ def run(main: Callable[[], int]) -> NoReturn:
         code = 130
     except OSError as error:
         code = output_failed(error)
-    except Exception:  # a bug: one rank of several that has it must not wait for the others
-        traceback.print_exc()
+    except Exception:  # a bug
+        if int(os.environ.get("WORLD_SIZE", "1")) == 1:
+            raise
+        traceback.print_exc()  # now: at its end Python would wait for the other ranks first
         code = 1
     leave(code)
 
