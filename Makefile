@@ -1,5 +1,6 @@
 # make demo          install, then text -> tokens -> a small GPT -> its HellaSwag score, on any machine, in minutes
 # make test          install, then every test
+# make test-fast     the tests that take less than two seconds, for the loop of work
 # make test-faults   only the tests that kill, cut, flip and fill things, and a table of what is survived
 # make test-parity   our HellaSwag against lm-evaluation-harness on 1,000 examples, three models: a quarter of an hour
 # make rehearse      the CUDA path on a machine without a GPU: what runs, waits, moves and compiles (docs/cuda.md)
@@ -14,7 +15,7 @@ RUN ?= docs/results/demo
 # pip shows its bars to a person and only errors to a log
 PIP := $(BIN)/pip --disable-pip-version-check $(shell test -t 2 || echo -qq)
 
-.PHONY: setup demo report record test test-faults test-parity rehearse lint clean
+.PHONY: setup demo report record test test-fast test-faults test-parity rehearse lint clean
 
 setup: .venv/installed
 
@@ -53,6 +54,9 @@ record: .venv/installed-dev
 
 test: .venv/installed-dev
 	$(BIN)/python -m pytest -n 2
+
+test-fast: .venv/installed-dev
+	$(BIN)/python -m pytest -n 2 -m 'not slow'
 
 test-faults: .venv/installed-dev
 	$(BIN)/python -m pytest -n 2 -p tests.faults -m fault

@@ -9,6 +9,8 @@ from pathlib import Path
 import pytest
 from conftest import ROOT, make_shards
 
+pytestmark = pytest.mark.slow
+
 
 def benchmark(found, *words):
     """Run a benchmark, and read what it wrote to the file ``found``."""
@@ -19,7 +21,6 @@ def benchmark(found, *words):
     return json.loads(found.read_text())
 
 
-@pytest.mark.slow
 @pytest.mark.timeout(600)
 def test_the_gpu_benchmark_runs_in_reduced_form_on_a_cpu(tmp_path):
     words = ("--quick", "--device", "cpu", "--data", make_shards(tmp_path / "shards"))
@@ -38,7 +39,6 @@ def test_what_no_longer_fits_into_the_gpu_benchmarks_time_is_left_out_and_the_re
     assert found["matrix"] == found["correct"] == [{"skipped": "0 s are over"}]
 
 
-@pytest.mark.slow
 @pytest.mark.timeout(600)
 def test_the_step_benchmark_compares_losses_that_are_alike(tmp_path):
     out, variants = tmp_path / "train.json", ["ours", "textbook", "transformers"]

@@ -167,6 +167,7 @@ events = st.one_of(
 )
 
 
+@pytest.mark.slow
 @pytest.mark.fault(2, 14, 15, 16)
 @settings(max_examples=60, deadline=None)
 @given(st.lists(events, max_size=20))

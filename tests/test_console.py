@@ -181,6 +181,7 @@ def test_from_another_folder_the_doors_have_their_path(monkeypatch, tmp_path):
     assert console.as_typed("run python fineweb.py first") == f"run python {ROOT}/fineweb.py first"
 
 
+@pytest.mark.slow
 def test_one_command_leads_to_all_others(door_run):
     entry = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["scripts"]["aymen-gpt"]
     module, _, name = entry.partition(":")

@@ -138,6 +138,7 @@ def test_letters_that_tiktoken_does_not_know_yet_get_its_ids(letter, text):
     assert ids.tolist() == tokenizer.encode(text.format(letter, letter)).tolist()
 
 
+@pytest.mark.slow
 def test_every_character_there_is_gets_tiktokens_ids(fast):
     """Each between contractions, letters, numbers and blanks; those that both know alike in few large texts."""
     raw, around = encoder.build(), "{0}'s a{0}'ll 1{0} {0}'t"

@@ -84,6 +84,7 @@ def test_a_server_error_for_ever_ends_in_a_network_error_that_names_everything(h
     assert hub.count("GET", "a.parquet") < 60
 
 
+@pytest.mark.slow
 @pytest.mark.fault(47)
 @pytest.mark.parametrize("fault", ["short", "stall"])
 def test_a_line_that_breaks_for_ever_is_given_up_and_leaves_nothing(hub, tmp_path, fault, impatient, monkeypatch):

@@ -19,6 +19,8 @@ from test_prepare import make_texts, tokens_of, write_jsonl, write_parquet
 
 from aymen_gpt.commands import console, fineweb
 
+pytestmark = pytest.mark.slow
+
 
 def digest(folder):
     return {path.name: hashlib.sha256(path.read_bytes()).hexdigest() for path in sorted(folder.glob("[!.]*"))}
@@ -174,7 +176,6 @@ def test_a_full_disk_is_exit_73_and_the_same_command_continues(texts, tmp_path):
     assert digest(out) == digest(tmp_path / "whole")
 
 
-@pytest.mark.slow
 @pytest.mark.fault(58)
 def test_paths_with_blanks_and_letters_of_all_kinds_work_from_text_to_a_story(door, tmp_path):
     place = tmp_path / "my té xt's; $HOME & 中 100%"
@@ -236,7 +237,6 @@ def workers_of(pid):
     return [int(child) for child in found if b"spawn_main" in Path(f"/proc/{child}/cmdline").read_bytes()]
 
 
-@pytest.mark.slow
 @pytest.mark.fault(49)
 @pytest.mark.skipif(not Path("/proc/self/task").exists(), reason="finds worker processes through /proc")
 def test_kill_minus_nine_at_any_moment_then_the_same_command_gives_the_same_bytes(tmp_path):

@@ -13,6 +13,8 @@ from test_checkpoint import snapshot
 from aymen_gpt.model.gpt import GPT, PRESETS
 from aymen_gpt.training import checkpoint, optim
 
+pytestmark = pytest.mark.slow
+
 
 @pytest.fixture
 def run(tmp_path):

@@ -63,6 +63,7 @@ def check_sums(ranks):
     assert len(first) == 10
 
 
+@pytest.mark.slow
 def test_every_rank_gets_the_sum_of_all(tmp_path):
     on_ranks(check_sums, tmp_path)
 
@@ -77,6 +78,7 @@ def check_a_parameter_without_gradient(ranks):
     assert model[1].bias.grad.tolist() == [0, 0]
 
 
+@pytest.mark.slow
 def test_what_the_loss_does_not_depend_on_holds_nothing_up(tmp_path):
     on_ranks(check_a_parameter_without_gradient, tmp_path)
 

@@ -200,6 +200,7 @@ def test_the_results_of_ranks_merge_to_the_whole(real):
                 np.testing.assert_allclose(a.log_likelihoods, b.log_likelihoods, atol=1e-4)
 
 
+@pytest.mark.slow
 def test_scores_without_gradients_leave_a_compiled_training_step_alone(real):
     """As in training, every so often: the step is not compiled again, and no graph or gradient is left behind."""
     torch._dynamo.reset()

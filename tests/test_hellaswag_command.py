@@ -16,6 +16,8 @@ from aymen_gpt import files
 from aymen_gpt.model.gpt import GPT, GPTConfig
 from aymen_gpt.model.huggingface import config_to_huggingface, to_huggingface
 
+pytestmark = pytest.mark.slow
+
 CONFIG = GPTConfig(block_size=32, n_layer=1, n_head=1, n_embd=16)
 N = 8
 
@@ -90,7 +92,6 @@ def save_manifest(folder, step):
     (folder / "manifest.json").write_text(json.dumps({"step": step, "files": found}))
 
 
-@pytest.mark.slow
 def test_the_score_of_a_run_stands_in_its_page_and_in_its_card(door, tmp_path):
     """What training measured after it saved the checkpoint, and then the larger score."""
     make_shards(tmp_path / "data")
@@ -176,7 +177,6 @@ def answers(path):
     return found, np.array(likely)
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("processes", [2, 3])
 def test_any_number_of_processes_gives_the_same_score(door, model, data, tmp_path, processes):
     alone = door("hellaswag.py", "-m", model, "--data", data, "--json", tmp_path / "1.json")
@@ -191,7 +191,6 @@ def test_any_number_of_processes_gives_the_same_score(door, model, data, tmp_pat
     assert f"on {processes} x " in together.stderr
 
 
-@pytest.mark.slow
 def test_two_scorings_are_compared(door, model, data, tmp_path):
     other = tmp_path / "other"
     shutil.copytree(model, other)

@@ -64,6 +64,7 @@ def test_a_checkpoint_of_nanogpt_gives_its_weights(tmp_path):
     assert same_logits(load_pt(path), model)
 
 
+@pytest.mark.slow
 @pytest.mark.fault(20)
 def test_it_can_be_trained_on_but_brings_no_optimizer(door, tmp_path, seed_file):
     path, _ = seed_file
@@ -82,6 +83,7 @@ def test_it_can_be_trained_on_but_brings_no_optimizer(door, tmp_path, seed_file)
     assert "no optimizer state" in done.stderr
 
 
+@pytest.mark.slow
 @pytest.mark.fault(19)
 @pytest.mark.parametrize("command", ["hellaswag.py", "generate.py"])
 def test_a_pickle_that_would_run_a_command_is_refused_and_runs_nothing(door, tmp_path, command):

@@ -18,6 +18,8 @@ from aymen_gpt.evaluation.lm_eval_bridge import AymenLM, offline_hellaswag
 from aymen_gpt.model.gpt import GPT, GPTConfig
 from aymen_gpt.model.huggingface import config_to_huggingface, to_huggingface
 
+pytestmark = pytest.mark.slow
+
 EXAMPLES = int(os.environ.get("PARITY_EXAMPLES", "40"))  # make test-parity takes 1,000
 CONFIG = GPTConfig(block_size=128, n_layer=2, n_head=2, n_embd=32)
 TEXTS = [

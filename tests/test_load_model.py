@@ -314,6 +314,7 @@ def test_weights_that_are_not_finite_are_refused(tmp_path, value):
             load_model(str(tmp_path / name), CPU)
 
 
+@pytest.mark.slow
 @pytest.mark.fault(30)
 @pytest.mark.parametrize(
     "command",

@@ -5,6 +5,8 @@ import json
 import pytest
 from conftest import ROOT
 
+pytestmark = pytest.mark.slow
+
 NOTEBOOK = ROOT / "GPT-nb.ipynb"
 
 
@@ -22,7 +24,6 @@ def text_of(notebook):
     return "".join("".join(output.get("text", "")) for output in outputs)
 
 
-@pytest.mark.slow
 def test_it_runs_on_a_fresh_run(door, shards, tmp_path, monkeypatch):
     nbclient = pytest.importorskip("nbclient")
     nbformat = pytest.importorskip("nbformat")

@@ -225,6 +225,7 @@ def test_a_very_long_run_stays_small_and_keeps_its_spike(tmp_path):
     assert "24 of 306 moments" in html
 
 
+@pytest.mark.slow
 def test_any_key_may_be_absent_or_of_the_wrong_kind(tmp_path):
     for key in [*CONFIG, "history"]:
         less = {k: v for k, v in CONFIG.items() if k != key}

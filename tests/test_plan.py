@@ -77,6 +77,7 @@ def test_the_largest_gpt_is_planned_on_any_machine_and_nothing_is_written(door, 
     assert list(tmp_path.iterdir()) == []
 
 
+@pytest.mark.slow
 def test_another_device_is_planned_for_by_its_name(door):
     words = ["--on", "h100", "--gpus", 8, "--mfu", 0.4, "--dollars-per-gpu-hour", 2.5]
     said = planned(door, *words)
@@ -108,6 +109,7 @@ def test_a_plan_doubts_what_the_training_would(door, shards):
     assert f"a run that suits them: python pretrain.py --preset demo --data {shards} --steps 310\n" in said
 
 
+@pytest.mark.slow
 def test_hours_and_dollars_follow_from_the_speed(door, tmp_path):
     words = ["--preset", "tiny", "--steps", 1000, "--gpus", 2, "--plan", "--probe", "--dollars-per-gpu-hour", 3600]
     done = door("pretrain.py", *words)

@@ -246,6 +246,7 @@ def no_waiting_for_the_disk():
         yield
 
 
+@pytest.mark.slow
 @pytest.mark.fault(49)
 def test_killed_before_or_after_any_rename_the_same_command_continues_to_the_same_bytes(options, tmp_path):
     prepare.prepare(options, quiet)
@@ -319,6 +320,7 @@ def test_a_folder_of_other_options_is_refused_and_left_alone(options, change, me
     assert digest(options.out) == before
 
 
+@pytest.mark.slow
 @pytest.mark.fault(34)
 @pytest.mark.parametrize("checksum", [True, False])
 def test_a_flipped_bit_of_the_manifest_is_found_or_does_no_harm(options, tmp_path, checksum):

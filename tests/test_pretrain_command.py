@@ -8,8 +8,9 @@ import pytest
 from conftest import make_shards
 from training_runs import TINY, rows, start, wait_for_step
 
+pytestmark = pytest.mark.slow
 
-@pytest.mark.slow
+
 def test_two_processes_give_the_losses_of_one(door, shards, tmp_path):
     words = [*TINY, "--data", shards, "--steps", 8, "--micro-batch", 3]
     one = door("pretrain.py", *words, "--run", "one")
@@ -24,7 +25,6 @@ def test_two_processes_give_the_losses_of_one(door, shards, tmp_path):
     assert json.loads((tmp_path / "two/config.json").read_text())["world_size"] == 2
 
 
-@pytest.mark.slow
 @pytest.mark.fault(3)
 def test_sigterm_saves_and_the_same_command_continues(door, shards, tmp_path):
     words = [*TINY, "--data", shards, "--steps", 30, "--run", "run"]
@@ -45,7 +45,6 @@ def test_sigterm_saves_and_the_same_command_continues(door, shards, tmp_path):
     assert rows(tmp_path / "run") == rows(tmp_path / "whole")
 
 
-@pytest.mark.slow
 @pytest.mark.fault(1)
 def test_after_kill_nine_the_losses_are_those_of_the_uninterrupted_run(door, shards, tmp_path):
     words = [*TINY, "--data", shards, "--steps", 16, "--run", "run"]
@@ -60,7 +59,6 @@ def test_after_kill_nine_the_losses_are_those_of_the_uninterrupted_run(door, sha
     assert rows(tmp_path / "run") == rows(tmp_path / "whole")
 
 
-@pytest.mark.slow
 @pytest.mark.fault(4, 11)
 def test_three_ranks_with_uneven_rows_stop_together_and_continue_bit_for_bit(door, shards, tmp_path):
     """8 rows on 3 ranks are 3, 3 and 2, so with two rows a micro-batch the last rank takes one batch less."""
@@ -181,7 +179,6 @@ def test_flags_win_over_the_file_and_zero_switches_clipping_off(door, shards, tm
     assert rows(tmp_path / "again") == rows(tmp_path / "run")
 
 
-@pytest.mark.slow
 @pytest.mark.skipif(os.name == "nt", reason="compiling needs a C++ compiler")
 def test_compiled_training_gives_the_losses_of_eager(door, shards, tmp_path):
     words = [*TINY, "--data", shards, "--steps", 3, "--micro-batch", 4]

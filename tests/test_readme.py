@@ -21,6 +21,8 @@ from test_shards import llmc_bytes
 
 from aymen_gpt.reporting.published_scores import ANCHORS
 
+pytestmark = pytest.mark.slow
+
 EDU = "--data edu_fineweb10B"
 TINY = "--preset tiny --steps 4 --val-every 2 --checkpoint-every 2 --val-tokens 256 --hellaswag-every 0"
 SMALL = {  # a command of README -> what is added to it here
@@ -62,7 +64,6 @@ def test_every_command_of_readme_is_known_here():
     assert set(commands()) == SMALL.keys() | ELSEWHERE
 
 
-@pytest.mark.slow
 def test_the_journey_of_readme_works_as_written(door, tmp_path):
     texts = make_texts(300)
     (tmp_path / "my/texts").mkdir(parents=True)

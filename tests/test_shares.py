@@ -24,6 +24,8 @@ from aymen_gpt.data.prepare import PrepareOptions
 from aymen_gpt.data.shares import Share
 from aymen_gpt.errors import CannotWrite, DataError, NetworkError, UsageError
 
+pytestmark = pytest.mark.slow
+
 
 @pytest.fixture(autouse=True)
 def no_waiting_for_the_disk(monkeypatch):

@@ -12,6 +12,8 @@ from aymen_gpt.training.device import choose_device
 from aymen_gpt.training.distributed import Ranks
 from aymen_gpt.training.optim import learning_rate
 
+pytestmark = pytest.mark.slow
+
 STEPS = 50
 
 

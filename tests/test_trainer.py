@@ -67,6 +67,7 @@ def losses(run):
     return [row["loss"] for row in rows(run) if "loss" in row]
 
 
+@pytest.mark.slow
 def test_the_loss_falls(shards, tmp_path):
     fit(shards, tmp_path / "run", steps=20)
     found = losses(tmp_path / "run")
@@ -74,6 +75,7 @@ def test_the_loss_falls(shards, tmp_path):
     assert found[-1] < found[0] - 0.5
 
 
+@pytest.mark.slow
 def test_the_losses_are_those_of_the_day_this_was_written(shards, tmp_path):
     """20 steps in float32, here since 2026-11-22 (torch 2.13, AVX512): other CPUs round otherwise, no more."""
     fit(shards, tmp_path / "run", steps=20, micro_batch=4)
@@ -83,6 +85,7 @@ def test_the_losses_are_those_of_the_day_this_was_written(shards, tmp_path):
     assert rows(tmp_path / "run")[-1]["val_loss"] == pytest.approx(9.80006, rel=1e-4)
 
 
+@pytest.mark.slow
 def test_python_collects_no_garbage_between_checkpoints(shards, tmp_path, monkeypatch):
     t = trainer(shards, steps=5, checkpoint_every=2)
     seen, collect = [], gc.collect
@@ -96,6 +99,7 @@ def test_python_collects_no_garbage_between_checkpoints(shards, tmp_path, monkey
     assert gc.get_freeze_count() == 0
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("micro_batch", [1, 2, 3])
 def test_the_micro_batch_changes_nothing(shards, tmp_path, micro_batch):
     fit(shards, tmp_path / "whole", micro_batch=8)
@@ -106,6 +110,7 @@ def test_the_micro_batch_changes_nothing(shards, tmp_path, micro_batch):
     )
 
 
+@pytest.mark.slow
 @pytest.mark.fault(3)
 @pytest.mark.parametrize("at", [1, 2, 3, 5])
 def test_a_stopped_and_continued_run_repeats_the_uninterrupted_one_bit_for_bit(shards, tmp_path, at):
@@ -118,6 +123,7 @@ def test_a_stopped_and_continued_run_repeats_the_uninterrupted_one_bit_for_bit(s
         assert torch.equal(p, q)
 
 
+@pytest.mark.slow
 @pytest.mark.fault(1)
 def test_lost_steps_are_taken_again_from_the_last_checkpoint(shards, tmp_path):
     """As after kill -9 at step 5: rows up to 5 are logged, the newest checkpoint is of step 4."""
@@ -132,6 +138,7 @@ def test_lost_steps_are_taken_again_from_the_last_checkpoint(shards, tmp_path):
     assert rows(run) == rows(tmp_path / "whole")
 
 
+@pytest.mark.slow
 def test_a_row_lost_between_checkpoint_and_log_is_written_on_resume(shards, tmp_path):
     run = tmp_path / "run"
     fit(shards, tmp_path / "whole")
@@ -143,6 +150,7 @@ def test_a_row_lost_between_checkpoint_and_log_is_written_on_resume(shards, tmp_
     assert rows(run) == rows(tmp_path / "whole")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("again", [{}, {"how": Resume("must")}, {"steps": 4}, {"learning_rate": 1e-3}])
 def test_a_finished_run_is_left_as_it_is(shards, tmp_path, capsys, again):
     run = tmp_path / "run"
@@ -155,6 +163,7 @@ def test_a_finished_run_is_left_as_it_is(shards, tmp_path, capsys, again):
     assert {p: (p.stat().st_mtime_ns, p.read_bytes()) for p in before} == before
 
 
+@pytest.mark.slow
 def test_a_run_killed_after_its_last_checkpoint_is_not_finished(shards, tmp_path):
     run = tmp_path / "run"
     fit(shards, run)
@@ -167,6 +176,7 @@ def test_a_run_killed_after_its_last_checkpoint_is_not_finished(shards, tmp_path
     assert json.loads((run / "status.json").read_text())["state"] == "done"
 
 
+@pytest.mark.slow
 def test_a_checkpoint_is_taken_after_the_update_it_is_named_for(shards, tmp_path):
     t = fit(shards, tmp_path / "run")
     stored = load_pretrained(checkpoint_folder(tmp_path / "run", 6))
@@ -262,6 +272,7 @@ def test_the_weights_after_a_skipped_step_are_those_before_it(shards, tmp_path):
     assert not torch.equal(t.parameters[0], before[0])
 
 
+@pytest.mark.slow
 @pytest.mark.fault(27)
 def test_too_many_skipped_steps_in_a_row_end_the_run_with_what_is_known(shards, tmp_path):
     run = tmp_path / "run"
@@ -320,6 +331,7 @@ def test_a_checkpoint_with_nan_is_neither_written_nor_loaded(shards, tmp_path):
         restore(folder, t.model, t.optimizer)
 
 
+@pytest.mark.slow
 @pytest.mark.fault(12)
 def test_options_that_may_change_are_told_and_recorded(shards, tmp_path, capsys):
     run = tmp_path / "run"
@@ -334,6 +346,7 @@ def test_options_that_may_change_are_told_and_recorded(shards, tmp_path, capsys)
     assert history[1]["changed"] == {"learning_rate": [0.003, 0.001], "steps": [2, 4]}
 
 
+@pytest.mark.slow
 @pytest.mark.fault(13)
 def test_what_makes_the_run_changes_only_when_overridden(shards, tmp_path, capsys):
     run = tmp_path / "run"
@@ -350,6 +363,7 @@ def test_what_makes_the_run_changes_only_when_overridden(shards, tmp_path, capsy
     fit(shards, run, seed=7, tokens_per_step=256, steps=8)  # the new identity is the run's from then on
 
 
+@pytest.mark.slow
 @pytest.mark.fault(18)
 def test_resume_must_and_none(shards, tmp_path):
     run = tmp_path / "run"
@@ -366,6 +380,7 @@ def test_resume_must_and_none(shards, tmp_path):
         Resume("never")
 
 
+@pytest.mark.slow
 @pytest.mark.fault(56)
 def test_the_micro_batch_is_halved_until_it_fits_and_changes_nothing(shards, tmp_path, monkeypatch):
     fit(shards, tmp_path / "whole", micro_batch=8)
@@ -458,6 +473,7 @@ def test_deterministic_runs_ask_the_compiler_for_the_same_kernels_every_time(sha
     assert asked == [None, {"deterministic": True}]
 
 
+@pytest.mark.slow
 @pytest.mark.fault(57)
 def test_a_clock_set_back_makes_no_speed_negative(shards, tmp_path, monkeypatch):
     now = iter(range(10**9, 0, -1000))
@@ -481,6 +497,7 @@ def test_float16_trains_with_a_loss_scale_and_resumes_bit_for_bit(shards, tmp_pa
     assert losses(tmp_path / "whole") == pytest.approx(losses(tmp_path / "float32"), abs=0.02)
 
 
+@pytest.mark.slow
 def test_a_run_can_go_on_in_float16(shards, tmp_path):
     fit(shards, tmp_path / "run", steps=2)
     half = choose_device("cpu", "float16")
@@ -501,6 +518,7 @@ def test_a_float16_overflow_lowers_the_scale_and_is_no_failure(shards, tmp_path)
     assert t.guard.skipped == 0
 
 
+@pytest.mark.slow
 def test_a_run_can_start_from_another_models_weights(shards, tmp_path):
     first = fit(shards, tmp_path / "first")
     t = trainer(shards, init_from=str(tmp_path / "first"))
@@ -531,6 +549,7 @@ def test_ranks_share_the_rows_of_a_step_without_gap_or_overlap(shards):
         assert found == list(range(40, 48))
 
 
+@pytest.mark.slow
 def test_the_score_of_a_due_step_is_in_its_row(shards, tmp_path):
     t = trainer(shards, hellaswag_every=4)
     calls = []

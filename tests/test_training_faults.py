@@ -26,6 +26,8 @@ from aymen_gpt.training import distributed
 from aymen_gpt.training.resume import find_checkpoint
 from aymen_gpt.training.runlog import RunLog
 
+pytestmark = pytest.mark.slow
+
 SMALL = [*TINY, "--val-every", 20, "--micro-batch", 2]
 SAVE = "aymen_gpt.training.checkpoint"
 
@@ -48,7 +50,6 @@ def ended(done, code):
     return done
 
 
-@pytest.mark.slow
 @pytest.mark.fault(1, 2, 7, 11)
 @pytest.mark.timeout(600)
 @pytest.mark.parametrize("processes", [None, 2, 3])
@@ -96,7 +97,6 @@ def test_a_kill_inside_a_save_costs_at_most_that_save(door, shards, tmp_path, po
     assert not list((tmp_path / "run/checkpoints").glob(".tmp-*"))
 
 
-@pytest.mark.slow
 @pytest.mark.fault(10, 11)
 def test_the_number_of_ranks_may_change_at_every_resume(door, shards, tmp_path):
     """15 steps on one process, and on 2, then 1, then 3 ranks, the first two of which are killed."""
@@ -115,7 +115,6 @@ def test_the_number_of_ranks_may_change_at_every_resume(door, shards, tmp_path):
 
 
 @pytest.mark.fault(4, 5, 11)
-@pytest.mark.slow
 @pytest.mark.parametrize("only_one", [False, True])
 def test_a_signal_to_any_rank_stops_all_at_the_same_step(door, shards, tmp_path, only_one):
     """To torchrun, which passes it on to all; and to one rank alone."""
@@ -172,7 +171,6 @@ def test_one_interrupt_saves_and_two_end_at_once(door, shards, tmp_path):
     assert latest_valid(tmp_path / "run") == (tmp_path / "run/checkpoints" / saved.name, [])
 
 
-@pytest.mark.slow
 @pytest.mark.fault(7)
 def test_the_death_of_a_rank_ends_the_others_who_name_it(door, shards, tmp_path):
     words = ["pretrain.py", *SMALL, "--data", shards, "--steps", 12, "--run-dir", "run"]
@@ -186,7 +184,6 @@ def test_the_death_of_a_rank_ends_the_others_who_name_it(door, shards, tmp_path)
     assert "resuming from step 5" in ended(door(*words, processes=3), 0).stderr
 
 
-@pytest.mark.slow
 @pytest.mark.fault(8)
 def test_a_rank_that_hangs_is_named_after_the_timeout(door, shards, tmp_path):
     words = [*SMALL, "--data", shards, "--steps", 2000, "--timeout", 5, "--run-dir", "run"]
@@ -290,7 +287,6 @@ def test_a_rank_that_fails_takes_no_leave_that_waits_for_the_others(monkeypatch,
     assert left == ["destroyed"]
 
 
-@pytest.mark.slow
 @pytest.mark.fault(7)
 def test_a_bug_on_one_rank_is_told_at_once_and_ends_the_others(door, shards, tmp_path):
     script = tmp_path / "faulty.py"
@@ -312,7 +308,6 @@ def test_a_bug_on_one_rank_is_told_at_once_and_ends_the_others(door, shards, tmp
     assert "error: rank 1 failed: planted; run the same command again to continue" in done.stderr
 
 
-@pytest.mark.slow
 @pytest.mark.fault(9)
 def test_torchruns_own_restart_continues_the_run(door, shards, tmp_path):
     words = [ROOT / "pretrain.py", *SMALL, "--data", shards, "--steps", 12, "--run-dir", "run"]
@@ -325,7 +320,6 @@ def test_torchruns_own_restart_continues_the_run(door, shards, tmp_path):
     assert [row["step"] for row in rows(tmp_path / "run")] == list(range(13))
 
 
-@pytest.mark.slow
 @pytest.mark.fault(27)
 def test_a_loss_that_is_nan_on_one_rank_is_skipped_by_all(door, shards, tmp_path):
     """The weights of both ranks are compared after the run."""
