@@ -26,7 +26,7 @@ setup: .venv/installed
 	@# PyPI's torch for Linux brings gigabytes of CUDA. Without an NVIDIA GPU uv installs PyTorch's CPU build of the same
 	@# version, unless pip is set up here to look for packages in places of its own.
 	@if [ "$$(uname -s)" = Linux ] && ! command -v nvidia-smi >/dev/null \
-			&& ! $(BIN)/pip config list | grep -qE 'index-url|find-links|no-index'; then \
+			&& ! $(BIN)/pip config list | grep -E 'index-url|find-links|no-index' >/dev/null; then \
 		echo "No NVIDIA GPU here: installing PyTorch's CPU build"; \
 		$(PIP) install uv==0.13.9 && $(BIN)/uv pip install --python $(BIN)/python --torch-backend=cpu --no-deps \
 			$$(grep ^torch== requirements.txt) || echo "It cannot be had: pip installs PyPI's build instead"; fi

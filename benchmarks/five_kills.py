@@ -34,7 +34,7 @@ def rows(run: Path) -> list[dict[str, Any]]:
 
 def train(run: Path, options: list[str], kill_after: int | None = None) -> int | None:
     """Train to the end, or kill -9 once step ``kill_after`` is logged; the last step logged before the kill."""
-    command = [sys.executable, str(ROOT / "pretrain.py"), "--preset", "demo", "--run", str(run), *options]
+    command = [sys.executable, str(ROOT / "pretrain.py"), "--preset", "demo", "--run-dir", str(run), *options]
     process = subprocess.Popen(command, stderr=subprocess.DEVNULL, stdout=subprocess.DEVNULL)
     while kill_after is not None and process.poll() is None:
         if (found := rows(run)) and found[-1]["step"] >= kill_after:

@@ -124,7 +124,7 @@ def test_other_integers_that_fit_are_trained_on_after_a_notice(folder, kind):
 @pytest.mark.fault(34)
 def test_the_command_says_it_in_one_line_and_makes_no_run_folder(door, folder, tmp_path):
     flip(folder / TRAIN, 5000)
-    done = door("pretrain.py", "--preset", "tiny", "--data", "shards", "--run", "run")
+    done = door("pretrain.py", "--preset", "tiny", "--data", "shards", "--run-dir", "run")
     assert (done.returncode, done.stdout) == (65, "")
     assert re.fullmatch(
         f"error: shard shards/{TRAIN} has sha256 .{{12}}…, not .{{12}}…: "

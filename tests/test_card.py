@@ -18,7 +18,7 @@ SHAPE = {"n_layer": 12, "n_head": 12, "n_embd": 768, "block_size": 1024, "vocab_
 SCORES = {"completion": {"n": 250, "acc": 0.3, "acc_stderr": 0.029, "acc_norm": 0.232, "acc_norm_stderr": 0.0267}}
 RUN = {
     "run": {"run": "runs/edu: the 'first'", "steps": 100},
-    "command": ["python", "pretrain.py", "--run", "runs/edu: the 'first'"],
+    "command": ["python", "pretrain.py", "--run-dir", "runs/edu: the 'first'"],
     "n_params": 124_439_808,
     "data": {
         "source": {"repo": "HuggingFaceFW/fineweb-edu", "revision": "87f0914"},
@@ -55,7 +55,7 @@ def test_the_text_says_what_is_known():
         "ab" * 32,
         "commit c0ffee",
         "8 processes",
-        """python pretrain.py --run 'runs/edu: the '"'"'first'"'"''""",
+        """python pretrain.py --run-dir 'runs/edu: the '"'"'first'"'"''""",
     ):
         assert part in text, part
 
@@ -76,7 +76,7 @@ def test_text_from_the_run_is_text(evil):
     """Whatever stands in config.json: as YAML, as Markdown and as HTML it stays one piece of text."""
     run = {
         "run": {"run": f"runs/{evil}", "steps": evil},
-        "command": ["python", "pretrain.py", "--run", evil],
+        "command": ["python", "pretrain.py", "--run-dir", evil],
         "n_params": evil,
         "data": {"source": {"repo": evil, "revision": evil}, "train_tokens": evil, "manifest_sha256": evil},
         "versions": {"torch": evil},

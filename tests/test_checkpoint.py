@@ -316,7 +316,9 @@ def test_only_the_records_of_a_run_are_set_aside(tmp_path):
     for name in ("train.py", "config.json"):
         (tmp_path / name).write_text("{}")
     before = set(tmp_path.iterdir())
-    with pytest.raises(UsageError, match=r"is no run, it holds code, config.json, other-run and 1 more: .* --run"):
+    with pytest.raises(
+        UsageError, match=r"is no run, it holds code, config.json, other-run and 1 more: .* --run-dir"
+    ):
         find_checkpoint(tmp_path, "none")
     assert set(tmp_path.iterdir()) == before
     save(tmp_path)

@@ -177,7 +177,7 @@ def test_a_pipe_in_the_place_of_json_is_not_waited_for(tmp_path):
 
 HOLD = """
 import sys; from pathlib import Path; from aymen_gpt import files
-held = files.lock(Path(sys.argv[1]), "--run"); print("held", flush=True); sys.stdin.read()
+held = files.lock(Path(sys.argv[1]), "--run-dir"); print("held", flush=True); sys.stdin.read()
 """
 
 
@@ -190,18 +190,18 @@ def test_a_folder_has_one_holder_and_a_dead_one_holds_nothing(tmp_path):
         text=True,
     )
     assert holder.stdout.readline() == "held\n"
-    with pytest.raises(CannotWrite, match=rf"run is in use by pid {holder.pid} since .*; .* another --run"):
-        files.lock(tmp_path / "run", "--run")
+    with pytest.raises(CannotWrite, match=rf"run is in use by pid {holder.pid} since .*; .* another --run-dir"):
+        files.lock(tmp_path / "run", "--run-dir")
     holder.kill()
     holder.communicate()
-    files.lock(tmp_path / "run", "--run").close()
+    files.lock(tmp_path / "run", "--run-dir").close()
 
 
 def test_a_folder_whose_holder_has_not_written_its_name_yet_is_in_use_all_the_same(tmp_path):
-    with files.lock(tmp_path, "--run") as held:
+    with files.lock(tmp_path, "--run-dir") as held:
         held.truncate(0)
-        with pytest.raises(CannotWrite, match=r"is in use by another process; stop it or use another --run"):
-            files.lock(tmp_path, "--run")
+        with pytest.raises(CannotWrite, match=r"is in use by another process; stop it or use another --run-dir"):
+            files.lock(tmp_path, "--run-dir")
 
 
 @pytest.mark.fault(22, 26)

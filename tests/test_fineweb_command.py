@@ -187,7 +187,18 @@ def test_paths_with_blanks_and_letters_of_all_kinds_work_from_text_to_a_story(do
     assert made.returncode == 0, made.stderr
     then = shlex.split(made.stdout.splitlines()[-1])
     assert then[:7] == ["next", "python", "pretrain.py", "--preset", "demo", "--data", str(place / "out put")]
-    small = ["--preset", "tiny", "--steps", 2, "--val-tokens", 256, "--hellaswag-every", 0, "--run", place / "rün"]
+    small = [
+        "--preset",
+        "tiny",
+        "--steps",
+        2,
+        "--val-tokens",
+        256,
+        "--hellaswag-every",
+        0,
+        "--run-dir",
+        place / "rün",
+    ]
     trained = door(*then[2:], *small, processes=None)
     assert trained.returncode == 0, trained.stderr
     assert (place / "rün/report.html").is_file()

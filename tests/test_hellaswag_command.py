@@ -96,7 +96,7 @@ def test_the_score_of_a_run_stands_in_its_page_and_in_its_card(door, tmp_path):
     """What training measured after it saved the checkpoint, and then the larger score."""
     make_shards(tmp_path / "data")
     every = ["--checkpoint-every", 2, "--hellaswag-every", 2, "--hellaswag-limit", 4, "--dtype", "float32"]
-    done = door("pretrain.py", "--preset", "tiny", "--data", "data", "--steps", 4, "--run", "run", *every)
+    done = door("pretrain.py", "--preset", "tiny", "--data", "data", "--steps", 4, "--run-dir", "run", *every)
     assert done.returncode == 0, done.stderr
     card, page = tmp_path / "run/checkpoints/step-000000004/README.md", tmp_path / "run/report.html"
     assert re.search(r"^\| completion \| 4 \| [\d.]+ %", card.read_text(), re.MULTILINE)

@@ -29,7 +29,7 @@ def test_it_runs_on_a_fresh_run(door, shards, tmp_path, monkeypatch):
     nbformat = pytest.importorskip("nbformat")
     pytest.importorskip("matplotlib")
     done = door(
-        "pretrain.py", "--preset", "tiny", "--data", shards, "--run", tmp_path / "run", "--dtype", "float32"
+        "pretrain.py", "--preset", "tiny", "--data", shards, "--run-dir", tmp_path / "run", "--dtype", "float32"
     )
     assert done.returncode == 0, done.stderr
     monkeypatch.setenv("AYMEN_GPT_RUN", str(tmp_path / "run"))

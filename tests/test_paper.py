@@ -25,7 +25,7 @@ def run(tmp_path):
     options |= {"run": "runs/small_1", "steps": 40, "tokens_per_step": 100}
     config = {
         "run": options,
-        "command": ["python", "pretrain.py", "--run", HOSTILE],
+        "command": ["python", "pretrain.py", "--run-dir", HOSTILE],
         "n_params": 1_234_567,
         "model": {"n_layer": 2, "n_head": 2, "n_embd": 32, "block_size": 64},
         "data": {"folder": HOSTILE, "train_tokens": 8000, "val_tokens": 700, "manifest_sha256": "a" * 64}

@@ -13,7 +13,7 @@ pytestmark = pytest.mark.slow
 
 def test_two_processes_give_the_losses_of_one(door, shards, tmp_path):
     words = [*TINY, "--data", shards, "--steps", 8, "--micro-batch", 3]
-    one = door("pretrain.py", *words, "--run", "one")
+    one = door("pretrain.py", *words, "--run-dir", "one")
     two = door("pretrain.py", *words, "--run-dir", "two", processes=2)
     assert (one.returncode, two.returncode) == (0, 0), one.stderr + two.stderr
     a, b = rows(tmp_path / "one"), rows(tmp_path / "two")
@@ -27,7 +27,7 @@ def test_two_processes_give_the_losses_of_one(door, shards, tmp_path):
 
 @pytest.mark.fault(3)
 def test_sigterm_saves_and_the_same_command_continues(door, shards, tmp_path):
-    words = [*TINY, "--data", shards, "--steps", 30, "--run", "run"]
+    words = [*TINY, "--data", shards, "--steps", 30, "--run-dir", "run"]
     whole = door("pretrain.py", *words[:-1], "whole")
     assert whole.returncode == 0, whole.stderr
     process = start(tmp_path, *words)
@@ -47,7 +47,7 @@ def test_sigterm_saves_and_the_same_command_continues(door, shards, tmp_path):
 
 @pytest.mark.fault(1)
 def test_after_kill_nine_the_losses_are_those_of_the_uninterrupted_run(door, shards, tmp_path):
-    words = [*TINY, "--data", shards, "--steps", 16, "--run", "run"]
+    words = [*TINY, "--data", shards, "--steps", 16, "--run-dir", "run"]
     assert door("pretrain.py", *words[:-1], "whole").returncode == 0
     process = start(tmp_path, *words)
     wait_for_step(tmp_path / "run", 8, process)
@@ -82,7 +82,7 @@ def test_three_ranks_with_uneven_rows_stop_together_and_continue_bit_for_bit(doo
 
 @pytest.mark.fault(25)
 def test_a_second_process_on_the_same_run_is_refused(door, shards, tmp_path):
-    words = [*TINY, "--data", shards, "--steps", 500, "--run", "run"]
+    words = [*TINY, "--data", shards, "--steps", 500, "--run-dir", "run"]
     process = start(tmp_path, *words)
     try:
         wait_for_step(tmp_path / "run", 1, process)
@@ -107,7 +107,7 @@ def test_a_second_process_on_the_same_run_is_refused(door, shards, tmp_path):
         (["--plan", "--steps", "1e300"], 2, "error: --steps 1e300: expected a whole number"),
         (["--tokens-per-step", "2**9999999999"], 2, "error: --tokens-per-step 2**9999999999: expected"),
         (["--timeout", "inf"], 2, "error: --timeout inf: expected a number above 0"),
-        (["--run", "r" * 300], 2, "expected a name of 1 to 255 bytes"),
+        (["--run-dir", "r" * 300], 2, "expected a name of 1 to 255 bytes"),
         (["--config", ""], 2, "error: --config '': expected a name"),
         (["--n-embd", "100"], 2, "error: --n-embd 100 is not a multiple of --n-head 12: try 96"),
         (["--gpus", "8"], 2, "error: --gpus 8 is for planning, and this would train: add --plan"),
@@ -148,7 +148,7 @@ def test_a_wrong_option_is_answered_once_with_the_nearest(door):
         said = [line for line in done.stderr.splitlines() if line.startswith(("error", "usage"))]
         assert said == [
             "error: there is no option --stpes; did you mean --steps?",
-            "usage: python pretrain.py [--preset NAME] [--data DIR] [--run DIR] ... (--help lists all)",
+            "usage: python pretrain.py [--preset NAME] [--data DIR] [--run-dir DIR] ... (--help lists all)",
         ]
 
 
@@ -164,7 +164,7 @@ def test_flags_win_over_the_file_and_zero_switches_clipping_off(door, shards, tm
         99_999,
         "--hellaswag-every",
         "never",
-        "--run",
+        "--run-dir",
         "run",
     ]
     done = door("pretrain.py", "--config", file, *words)
@@ -174,7 +174,7 @@ def test_flags_win_over_the_file_and_zero_switches_clipping_off(door, shards, tm
     config = json.loads((tmp_path / "run/config.json").read_text())
     assert config["model"]["n_layer"] == 3
     assert {config["run"][name] for name in ("grad_clip", "hellaswag_every")} == {None}
-    again = door("pretrain.py", "--config", "run/config.json", "--run", "again")
+    again = door("pretrain.py", "--config", "run/config.json", "--run-dir", "again")
     assert again.returncode == 0, again.stderr
     assert rows(tmp_path / "again") == rows(tmp_path / "run")
 
@@ -182,8 +182,8 @@ def test_flags_win_over_the_file_and_zero_switches_clipping_off(door, shards, tm
 @pytest.mark.skipif(os.name == "nt", reason="compiling needs a C++ compiler")
 def test_compiled_training_gives_the_losses_of_eager(door, shards, tmp_path):
     words = [*TINY, "--data", shards, "--steps", 3, "--micro-batch", 4]
-    eager = door("pretrain.py", *words, "--run", "eager", "--no-compile")
-    compiled = door("pretrain.py", *words, "--run", "compiled", "--compile")
+    eager = door("pretrain.py", *words, "--run-dir", "eager", "--no-compile")
+    compiled = door("pretrain.py", *words, "--run-dir", "compiled", "--compile")
     assert (eager.returncode, compiled.returncode) == (0, 0), compiled.stderr
     for a, b in zip(rows(tmp_path / "eager"), rows(tmp_path / "compiled"), strict=True):
         assert b.get("loss", 0) == pytest.approx(a.get("loss", 0), abs=1e-4)

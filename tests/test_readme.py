@@ -27,13 +27,13 @@ EDU = "--data edu_fineweb10B"
 TINY = "--preset tiny --steps 4 --val-every 2 --checkpoint-every 2 --val-tokens 256 --hellaswag-every 0"
 SMALL = {  # a command of README -> what is added to it here
     "python fineweb.py": "--shard-tokens 20000 --workers 1",
-    "python pretrain.py": f"{TINY} {EDU} --run runs/gpt2",
+    "python pretrain.py": f"{TINY} {EDU} --run-dir runs/gpt2",
     "torchrun --standalone --nproc_per_node=8 pretrain.py": f"{TINY} {EDU} --run-dir runs/gpt2 --steps 6",
     "python hellaswag.py -m runs/gpt2": "--limit 4",
     'python generate.py -m runs/gpt2 "The mitochondria is"': "--max-tokens 3",
-    "python pretrain.py --preset demo --resume must": f"{TINY} {EDU} --run runs/gpt2",
-    "python pretrain.py --preset demo --resume none": f"{TINY} {EDU} --run runs/gpt2 --steps 6",
-    "python pretrain.py --preset demo --init-from runs/demo --run runs/tuned --learning-rate 3e-4": (
+    "python pretrain.py --preset demo --resume must": f"{TINY} {EDU} --run-dir runs/gpt2",
+    "python pretrain.py --preset demo --resume none": f"{TINY} {EDU} --run-dir runs/gpt2 --steps 6",
+    "python pretrain.py --preset demo --init-from runs/demo --run-dir runs/tuned --learning-rate 3e-4": (
         f"{TINY} {EDU} --init-from runs/gpt2"
     ),
     "python pretrain.py --plan --gpus 8": "",
@@ -41,8 +41,8 @@ SMALL = {  # a command of README -> what is added to it here
     "python pretrain.py --plan --on h100 --gpus 8 --mfu 0.4 --dollars-per-gpu-hour 2.5": "",
     "python fineweb.py --source my/texts notes.jsonl.gz --out data/mine": "--workers 1",
     "hf download kjj0/finewebedu10B-gpt2 --repo-type dataset --local-dir data/edu10B": "",
-    "python pretrain.py --data data/edu10B": f"{TINY} --run runs/edu10B",
-    "python pretrain.py --preset demo --data data/mine --run runs/mine": TINY,
+    "python pretrain.py --data data/edu10B": f"{TINY} --run-dir runs/edu10B",
+    "python pretrain.py --preset demo --data data/mine --run-dir runs/mine": TINY,
     "python hellaswag.py -m runs/gpt2 --json a.json": "--limit 4",
     "python hellaswag.py -m runs/mine --json b.json": "--limit 4",
     "python hellaswag.py --compare a.json b.json": "",

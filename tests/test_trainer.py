@@ -189,7 +189,7 @@ def test_a_checkpoint_is_taken_after_the_update_it_is_named_for(shards, tmp_path
 @pytest.mark.parametrize("change", [{"seed": 1}, {"tokens_per_step": 256}, {"block_size": 32}, {"preset": "demo"}])
 def test_another_run_in_the_same_folder_is_refused_with_the_difference(shards, tmp_path, change):
     fit(shards, tmp_path / "run", steps=2)
-    with pytest.raises(UsageError, match="holds another run .* -> .*: choose a new --run"):
+    with pytest.raises(UsageError, match="holds another run .* -> .*: choose a new --run-dir"):
         fit(shards, tmp_path / "run", **({"block_size": 64, "tokens_per_step": 512} | change))
     assert [row["step"] for row in rows(tmp_path / "run")] == [0, 1, 2]
 
@@ -352,13 +352,15 @@ def test_what_makes_the_run_changes_only_when_overridden(shards, tmp_path, capsy
     run = tmp_path / "run"
     fit(shards, run, steps=2)
     before = {p: p.read_bytes() for p in run.rglob("*") if p.is_file() and p.name != ".lock"}
-    with pytest.raises(UsageError, match="seed 1337 -> 7.*choose a new --run, or .*--override-resume seed tokens"):
+    with pytest.raises(
+        UsageError, match="seed 1337 -> 7.*choose a new --run-dir, or .*--override-resume seed tokens"
+    ):
         fit(shards, run, seed=7, tokens_per_step=256)
     assert {p: p.read_bytes() for p in run.rglob("*") if p.is_file() and p.name != ".lock"} == before
     t = fit(shards, run, how=Resume(override=("seed", "tokens_per_step")), seed=7, tokens_per_step=256)
     assert [row["tokens"] for row in rows(run)] == [0, 512, 1024, 1280, 1536, 1792, 2048]
     assert t.first_row(6) == 2 * 8 + 4 * 4  # no row twice, none left out
-    with pytest.raises(UsageError, match="n_layer 2 -> 6.*choose a new --run$"):
+    with pytest.raises(UsageError, match="n_layer 2 -> 6.*choose a new --run-dir$"):
         fit(shards, run, preset="demo", seed=7, tokens_per_step=256)
     fit(shards, run, seed=7, tokens_per_step=256, steps=8)  # the new identity is the run's from then on
 
@@ -431,7 +433,7 @@ def test_the_second_micro_batch_of_a_step_must_fit_too(shards):
     assert sizes == [4, 4, 8]
 
 
-def test_where_nothing_can_be_compiled_the_run_goes_on_without_unless_compiling_was_asked_for(shards):
+def test_where_nothing_can_be_compiled_the_run_goes_on_without_unless_compiling_was_asked_for(shards, tmp_path):
     def broken(x, y):
         raise torch._dynamo.exc.BackendCompilerFailed(
             lambda: None, RuntimeError("Failed to find C compiler"), None
@@ -439,10 +441,15 @@ def test_where_nothing_can_be_compiled_the_run_goes_on_without_unless_compiling_
 
     t = trainer(shards)
     t.compiled, t.loss = True, broken  # as on a GPU without a compiler
-    with pytest.warns(UserWarning, match=r"goes without it, slower \(.*Failed to find C compiler"):
+    with pytest.warns(UserWarning, match=r"slower without it \(.*Failed to find C compiler"):
         t.fit_micro_batch()
     assert not t.compiled
     assert t.train_step(0, t.batches_of(0)).loss > 0
+    fixed = trainer(shards, micro_batch=4, steps=1, val_every=0)
+    fixed.compiled, fixed.loss = True, broken
+    with pytest.warns(UserWarning, match="slower without it"), RunLog(tmp_path / "run", 1) as log:
+        fixed.fit(tmp_path / "run", log, Stop(), dict)
+    assert not fixed.compiled
     asked = trainer(shards, compile=True)
     asked.loss = broken
     with pytest.raises(torch._dynamo.exc.BackendCompilerFailed):

@@ -87,7 +87,7 @@ def test_five_kills_change_no_bit(door, shards, tmp_path, processes):
     ],
 )
 def test_a_kill_inside_a_save_costs_at_most_that_save(door, shards, tmp_path, point, step):
-    words = ["pretrain.py", *SMALL, "--data", shards, "--steps", 12, "--run", "run"]
+    words = ["pretrain.py", *SMALL, "--data", shards, "--steps", 12, "--run-dir", "run"]
     ended(door("tests/crashes.py", point, *words), 137)
     left = list((tmp_path / "run/checkpoints").glob(".tmp-*"))
     assert bool(left) == (step == 5)
@@ -145,7 +145,7 @@ def rank_pids(torchrun):
 
 @pytest.mark.fault(6)
 def test_one_interrupt_saves_and_two_end_at_once(door, shards, tmp_path):
-    words = [*SMALL, "--data", shards, "--steps", 2000, "--run", "run"]
+    words = [*SMALL, "--data", shards, "--steps", 2000, "--run-dir", "run"]
     process = start(tmp_path, *words)
     wait_for_step(tmp_path / "run", 7, process)
     process.send_signal(signal.SIGINT)
@@ -382,7 +382,7 @@ def fitted(tmp_path_factory):
     """fitted(folder): a copy of a finished run with checkpoints of steps 5 and 10."""
     folder = tmp_path_factory.mktemp("fitted")
     shards = make_shards(folder / "shards")
-    words = door_command("pretrain.py", *SMALL, "--data", shards, "--steps", 10, "--run", "run")
+    words = door_command("pretrain.py", *SMALL, "--data", shards, "--steps", 10, "--run-dir", "run")
     subprocess.run(words, cwd=folder, check=True, capture_output=True)
     return lambda target: shutil.copytree(folder / "run", target / "run")
 
@@ -393,7 +393,7 @@ def test_a_run_whose_checkpoints_are_all_damaged_lists_why(door, shards, tmp_pat
     for folder in checkpoints(run):
         (folder / "model.safetensors").write_bytes(b"")
     before = {p: p.read_bytes() for p in run.rglob("*") if p.is_file() and p.name != ".lock"}
-    words = ["pretrain.py", *SMALL, "--data", shards, "--steps", 10, "--run", "run"]
+    words = ["pretrain.py", *SMALL, "--data", shards, "--steps", 10, "--run-dir", "run"]
     done = ended(door(*words), 65)
     for step in (10, 5):
         assert re.search(f"step-{step:09d}: model.safetensors is 0 bytes, its manifest says", done.stderr)
@@ -407,7 +407,7 @@ def test_a_run_whose_checkpoints_are_all_damaged_lists_why(door, shards, tmp_pat
 def test_a_disk_full_while_saving_does_not_stop_training_until_the_third_time(door, shards, disk):
     """A checkpoint of the tiny preset takes 23 MB: two fit on the disk, the third does not."""
     folder = disk("50m")
-    words = ["pretrain.py", *SMALL, "--data", shards, "--keep-last", 9, "--run", folder / "run"]
+    words = ["pretrain.py", *SMALL, "--data", shards, "--keep-last", 9, "--run-dir", folder / "run"]
     done = ended(door(*words, "--steps", 40), 73)
     warned = re.findall(r"warning: cannot save step (\d+) in .*: no space left on the disk "
                         r"\(needs 0.0\d+ GB, 0.0\d+ GB free\); training goes on", done.stderr)  # fmt: skip
@@ -441,15 +441,15 @@ def logged_steps(folder):
 @pytest.mark.fault(24)
 def test_a_run_folder_that_cannot_be_written_is_refused_before_all_else(door, disk):
     folder = disk("ro")
-    done = ended(door("pretrain.py", *SMALL, "--data", "nowhere", "--run", folder / "run"), 73)
+    done = ended(door("pretrain.py", *SMALL, "--data", "nowhere", "--run-dir", folder / "run"), 73)
     assert re.fullmatch(
-        r"error: cannot write into .*run: Read-only file system; choose another .*--run\n", done.stderr
+        r"error: cannot write into .*run: Read-only file system; choose another .*--run-dir\n", done.stderr
     )
 
 
 @pytest.mark.fault(25)
 def test_the_lock_of_a_dead_process_is_taken_over(door, shards, tmp_path):
-    words = ["pretrain.py", *SMALL, "--data", shards, "--steps", 6, "--run", "run"]
+    words = ["pretrain.py", *SMALL, "--data", shards, "--steps", 6, "--run-dir", "run"]
     ended(door("tests/crashes.py", "before:3:aymen_gpt.training.optim:set_learning_rate", *words), 137)
     assert (tmp_path / "run/.lock").read_text().startswith("pid ")
     ended(door(*words), 0)
@@ -466,7 +466,7 @@ def test_secrets_are_in_nothing_that_is_written(door, shards, tmp_path):
         "    open('wandb-config.json', 'w').write(json.dumps(config, default=str))\n"
         "    return types.SimpleNamespace(log=lambda *a, **k: None)\n"
     )
-    words = [*SMALL, "--data", shards, "--steps", 6, "--run", "run", "--track", "wandb", "--init-from", canary]
+    words = [*SMALL, "--data", shards, "--steps", 6, "--run-dir", "run", "--track", "wandb", "--init-from", canary]
     failed = door("pretrain.py", *words, **secrets)
     assert failed.returncode == 65
     done = door("pretrain.py", *words[:-2], **secrets, PYTHONPATH=f"{tmp_path}:{os.environ.get('PYTHONPATH', '')}")
@@ -487,7 +487,7 @@ def test_secrets_are_in_nothing_that_is_written(door, shards, tmp_path):
 )  # fmt: skip
 def test_a_tracker_that_fails_is_told_once_and_harms_nothing(door, shards, tmp_path, code, why):
     (tmp_path / "wandb.py").write_text(f"def init(**config):\n    {code}\n")
-    words = [*SMALL, "--data", shards, "--steps", 6, "--run", "run", "--track", "wandb"]
+    words = [*SMALL, "--data", shards, "--steps", 6, "--run-dir", "run", "--track", "wandb"]
     done = ended(door("pretrain.py", *words, PYTHONPATH=f"{tmp_path}:{os.environ.get('PYTHONPATH', '')}"), 0)
     assert done.stderr.count(f"warning: --track wandb does not work ({why})") == 1
     assert rows(tmp_path / "run")[-1]["step"] == 6
@@ -496,6 +496,6 @@ def test_a_tracker_that_fails_is_told_once_and_harms_nothing(door, shards, tmp_p
 @pytest.mark.fault(58)
 def test_a_folder_with_spaces_and_unicode(door, shards, tmp_path):
     run = tmp_path / "a b é 深"
-    ended(door("pretrain.py", *SMALL, "--data", shards, "--steps", 3, "--run", run), 0)
+    ended(door("pretrain.py", *SMALL, "--data", shards, "--steps", 3, "--run-dir", run), 0)
     assert load_file(checkpoints(run)[0] / "model.safetensors")
     ended(door("generate.py", "-m", run, "Hello", "--max-tokens", 3), 0)

@@ -130,7 +130,7 @@ samples     {RUN}/samples.jsonl
 checkpoint  {newest_checkpoint()} (opens in transformers as it is)
 next        python generate.py -m {RUN} "Raised when"
             python fineweb.py --source YOUR.txt --out data/mine && \\
-            python pretrain.py --preset demo --data data/mine --run runs/mine"""
+            python pretrain.py --preset demo --data data/mine --run-dir runs/mine"""
 
 
 if __name__ == "__main__":

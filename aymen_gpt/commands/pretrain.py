@@ -41,11 +41,11 @@ EXAMPLES = """\
   python pretrain.py                                     the published run: GPT-2 124M, 40B tokens
   torchrun --standalone --nproc_per_node=8 pretrain.py   the same run on 8 GPUs, the same result
   python pretrain.py --preset demo                       a small GPT, minutes on a laptop
-  python pretrain.py --preset gpt3-medium --run runs/m   another size, another folder
+  python pretrain.py --preset gpt3-medium --run-dir runs/m                      another size, another folder
   python pretrain.py --plan --gpus 8                     what the published run takes, on 8 of these devices
-  python pretrain.py --init-from gpt2 --data data/mine --run runs/tuned --steps 200 --learning-rate 3e-5
-  python pretrain.py --n-layer 6 --n-embd 384 --n-head 6 --run runs/small       a shape of your own
-  python pretrain.py --config runs/demo/config.json --run runs/again            a run once more, from its record
+  python pretrain.py --init-from gpt2 --data data/mine --run-dir runs/tuned --steps 200 --learning-rate 3e-5
+  python pretrain.py --n-layer 6 --n-embd 384 --n-head 6 --run-dir runs/small   a shape of your own
+  python pretrain.py --config runs/demo/config.json --run-dir runs/again        a run once more, from its record
 """
 PLANNING = ("plan", "probe", "on", "gpus", "mfu", "dollars_per_gpu_hour")
 
@@ -55,7 +55,7 @@ def parser() -> argparse.ArgumentParser:
         "Pretrain a GPT-2/GPT-3 on token shards. Running the same command again continues the run. "
         "Defaults are those of the gpt2 preset; each preset brings its own.",
         EXAMPLES,
-        "python pretrain.py [--preset NAME] [--data DIR] [--run DIR] ...",
+        "python pretrain.py [--preset NAME] [--data DIR] [--run-dir DIR] ...",
     )
     p.add_argument(
         "--config",
@@ -67,9 +67,7 @@ def parser() -> argparse.ArgumentParser:
     for f in fields(TrainConfig):
         name = f.metadata["group"]
         groups[name] = groups.get(name) or p.add_argument_group(name)
-        # On Python 3.11 torchrun takes --run for an abbreviation of its own options; --run-dir passes.
-        flags = ["--run", "--run-dir"] if f.name == "run" else [flag(f.name)]
-        groups[name].add_argument(*flags, dest=f.name, default=argparse.SUPPRESS, **argument(f))
+        groups[name].add_argument(flag(f.name), dest=f.name, default=argparse.SUPPRESS, **argument(f))
     p.add_argument(
         "--resume",
         default="auto",

@@ -225,8 +225,11 @@ def is_name(text: str) -> bool:
 
 
 def flag(name: str) -> str:
-    """The command-line spelling of a field: val_every -> --val-every."""
-    return "--" + name.replace("_", "-")
+    """The command-line spelling of a field: val_every -> --val-every, and run -> --run-dir.
+
+    On Python 3.11 to 3.13 torchrun takes --run for an abbreviation of options of its own.
+    """
+    return "--" + {"run": "run-dir"}.get(name, name.replace("_", "-"))
 
 
 def _gpt3(learning_rate: float, tokens_per_step: int) -> dict[str, Any]:

@@ -63,7 +63,7 @@ class RunLog:
 
     def __enter__(self) -> "RunLog":
         self._made, self._locked = not self.folder.exists(), (self.folder / ".lock").exists()
-        self._lock = lock(self.folder, "--run")
+        self._lock = lock(self.folder, "--run-dir")
         return self
 
     def __exit__(self, kind: type | None, error: BaseException | None, trace: TracebackType | None) -> None:

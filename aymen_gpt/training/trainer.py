@@ -90,10 +90,10 @@ class Trainer:
         self.guard = Guard(c.skip_spikes)
         self.origin = (0, 0)  # a step and its first row of the data order; both move on when a run is continued
         self.compiled = self.device.place.type == "cuda" if c.compile is None else c.compile
-        repeatable: dict[str, Any] | None = (
-            {"deterministic": True} if c.deterministic else None
-        )  # choose no kernel by timing it
-        self.loss = torch.compile(self._loss, dynamic=False, options=repeatable) if self.compiled else self._loss
+        self.loss = self._loss
+        if self.compiled:  # --deterministic: choose no kernel by timing it
+            options: dict[str, Any] | None = {"deterministic": True} if c.deterministic else None
+            self.loss = torch.compile(self._loss, dynamic=False, options=options)
         if self.device.place.type == "cpu" and not self.compiled:
             cpu.use_sparse_gradient(self.model.wte)
 
@@ -138,11 +138,12 @@ class Trainer:
             self.micro_batch = (self.micro_batch + 1) // 2
 
     def _fits(self, rows: int) -> bool:
-        passes = len(
-            self.micro_batches(0, self.config.rows_per_step)[:2]
-        )  # the second has the first's gradients too
+        """Whether the first passes of a step work; the second one has the first one's gradients beside it.
+
+        Without a compiler here, and without --compile, the run goes on uncompiled.
+        """
         try:
-            for _ in range(passes):
+            for _ in self.micro_batches(0, self.config.rows_per_step)[:2]:
                 self.batch_loss(torch.zeros(rows, self.config.block_size + 1, dtype=torch.int64)).backward()
         except RuntimeError as error:
             if is_out_of_memory(error):
@@ -151,9 +152,7 @@ class Trainer:
             if self.config.compile or not devices.is_compiler_failure(error):
                 raise
             reason = " ".join(str(error).split())[:150]
-            warnings.warn(
-                f"torch.compile does not work here, so this run goes without it, slower ({reason})", stacklevel=2
-            )
+            warnings.warn(f"torch.compile fails here, so this run is slower without it ({reason})", stacklevel=2)
             self.loss, self.compiled = self._loss, False
             return self._fits(rows)
         finally:
@@ -335,6 +334,8 @@ class Trainer:
             return
         if not c.micro_batch:
             self.fit_micro_batch()
+        elif self.compiled:
+            self._fits(self.micro_batch)  # to find out whether it can be compiled
         if log:
             log.start(describe(), None if result is None else step, changed)
         if result is None:
