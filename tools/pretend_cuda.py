@@ -167,6 +167,8 @@ def _attention(
         return torch.ops.aten._scaled_dot_product_flash_attention(q, k, v, dropout_p, is_causal, scale=scale)[0]
     bias = None
     if attn_mask is not None:
+        if torch.backends.cuda.cudnn_sdp_enabled():
+            raise RuntimeError("cuDNN may take attention with a mask, and build a plan for each of its shapes")
         bias = torch.zeros_like(attn_mask, dtype=q.dtype).masked_fill(~attn_mask, -torch.inf)
         bias = bias.expand(q.size(0), q.size(1), q.size(2), k.size(2))
     of = torch.ops.aten._scaled_dot_product_efficient_attention

@@ -17,12 +17,14 @@ among ranks, give each ``examples[rank::world_size]`` and put together what they
 """
 
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass, field
 
 import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from aymen_gpt.errors import DataError
 from aymen_gpt.model.gpt import GPT
@@ -212,7 +214,11 @@ def score(
     device = model.wte.weight.device
     output = OutputLayer(model, dtype)
     found: dict[tuple[int, int], tuple[float, int, bool]] = {}
-    with torch.autocast(device.type, dtype, enabled=dtype != torch.float32):
+    # cuDNN, first choice on an H100, would build a plan for each of the hundreds of shapes there are
+    kernels = (
+        sdpa_kernel([SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]) if device.type == "cuda" else nullcontext()
+    )
+    with kernels, torch.autocast(device.type, dtype, enabled=dtype != torch.float32):
         every_row = rows_of(examples, model.config.block_size)
         for rows in batches(every_row, batch_tokens or BATCH_TOKENS[device.type]):
             batch = collate(rows, device)
