@@ -264,7 +264,7 @@ def score(s: Setting) -> Iterator[Row]:
                 hellaswag.evaluate(model, examples, protocols=p, dtype=torch.bfloat16)
             )
         )
-        accuracy = result[0].tally("completion").as_dict()["acc_norm"]
+        accuracy = result[0].scores("completion")["acc_norm"]
         yield {"protocols": " + ".join(protocols), "n": len(examples), "seconds": seconds, "acc_norm": accuracy}
 
 

@@ -34,7 +34,7 @@ from alternating import Work, alternate, command
 from aymen_gpt.commands.console import whole_number
 from aymen_gpt.data import tokenizer
 from aymen_gpt.evaluation import hellaswag
-from aymen_gpt.evaluation.hellaswag import render_harness, tokenize
+from aymen_gpt.evaluation.hellaswag import render, tokenize
 from aymen_gpt.evaluation.hellaswag_data import Example, evenly_spaced, load_examples
 from aymen_gpt.evaluation.load_model import load_model
 from aymen_gpt.model import cpu
@@ -60,7 +60,7 @@ def ours(name: str | None, dtype: str) -> Work:
 
     def work(examples: list[Example]) -> float:
         found = hellaswag.evaluate(model, examples, protocols=("harness",), dtype=DTYPES[dtype])
-        return found.tally("harness").correct_norm
+        return round(found.scores("harness")["acc_norm"] * len(examples))
 
     return work
 
@@ -86,7 +86,8 @@ model = load_model(name, place)[0] if name else random
 for line in sys.stdin:
     examples = [hellaswag.Example(**row) for row in json.loads(line)]
     found = hellaswag.evaluate(model, examples, protocols=("harness",), dtype=getattr(torch, dtype))
-    print(found.tally("harness").correct_norm, flush=True)
+    right = [a.choice_norm == e.label for a, e in zip(found.answers["harness"], examples)]
+    print(sum(right), flush=True)
 """
 
 
@@ -117,7 +118,7 @@ def naive(name: str | None, dtype: str) -> Work:
 @torch.no_grad()
 def naive_choice(model: GPT, example: Example, device: devices.Device) -> int:
     """The ending with the least loss per character, from four whole rows."""
-    tokens, (_, endings) = tokenize(example, "harness"), render_harness(example)
+    tokens, (_, endings) = tokenize(example, "harness"), render(example, "harness")
     rows = [tokens.context + ending for ending in tokens.endings]
     ids = torch.zeros(len(rows), max(map(len, rows)), dtype=torch.long)
     scored = torch.zeros_like(ids)
@@ -152,7 +153,7 @@ def lm_eval(name: str | None, dtype: str, batch_size: int) -> Work:
         )
 
     def work(examples: list[Example]) -> float:
-        texts = [render_harness(example) for example in examples]
+        texts = [render(example, "harness") for example in examples]
         requests = [
             Instance("loglikelihood", {}, (context, f" {ending}"), number)
             for context, endings in texts

@@ -43,15 +43,12 @@ def test_counts_are_those_of_the_examples(tmp_path):
     assert {c.difference for c in found} == {0.0}
 
 
-@given(st.integers(0, 12), st.integers(0, 12))
+@given(st.integers(0, 8), st.integers(0, 8))
 def test_p_is_the_share_of_coin_tosses_that_fall_so_unevenly(a, b):
     """By counting all 2**n of them."""
     n = a + b
-    tosses = (np.arange(2**n)[:, None] >> np.arange(n) & 1).sum(axis=1) if n <= 16 else None
-    if tosses is None:
-        return
-    as_uneven = np.abs(2 * tosses - n) >= abs(a - b)
-    assert compare.mcnemar(a, b) == pytest.approx(as_uneven.mean(), rel=1e-12)
+    tosses = (np.arange(2**n)[:, None] >> np.arange(n) & 1).sum(axis=1)
+    assert compare.mcnemar(a, b) == pytest.approx((np.abs(2 * tosses - n) >= abs(a - b)).mean(), rel=1e-12)
 
 
 def test_p_of_large_counts_is_the_normal_approximations():
@@ -71,7 +68,6 @@ def test_the_interval_is_that_of_resampled_examples():
     low, high = compare.bootstrap(60, 90, 500)
     assert (low, high) == pytest.approx(np.percentile(drawn, [2.5, 97.5]), abs=0.004)
     assert low < 0.06 < high
-    assert compare.bootstrap(60, 90, 500) == (low, high)
     assert compare.bootstrap(0, 0, 10) == (0.0, 0.0)
 
 
@@ -96,57 +92,40 @@ def test_only_protocols_of_both_are_compared(tmp_path):
         compare.compare_files(*paths)
 
 
-@pytest.mark.parametrize(
-    ("other", "message"),
-    [
-        (record([0, 0]), "3 and 2 examples; score both with the same --limit and --data"),
-        (
-            record([0, 0, 0], questions="others, just as long"),
-            "other questions, or texts made of them in another way",
-        ),
-    ],
-)
-def test_files_about_other_questions_are_refused(tmp_path, other, message):
-    with pytest.raises(DataError, match=rf"a\.json and .*b\.json do not compare: .*{message}") as caught:
+@pytest.mark.parametrize("other", [record([0, 0]), record([0, 0, 0], questions="others, just as long")])
+def test_files_about_other_questions_are_refused(tmp_path, other):
+    n = other["n"]
+    message = rf"a\.json \(3 examples\) and .*b\.json \({n}\) do not compare: other questions.*--data and --limit"
+    with pytest.raises(DataError, match=message) as caught:
         compare.compare_files(*files(tmp_path, record([0, 0, 0]), other))
     assert caught.value.exit_code == 65
 
 
-GOOD = record([0])
+ROW = record([0])["examples"][0]
 
 
 @pytest.mark.parametrize(
-    "content",
+    "change",
     [
-        "",
-        "[]",
-        "{}",
-        pytest.param("[" * 100_000, id="nested"),
-        '{"n": 3',
-        '{"examples": [1]}',
-        '{"examples": [{"ind": 1}]}',
-    ]
-    + [
-        json.dumps(GOOD | change)
-        for change in (
-            {"examples": []},
-            {"examples": {"label": 0}},
-            {"harness": 5},
-            {"harness": {"acc": 0.5}},
-            {"examples": [GOOD["examples"][0] | {"label": "0"}]},
-            {"examples": [GOOD["examples"][0] | {"harness": {"choice": [0], "choice_norm": 0}}]},
-            {"examples": [GOOD["examples"][0] | {"harness": {"choice": 4, "choice_norm": 0}}]},
-        )
+        {"examples": [1]},
+        {"examples": [{"ind": 1}]},
+        {"examples": []},
+        {"examples": {"label": 0}},
+        {"harness": 5},
+        {"harness": {"acc": 0.5}},
+        {"examples": [ROW | {"label": "0"}]},
+        *({"examples": [ROW | {"harness": {"choice": c, "choice_norm": 0}}]} for c in ([0], 4, 2**70, None)),
     ],
 )
-def test_files_that_are_something_else_are_refused(tmp_path, content):
-    a, b = files(tmp_path, record([0]), record([0]))
-    b.write_text(content)
-    with pytest.raises(DataError, match=r"b\.json( is not what python hellaswag\.py --json writes|: )") as caught:
-        compare.compare_files(a, b)
-    assert "\n" not in str(caught.value)
+def test_files_that_are_something_else_are_refused(tmp_path, change):
+    paths = files(tmp_path, record([0]), record([0]) | change)
+    with pytest.raises(DataError, match=r"b\.json is not what python hellaswag\.py --json writes; score the"):
+        compare.compare_files(*paths)
+    paths[1].write_text("[]")
+    with pytest.raises(DataError, match=r"cannot read .*b\.json: expected a JSON object"):
+        compare.compare_files(*paths)
     with pytest.raises(DataError, match=r"c\.json: no such file"):
-        compare.compare_files(a, tmp_path / "c.json")
+        compare.compare_files(paths[0], tmp_path / "c.json")
 
 
 def test_the_verdict_names_the_better_model_or_says_that_none_is_shown(tmp_path):

@@ -12,7 +12,7 @@ from questions import EXAMPLES, HOW_TO, VIDEO, make_model
 
 from aymen_gpt.data import tokenizer
 from aymen_gpt.evaluation import hellaswag
-from aymen_gpt.evaluation.hellaswag import Tally, evaluate, tokenize
+from aymen_gpt.evaluation.hellaswag import Answer, Result, evaluate, render, tokenize
 from aymen_gpt.evaluation.scoring import EndingScores
 
 
@@ -49,74 +49,50 @@ def harness_pairs(example):
         yield encode(before), encode(before + after)[len(encode(before)) :]
 
 
-@pytest.mark.parametrize("example", EXAMPLES, ids=["video", "how-to", "odd"])
-def test_harness_texts_and_tokens_are_the_harnesses(example):
-    context, endings = hellaswag.render_harness(example)
-    assert endings == [harness_text(ending) for ending in example.endings]
-    ours = tokenize(example, "harness")
-    assert [(ours.context, ending) for ending in ours.endings] == list(harness_pairs(example))
-    assert "[" not in context + "".join(endings)
-
-
-def test_harness_tokens_are_the_harnesses_on_real_rows(real):
-    for example in real[::100]:
+def test_harness_texts_and_tokens_are_the_harnesses(real):
+    for example in [*EXAMPLES, *real[::100]]:
+        assert render(example, "harness")[1] == [harness_text(ending) for ending in example.endings]
         ours = tokenize(example, "harness")
         assert [(ours.context, ending) for ending in ours.endings] == list(harness_pairs(example))
 
 
 def test_harness_texts_by_eye():
-    assert hellaswag.render_harness(VIDEO) == (
+    assert render(VIDEO, "harness") == (
         "Roof work: A man is sitting on a roof. He slowly",
         ["pulls up tiles.", "wraps skis.", "sings to a cat twice.", "leaves, naïvely."],
     )
-    assert hellaswag.render_harness(HOW_TO) == (
+    assert render(HOW_TO, "harness") == (
         "Food and Entertaining: How to make tea. Boil water. Use a kettle.",
         [" Wait.", "Pour it. Drink. Slowly.", " Stop.", "Add  milk."],
     )
 
 
 def test_completion_texts_are_untouched_and_tokenized_apart():
-    assert hellaswag.render_completion(HOW_TO) == (HOW_TO.ctx, HOW_TO.endings)
+    assert render(HOW_TO, "completion") == (HOW_TO.ctx, HOW_TO.endings)
     decode = tokenizer.gpt2().decode
     tokens = tokenize(HOW_TO, "completion")
     assert decode(tokens.context) == HOW_TO.ctx
     assert [decode(ending) for ending in tokens.endings] == [" " + ending for ending in HOW_TO.endings]
 
 
-def test_every_real_example_has_tokens_in_both_protocols(real):
-    for example in real[::50]:
-        for protocol in hellaswag.PROTOCOLS:
-            assert len(tokenize(example, protocol).endings) == 4
-
-
-def test_length_counts_in_tokens_or_in_characters():
+def test_length_counts_in_tokens_or_in_characters_of_the_cleaned_text():
     scores = EndingScores([-10.0, -9.0, -12.0, -30.0], [4, 3, 6, 9])
-    texts = replace(VIDEO, endings=["a" * 10, "b" * 2, "c" * 11, "d" * 60])
-    completion = hellaswag.answer(texts, scores, "completion")
+    texts = replace(VIDEO, endings=["a" * 10, "b" * 2, "c" * 11, "[cut away]" + "d" * 60])
+    completion, harness = (hellaswag.answer(texts, scores, protocol) for protocol in hellaswag.PROTOCOLS)
     assert (completion.choice, completion.choice_norm) == (1, 2)  # -12 / 6 tokens
-    harness = hellaswag.answer(texts, scores, "harness")
     assert (harness.choice, harness.choice_norm) == (1, 3)  # -30 / 60 characters
+    tied = hellaswag.answer(VIDEO, EndingScores([-4.0, -2.0, -2.0, -2.0], [2, 1, 1, 1]), "completion")
+    assert (tied.choice, tied.choice_norm) == (1, 0)  # of equals the first
 
 
-def test_characters_are_those_of_the_cleaned_text():
-    texts = replace(VIDEO, endings=["naïve", "[cut away] abcd", "  abcdefg  ", "ab"])
-    scores = EndingScores([-5.0, -6.0, -6.9, -20.0], [1, 1, 1, 1])
-    assert hellaswag.answer(texts, scores, "harness").choice_norm == 2  # -6.9 / 7 beats -5 / 5 and -6 / 5
-
-
-def test_of_equals_the_first_is_chosen():
-    scores = EndingScores([-4.0, -2.0, -2.0, -2.0], [2, 1, 1, 1])
-    answer = hellaswag.answer(VIDEO, scores, "completion")
-    assert (answer.choice, answer.choice_norm) == (1, 0)
-
-
-def test_standard_error_is_that_of_the_sample_mean():
+def test_accuracies_are_means_with_the_error_of_the_sample_mean():
     right = np.repeat([1.0, 0.0], [334, 666])
-    s = Tally(1000, 334, 250).as_dict()
-    assert s["acc"] == right.mean()
-    assert s["acc_stderr"] == pytest.approx(right.std(ddof=1) / 1000**0.5, rel=1e-12)
-    assert s["acc_norm"] == 0.25
-    assert Tally(1, 1, 0).as_dict()["acc_stderr"] is None
+    answers = [Answer([], [], choice=2 if hit else 3, choice_norm=0) for hit in right]
+    found = Result([VIDEO] * 1000, {"harness": answers}).scores("harness")
+    error = pytest.approx(right.std(ddof=1) / 1000**0.5, rel=1e-12)
+    assert found == {"acc": 0.334, "acc_stderr": error, "acc_norm": 0.0, "acc_norm_stderr": 0.0}
+    one = Result([VIDEO], {"harness": answers[:1]}).scores("harness")
+    assert one == {"acc": 1.0, "acc_stderr": None, "acc_norm": 0.0, "acc_norm_stderr": None}
 
 
 @pytest.mark.parametrize("protocol", hellaswag.PROTOCOLS)
@@ -168,17 +144,6 @@ def test_the_hash_of_questions_is_that_of_what_the_model_reads(protocol):
     assert hellaswag.questions_sha256(same, protocol) == hellaswag.questions_sha256(EXAMPLES[:2], protocol)
 
 
-def test_the_tallies_of_ranks_add_up(real):
-    model, examples = make_model(), real[:7]
-    whole = evaluate(model, examples)
-    for world_size in (2, 3):
-        parts = [evaluate(model, examples[rank::world_size]) for rank in range(world_size)]
-        for protocol in hellaswag.PROTOCOLS:
-            tallies = [part.tally(protocol) for part in parts]
-            sums = [sum(getattr(t, name) for t in tallies) for name in ("n", "correct", "correct_norm")]
-            assert Tally(*sums) == whole.tally(protocol)
-
-
 @pytest.mark.parametrize("protocols", [("harness",), hellaswag.PROTOCOLS])
 def test_progress_counts_examples_whatever_the_protocols(protocols):
     heard = []
@@ -195,9 +160,9 @@ def test_the_results_of_ranks_merge_to_the_whole(real):
         merged = hellaswag.merge([evaluate(model, examples[rank::world_size]) for rank in range(world_size)])
         assert merged.examples == examples
         for protocol in hellaswag.PROTOCOLS:
-            assert merged.tally(protocol) == whole.tally(protocol)
-            for a, b in zip(merged.answers[protocol], whole.answers[protocol], strict=True):
-                np.testing.assert_allclose(a.log_likelihoods, b.log_likelihoods, atol=1e-4)
+            assert merged.scores(protocol) == whole.scores(protocol)
+            likely = ([a.log_likelihoods for a in result.answers[protocol]] for result in (merged, whole))
+            np.testing.assert_allclose(*likely, atol=1e-4)
 
 
 @pytest.mark.slow

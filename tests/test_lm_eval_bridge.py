@@ -107,7 +107,7 @@ def test_hellaswag_is_the_harnesses(lm_eval, model, theirs, real, tmp_path):
     assert [a.choice for a in answers] == by_sum.tolist()
     assert [a.choice_norm for a in answers] == by_length.tolist()
     totals = found["results"]["offline_hellaswag"]
-    tally = ours.tally("harness").as_dict()
+    tally = ours.scores("harness")
     assert {name: tally[name] for name in ("acc", "acc_norm")} == {
         name: totals[f"{name},none"] for name in ("acc", "acc_norm")
     }

@@ -221,7 +221,7 @@ def table(result: "Result", *, published: bool) -> str:
     """One line per protocol, one for chance, and the published scores, each under its own protocol's name."""
     lines = [f"{'protocol':<12}{'acc':<16}{'acc_norm':<16}{'n':>6}"]
     for protocol in result.answers:
-        s = result.tally(protocol).as_dict()
+        s = result.scores(protocol)
         acc, norm = percent(s["acc"], s["acc_stderr"]), percent(s["acc_norm"], s["acc_norm_stderr"])
         lines.append(f"{protocol:<12}{acc:<16}{norm:<16}{len(result.examples):>6,}")
     lines.append(f"{'chance':<12}{percent(CHANCE):<16}{percent(CHANCE)}")
@@ -229,7 +229,7 @@ def table(result: "Result", *, published: bool) -> str:
         lines += ["", "published, on all 10,042:"]
         for protocol in result.answers:
             lines += anchor_lines([anchor for anchor in ANCHORS if anchor.protocol == protocol])
-        best = max(result.tally(protocol).correct_norm for protocol in result.answers) / len(result.examples)
+        best = max(result.scores(protocol)["acc_norm"] for protocol in result.answers)
         lines += anchor_lines(neighbours("gpt3-paper", "acc_norm", best))
         lines.append("Numbers of different protocols do not compare; gpt3-paper is for orientation only.")
     return "\n".join(lines)

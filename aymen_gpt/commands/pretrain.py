@@ -282,8 +282,6 @@ def scorer(config: TrainConfig, device: "Device", ranks: "Ranks") -> "Callable[[
     """What the trainer calls to score its model on HellaSwag, None when the run never does."""
     if not config.hellaswag_every:
         return None
-    import torch
-
     from aymen_gpt.evaluation import hellaswag
     from aymen_gpt.evaluation.hellaswag_data import evenly_spaced, load_examples
 
@@ -292,10 +290,9 @@ def scorer(config: TrainConfig, device: "Device", ranks: "Ranks") -> "Callable[[
     mine = examples[ranks.rank :: ranks.world_size]
 
     def score(model: "GPT") -> dict[str, Any]:
-        tally = hellaswag.evaluate(model, mine, protocols=("completion",), dtype=device.dtype).tally("completion")
-        counts = torch.tensor([tally.n, tally.correct, tally.correct_norm], device=device.place)
-        summed = hellaswag.Tally(*ranks.sum(counts).tolist())
-        return {"n": summed.n, "completion": summed.as_dict()}
+        found = hellaswag.evaluate(model, mine, protocols=("completion",), dtype=device.dtype)
+        result = hellaswag.merge(ranks.gather(found))
+        return {"n": len(result.examples), "completion": result.scores("completion")}
 
     return score
 

@@ -8,7 +8,6 @@ exact here, by the binomial distribution. The interval of the difference is a pe
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 
@@ -53,89 +52,68 @@ class Report:
         found = []
         for c in (c for c in self.comparisons if c.measure == "acc_norm"):
             worse, better = self.names if c.difference > 0 else self.names[::-1]
+            points = f"{100 * abs(c.difference):.2f} points higher"
             if c.p < SHOWN:
-                what = (
-                    f"{better} is better than {worse}: its acc_norm is {100 * abs(c.difference):.2f} points higher"
-                )
-                found.append(f"By {c.protocol}, {what} (p = {c.p:.2g}).")
+                what = f"{better} is better than {worse}: its acc_norm is {points} (p = {c.p:.2g})"
             else:
-                what = f"no difference between {' and '.join(self.names)} is shown"
-                found.append(f"By {c.protocol}, {what} (acc_norm, p = {c.p:.2g}).")
+                what = f"no difference between {' and '.join(self.names)} is shown (acc_norm, p = {c.p:.2g})"
+            found.append(f"By {c.protocol}, {what}.")
         return found
 
 
-def compare_files(a: Path, b: Path) -> Report:
-    """DataError unless both files are about the same questions."""
-    first, second = read(a), read(b)
-    shared = [protocol for protocol in PROTOCOLS if protocol in first and protocol in second]
-    if not shared:
-        raise DataError(f"{a} and {b} have no protocol in common: score both with the same --protocol")
-    check_same(first, second, shared, f"{a} and {b}")
-    found = [compare(first, second, protocol, measure) for protocol in shared for measure in MEASURES]
-    return Report((name(first), name(second)), found)
+@dataclass(frozen=True)
+class Answers:
+    """What hellaswag.py --json wrote of a model, as far as it is looked at here."""
+
+    name: str
+    n: int
+    questions: dict[str, str]  # protocol -> the hash of the questions as it renders them
+    right: dict[tuple[str, str], np.ndarray]  # (protocol, measure) -> whether the model got each example right
 
 
-def read(path: Path) -> dict[str, Any]:
-    """What --json wrote, as far as it is looked at here."""
+def read(path: Path) -> Answers:
+    """DataError unless ``path`` has a label and the choices of a model, each 0 to 3, for every example."""
     if not path.exists():
         raise DataError(f"{path}: no such file; python hellaswag.py -m MODEL --json {path} writes it")
     found = read_json(path)
     try:
-        rows, protocols = found["examples"], [protocol for protocol in PROTOCOLS if protocol in found]
-        hashes = [found[protocol]["questions_sha256"] for protocol in protocols]
-        endings = [row["label"] for row in rows]
-        endings += [
-            row[protocol][choice] for row in rows for protocol in protocols for choice in MEASURES.values()
-        ]
-        if not all(type(h) is str for h in hashes) or not all(type(e) is int and 0 <= e < 4 for e in endings):
-            raise ValueError("a hash is no text, or a label or choice not 0, 1, 2 or 3")
-        if not rows:
-            raise ValueError("no examples")
-    except (KeyError, TypeError, ValueError) as error:
-        why = f"it has no {error}" if isinstance(error, KeyError) else error
+        rows, questions = found["examples"], {p: found[p]["questions_sha256"] for p in PROTOCOLS if p in found}
+        labels = np.array([row["label"] for row in rows])
+        chosen = {
+            (protocol, measure): np.array([row[protocol][choice] for row in rows])
+            for protocol in questions
+            for measure, choice in MEASURES.items()
+        }
+        if not all(
+            endings.dtype == int and set(endings) <= {0, 1, 2, 3} for endings in (labels, *chosen.values())
+        ):
+            raise ValueError
+    except (KeyError, TypeError, ValueError):
+        raise DataError(f"{path} is not what python hellaswag.py --json writes; score the model again") from None
+    step = f", step {found['step']:,}" if isinstance(found.get("step"), int) else ""
+    right = {what: endings == labels for what, endings in chosen.items()}
+    return Answers(f"{found.get('model')}{step}", len(labels), questions, right)
+
+
+def compare_files(path_a: Path, path_b: Path) -> Report:
+    """DataError unless both files are about the same questions."""
+    a, b = read(path_a), read(path_b)
+    shared = [protocol for protocol in a.questions if protocol in b.questions]
+    if not shared:
+        raise DataError(f"{path_a} and {path_b} have no protocol in common: score both with the same --protocol")
+    if a.n != b.n or any(a.questions[protocol] != b.questions[protocol] for protocol in shared):
         raise DataError(
-            f"{path} is not what python hellaswag.py --json writes: {why}; score the model again"
-        ) from None
-    return found
-
-
-def name(record: dict[str, Any]) -> str:
-    """The model as it was typed, and its step if it is a checkpoint of ours."""
-    step = record.get("step")
-    return f"{record.get('model')}, step {step:,}" if isinstance(step, int) else str(record.get("model"))
-
-
-def check_same(a: dict[str, Any], b: dict[str, Any], protocols: list[str], names: str) -> None:
-    """DataError when the numbers of examples differ, or the questions as the models read them."""
-    if len(a["examples"]) != len(b["examples"]):
-        counts = f"{len(a['examples']):,} and {len(b['examples']):,}"
-        raise DataError(f"{names} do not compare: {counts} examples; score both with the same --limit and --data")
-    if any(a[protocol]["questions_sha256"] != b[protocol]["questions_sha256"] for protocol in protocols):
-        raise DataError(
-            f"{names} do not compare: other questions, or texts made of them in another way; score both with this "
-            "version and the same --data and --limit"
+            f"{path_a} ({a.n:,} examples) and {path_b} ({b.n:,}) do not compare: other questions, or texts made "
+            "of them in another way; score both with this version and the same --data and --limit"
         )
+    return Report((a.name, b.name), [compare(a, b, protocol, m) for protocol in shared for m in MEASURES])
 
 
-def compare(a: dict[str, Any], b: dict[str, Any], protocol: str, measure: str) -> Comparison:
-    labels = np.array([row["label"] for row in a["examples"]])
-    right_a, right_b = (
-        np.array([row[protocol][MEASURES[measure]] for row in record["examples"]]) == labels for record in (a, b)
-    )
+def compare(a: Answers, b: Answers, protocol: str, measure: str) -> Comparison:
+    right_a, right_b = a.right[protocol, measure], b.right[protocol, measure]
     only_a, only_b = int((right_a & ~right_b).sum()), int((right_b & ~right_a).sum())
-    low, high = bootstrap(only_a, only_b, len(labels))
-    return Comparison(
-        protocol=protocol,
-        measure=measure,
-        n=len(labels),
-        right_a=int(right_a.sum()),
-        right_b=int(right_b.sum()),
-        only_a=only_a,
-        only_b=only_b,
-        low=low,
-        high=high,
-        p=mcnemar(only_a, only_b),
-    )
+    interval, p = bootstrap(only_a, only_b, a.n), mcnemar(only_a, only_b)
+    return Comparison(protocol, measure, a.n, int(right_a.sum()), int(right_b.sum()), only_a, only_b, *interval, p)
 
 
 def mcnemar(only_a: int, only_b: int) -> float:

@@ -20,6 +20,7 @@ import math
 import re
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
+from itertools import zip_longest
 from typing import Any, Literal
 
 import numpy as np
@@ -32,22 +33,18 @@ from aymen_gpt.model.gpt import GPT
 
 Protocol = Literal["completion", "harness"]
 PROTOCOLS: tuple[Protocol, ...] = ("completion", "harness")
-Progress = Callable[[int, int], None]  # examples scored so far, and in all
 
 
-def render_completion(example: Example) -> tuple[str, list[str]]:
-    """Context and endings as they stand."""
-    return example.ctx, example.endings
-
-
-def render_harness(example: Example) -> tuple[str, list[str]]:
-    """Context and endings after the harness's cleaning.
+def render(example: Example, protocol: Protocol) -> tuple[str, list[str]]:
+    """Context and endings as they stand, or after the harness's cleaning.
 
     ``capitalize`` also lowers the rest of ctx_b; that is what the published harness scores are made with.
 
-    >>> render_harness(Example(0, "Tea", "[header] A [title] B.", "he Pours", "", ["a [step] b", "c"], 0))
+    >>> render(Example(0, "Tea", "[header] A [title] B.", "he Pours", "", ["a [step] b", "c"], 0), "harness")
     ('Tea: A. B. He pours', ['a b', 'c'])
     """
+    if protocol == "completion":
+        return example.ctx, example.endings
     context = f"{example.activity_label}: {example.ctx_a} {example.ctx_b.capitalize()}"
     return _clean(context), [_clean(ending) for ending in example.endings]
 
@@ -58,17 +55,11 @@ def _clean(text: str) -> str:
     return re.sub(r"\[.*?\]", "", text).replace("  ", " ")
 
 
-RENDER: dict[Protocol, Callable[[Example], tuple[str, list[str]]]] = {
-    "completion": render_completion,
-    "harness": render_harness,
-}
-
-
 def tokenize(example: Example, protocol: Protocol) -> TokenizedExample:
     """The token ids of a rendering. The harness's endings are what the whole text has after the context's tokens;
     blanks that end a context count to the ending there."""
     encode = tokenizer.gpt2().encode_ordinary
-    context, endings = RENDER[protocol](example)
+    context, endings = render(example, protocol)
     if protocol == "completion":
         return TokenizedExample(encode(context), [encode(f" {ending}") for ending in endings])
     ids = encode(context.rstrip())
@@ -86,52 +77,31 @@ class Answer:
 
 
 @dataclass(frozen=True)
-class Tally:
-    """Counts over examples. Ranks that share the work add theirs up."""
-
-    n: int
-    correct: int
-    correct_norm: int
-
-    def as_dict(self) -> dict[str, float | None]:
-        acc, norm = self.correct / self.n, self.correct_norm / self.n
-        return {
-            "acc": acc,
-            "acc_stderr": stderr(acc, self.n),
-            "acc_norm": norm,
-            "acc_norm_stderr": stderr(norm, self.n),
-        }
-
-
-def stderr(p: float, n: int) -> float | None:
-    """Standard error of a share p of n examples, by the sample variance as the harness has it; None for n = 1.
-
-    33.4% of 10,042 examples is ± 0.47%: two models must differ by about 1.3% to differ at all.
-    """
-    return math.sqrt(p * (1 - p) / (n - 1)) if n > 1 else None
-
-
-@dataclass(frozen=True)
 class Result:
     """The answers to some examples, in their order, by protocol."""
 
     examples: list[Example]
     answers: dict[Protocol, list[Answer]]
 
-    def tally(self, protocol: Protocol) -> Tally:
-        pairs = list(zip(self.examples, self.answers[protocol], strict=True))
-        return Tally(
-            n=len(pairs),
-            correct=sum(example.label == answer.choice for example, answer in pairs),
-            correct_norm=sum(example.label == answer.choice_norm for example, answer in pairs),
-        )
+    def scores(self, protocol: Protocol) -> dict[str, Any]:
+        """acc, acc_norm, and their standard errors as acc_stderr and acc_norm_stderr (None for one example).
+
+        The error is by the sample variance, as the harness has it. 33.4% of 10,042 examples is ± 0.47%: two models
+        must differ by about 1.3% to differ at all.
+        """
+        n, found = len(self.examples), {}
+        for metric, choice in (("acc", "choice"), ("acc_norm", "choice_norm")):
+            pairs = zip(self.examples, self.answers[protocol], strict=True)
+            p = sum(getattr(answer, choice) == example.label for example, answer in pairs) / n
+            found |= {metric: p, f"{metric}_stderr": math.sqrt(p * (1 - p) / (n - 1)) if n > 1 else None}
+        return found
 
     def as_dict(self) -> dict[str, Any]:
         """The scores for --json: the numbers of each protocol, and every answer for paired comparisons."""
         record: dict[str, Any] = {"n": len(self.examples)}
         for protocol in self.answers:
             asked = {"questions_sha256": questions_sha256(self.examples, protocol)}
-            record[protocol] = self.tally(protocol).as_dict() | asked
+            record[protocol] = self.scores(protocol) | asked
         record["examples"] = [
             {"ind": example.ind, "label": example.label}
             | {protocol: asdict(answers[i]) for protocol, answers in self.answers.items()}
@@ -142,7 +112,7 @@ class Result:
 
 def questions_sha256(examples: Sequence[Example], protocol: Protocol) -> str:
     """What tells sets of questions apart: their texts as the protocol renders them, and the right answers."""
-    lines = (json.dumps([*RENDER[protocol](example), example.label]) + "\n" for example in examples)
+    lines = (json.dumps([*render(example, protocol), example.label]) + "\n" for example in examples)
     return hashlib.sha256("".join(lines).encode()).hexdigest()
 
 
@@ -153,12 +123,12 @@ def evaluate(
     protocols: Sequence[Protocol] = PROTOCOLS,
     dtype: torch.dtype = torch.float32,
     batch_tokens: int | None = None,
-    progress: Progress | None = None,
+    progress: Callable[[int, int], None] | None = None,
 ) -> Result:
     """Score ``examples`` on the model's device; its tokens must be GPT-2's. See scoring.score for the options.
 
-    Ranks that share the work call it with ``examples[rank::world_size]`` and add up their tallies, or ``merge``
-    their results.
+    Ranks that share the work call it with ``examples[rank::world_size]`` and ``merge`` their results. ``progress``
+    is called with the number of examples scored so far, and that of all.
     """
     done = 0
 
@@ -179,15 +149,13 @@ def evaluate(
 
 def merge(results: Sequence[Result]) -> Result:
     """The result over all examples from those of ranks that had ``examples[rank::world_size]`` each."""
-    n = sum(len(result.examples) for result in results)
-    owners = [results[i % len(results)] for i in range(n)]
-    rows = [i // len(results) for i in range(n)]
+
+    def dealt_back(parts: Sequence[list[Any]]) -> list[Any]:
+        return [one for row in zip_longest(*parts) for one in row if one is not None]
+
     return Result(
-        [owner.examples[row] for owner, row in zip(owners, rows, strict=True)],
-        {
-            protocol: [owner.answers[protocol][row] for owner, row in zip(owners, rows, strict=True)]
-            for protocol in results[0].answers
-        },
+        dealt_back([result.examples for result in results]),
+        {p: dealt_back([result.answers[p] for result in results]) for p in results[0].answers},
     )
 
 
@@ -196,7 +164,7 @@ def answer(example: Example, scores: EndingScores, protocol: Protocol) -> Answer
     likely = np.array(scores.log_likelihoods)
     lengths = scores.token_counts
     if protocol == "harness":
-        lengths = [max(1, len(ending)) for ending in render_harness(example)[1]]
+        lengths = [max(1, len(ending)) for ending in render(example, protocol)[1]]
     return Answer(
         scores.log_likelihoods,
         scores.token_counts,
