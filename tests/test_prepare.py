@@ -1,12 +1,10 @@
 """prepare.py: the shards are the documents, whoever tokenized them and however often it was interrupted."""
 
-import contextlib
 import gzip
 import hashlib
 import json
 import os
 import re
-import shutil
 import threading
 import time
 from collections import Counter
@@ -320,35 +318,22 @@ def test_a_folder_of_other_options_is_refused_and_left_alone(options, change, me
     assert digest(options.out) == before
 
 
-@pytest.mark.slow
 @pytest.mark.fault(34)
-@pytest.mark.parametrize("checksum", [True, False])
-def test_a_flipped_bit_of_the_manifest_is_found_or_does_no_harm(options, tmp_path, checksum):
-    """Manifests of earlier versions have no checksum; what their numbers say is compared with the shards."""
+def test_a_flipped_bit_of_the_manifest_is_found(options):
     prepare.prepare(options, quiet)
-    if not checksum:
-        manifest = json.loads((options.out / "manifest.json").read_bytes())
-        (options.out / "manifest.json").write_text(
-            json.dumps({k: manifest[k] for k in manifest if k != "checksum"})
-        )
-    text = (options.out / "manifest.json").read_bytes()
-    whole, out = shards.read_manifest(options.out), tmp_path / "copy"
-    for bit in range(0, 8 * len(text), 3 if checksum else 61):
+    path = options.out / "manifest.json"
+    text, whole = path.read_bytes(), shards.read_manifest(options.out)
+    found = 0
+    for bit in range(0, 8 * len(text), 61):
         flipped = bytearray(text)
         flipped[bit // 8] ^= 1 << bit % 8
-        (options.out / "manifest.json").write_bytes(flipped)
+        path.write_bytes(flipped)
         try:
-            found = shards.read_manifest(options.out)
+            known = shards.read_manifest(options.out)
+            assert known | whole == known, bit  # of a blank, or of the word "checksum": nothing else has changed
         except DataError:
-            continue
-        assert found == whole or not checksum, bit
-        shutil.copytree(options.out, out, ignore=shutil.ignore_patterns(".*"))
-        for use in (shards.check_shards, shards.verify, lambda out: prepare.repair(out, quiet, workers=0)):
-            with contextlib.suppress(AymenError):
-                use(out)
-        with contextlib.suppress(AymenError):
-            prepare.prepare(replace(options, out=out), quiet)
-        shutil.rmtree(out)
+            found += 1
+    assert found > 200
 
 
 def test_a_source_is_the_same_with_or_without_a_slash(options):
@@ -737,32 +722,19 @@ def test_repair_rebuilds_only_what_is_damaged(options, tmp_path):
 
 
 @pytest.mark.fault(34)
-@pytest.mark.parametrize("hashed", [True, False])
-def test_a_damaged_table_of_documents_is_found_and_repaired(options, hashed):
-    """Manifests of earlier versions have no hash of it: what is no table, or has other rows, is found."""
+def test_a_damaged_table_of_documents_is_found_and_repaired(options):
     prepare.prepare(options, quiet)
-    manifest = shards.read_manifest(options.out)
-    tables = sorted(options.out.glob("*.documents.parquet"))
     expected = digest(options.out)
-    if not hashed:
-        records = [{k: v for k, v in record.items() if k != "documents_sha256"} for record in manifest["shards"]]
-        shards.write_manifest(options.out, manifest | {"shards": records})
-        assert shards.verify(options.out) == {}
-    tables[1].write_bytes(tables[1].read_bytes()[:-9])
-    tables[2].write_bytes(b"")
-    shards.write_document_sources(next(options.out.glob("*_000004.bin")), ["one"], ["only"])
-    if hashed:
-        content = bytearray(tables[4].read_bytes())
-        content[100] ^= 1
-        tables[4].write_bytes(content)
-        tables[5].unlink()
-    names = [path.name for path in (tables[1:6] if hashed else tables[1:4])]
+    tables = sorted(options.out.glob("*.documents.parquet"))[:3]
+    tables[0].write_bytes(tables[0].read_bytes()[:-9])
+    content = bytearray(tables[1].read_bytes())
+    content[100] ^= 1
+    tables[1].write_bytes(content)
+    tables[2].unlink()
+    names = [path.name for path in tables]
     assert sorted(shards.verify(options.out)) == names
     assert sorted(prepare.repair(options.out, quiet, workers=0)) == names
-    found = digest(options.out)
-    changed = {name for name in expected if found[name] != expected[name]}
-    assert changed == (set() if hashed else {"manifest.json"})  # it has the hashes of the repaired tables now
-    assert shards.verify(options.out) == {}
+    assert digest(options.out) == expected
 
 
 @pytest.mark.fault(34)
@@ -1032,29 +1004,19 @@ def late(options, tmp_path):
     return replace(options, source=(str(folder),))
 
 
-@pytest.mark.parametrize("workers", [0, 1, 2, 3])
-def test_an_encoder_that_errs_is_replaced_by_tiktoken_from_the_beginning(late, broken, tmp_path, workers):
+@pytest.mark.parametrize("workers", [0, 2])
+def test_an_encoder_that_errs_ends_the_command_with_the_document_and_the_way_out(late, broken, tmp_path, workers):
     prepare.prepare(replace(late, out=tmp_path / "right", encoder="tiktoken"), quiet)
-    events = []
-    prepare.prepare(replace(late, workers=workers), events.append)
-    assert digest(late.out) == digest(tmp_path / "right")
-    (warning,) = [event for event in events if isinstance(event, str) and event.startswith("WARNING")]
-    assert (
-        "gave other ids than tiktoken for c.jsonl, slice 0, row 0, id-0; everything again, with tiktoken"
-        in warning
+    message = (
+        r"^gigatoken 0 gave other ids than tiktoken for c.jsonl, slice 0, row 0, id-0: "
+        "type the same command with --restart --encoder tiktoken$"
     )
-    assert any(isinstance(event, prepare.Progress) and event.shards > 2 for event in events)
-
-
-@pytest.mark.fault(49)
-def test_an_encoder_that_errs_leaves_the_same_bytes_wherever_it_is_killed(late, broken, tmp_path):
-    prepare.prepare(late, quiet)
-    expected = digest(late.out)
-    for nth in range(1, 3 * 2 * len(tokens_of(late.out)) - 5, 5):
-        again = replace(late, out=tmp_path / f"kill{nth}")
-        assert killed(f"before:{nth}:os.replace", lambda again=again: prepare.prepare(again, quiet))
-        prepare.prepare(again, quiet)
-        assert digest(again.out) == expected
+    for _ in range(2):  # then, and when it is typed again
+        with pytest.raises(DataError, match=message):
+            prepare.prepare(replace(late, workers=workers), quiet)
+    assert len(shards.read_manifest(late.out)["shards"]) > 2
+    prepare.prepare(replace(late, restart=True, encoder="tiktoken"), quiet)
+    assert digest(late.out) == digest(tmp_path / "right")
 
 
 def test_the_sample_is_one_document_in_a_hundred_and_some_of_every_slice(tmp_path):

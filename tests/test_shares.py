@@ -19,7 +19,7 @@ from fake_hub import FakeHub, talk_to
 from test_prepare import digest, grow_until_done, make_texts, quiet, tokens_of, write_jsonl, write_parquet
 
 from aymen_gpt import files
-from aymen_gpt.data import encoder, prepare, shards, shares, slices, tokenizer, workers
+from aymen_gpt.data import prepare, shards, shares, slices
 from aymen_gpt.data.prepare import PrepareOptions
 from aymen_gpt.data.shares import Share
 from aymen_gpt.errors import CannotWrite, DataError, NetworkError, UsageError
@@ -198,37 +198,11 @@ def test_parts_of_other_options_or_other_files_are_refused(options):
         shares.merge(options, quiet)
 
 
-def test_a_share_whose_encoder_errs_is_made_again_by_tiktoken_and_so_must_be_the_others(
-    options, tmp_path, monkeypatch
-):
-    prepare.prepare(replace(options, encoder="tiktoken"), quiet)
-    options = replace(options, out=tmp_path / "merged")
-
-    def doubt(slice, *more):
-        if (slice.file, slice.index) == (5, 0):
-            raise workers.Inexact("other ids")
-
-    monkeypatch.setattr(encoder, "missing", lambda: None)
-    monkeypatch.setattr(encoder, "version", lambda name: "1")
-    monkeypatch.setattr(encoder, "_gigatoken", lambda: Tiktoken)
-    monkeypatch.setattr(workers, "_check_sample", doubt)
-    prepare_shares(options, 2)
+def test_parts_of_two_encoders_do_not_fit_together(options):
+    shares.prepare_share(options, Share(1, 2), quiet)
+    shares.prepare_share(replace(options, encoder="tiktoken"), Share(2, 2), quiet)
     with pytest.raises(DataError, match=r"2-of-2 has another encoder than .*1-of-2: delete one of them"):
         shares.merge(options, quiet)
-    shutil.rmtree(Share(1, 2).folder(options.out))
-    shares.prepare_share(replace(options, encoder="tiktoken"), Share(1, 2), quiet)
-    shares.merge(options, quiet)
-    assert {*files_of(options.out).items()} == {*files_of(tmp_path / "out").items()}
-
-
-class Tiktoken:
-    @staticmethod
-    def encode(text):
-        return tokenizer.encode(text.decode())
-
-
-def files_of(folder):
-    return {name: sha256 for name, sha256 in digest(folder).items() if name != "manifest.json"}
 
 
 def test_too_many_bad_rows_are_found_at_the_merge_and_mended_by_its_advice(tmp_path):

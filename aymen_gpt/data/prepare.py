@@ -12,9 +12,10 @@ Shard 0 is the validation split. It has shard_tokens tokens, but at most a twent
 import functools
 import itertools
 import os
+import re
 import shutil
 from collections.abc import Callable, Generator, Iterator
-from contextlib import closing, suppress
+from contextlib import closing, contextmanager, suppress
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -25,11 +26,10 @@ from aymen_gpt import files
 from aymen_gpt.data import encoder, shards, slices, sources, tokenizer, workers
 from aymen_gpt.data.encoder import EncoderName
 from aymen_gpt.data.fetch import check_name
-from aymen_gpt.data.output import held, set_aside
 from aymen_gpt.data.slices import Slice
 from aymen_gpt.data.sources import RESTART, Source
 from aymen_gpt.data.stream import Position, TokenStream, Totals
-from aymen_gpt.data.workers import Batch, Inexact
+from aymen_gpt.data.workers import Batch
 from aymen_gpt.errors import DataError, UsageError
 
 BYTES_PER_TOKEN = 4  # of English text, for estimates
@@ -145,7 +145,8 @@ class Preparation:
             self.source = self.open_source()
             files.sweep(self.out)
             self.manifest = self.manifest or self.new_manifest(self.val_tokens())
-            self.fill()
+            self.choose_encoder()
+            self.write()
             self.manifest["complete"] = True
             self.save()
             self.drop_downloads(len(self.source.files))
@@ -240,16 +241,6 @@ class Preparation:
 
     # The work
 
-    def fill(self) -> None:
-        """Write what the manifest lacks; should the fast encoder prove inexact, all of it with tiktoken."""
-        self.choose_encoder()
-        try:
-            self.write()
-        except Inexact as error:
-            self.report(f"WARNING: {error}; everything again, with tiktoken")
-            self.begin_again()
-            self.write()
-
     def choose_encoder(self) -> None:
         """Note the encoder in the manifest. A folder that tiktoken has worked on stays with it."""
         before = self.manifest.get("encoder") or {"name": "gigatoken"}
@@ -259,16 +250,7 @@ class Preparation:
         elif reason := encoder.missing():
             self.report(f"encoding with tiktoken: {reason}")
             name = "tiktoken"
-        self.manifest["encoder"] = _with_version(name)
-
-    def begin_again(self) -> None:
-        """Go back to the beginning, with tiktoken. The manifest forgets the shards before they are deleted."""
-        written = self.manifest["shards"]
-        self.manifest = self.new_manifest(self.val_tokens()) | {"encoder": _with_version("tiktoken")}
-        self.save()
-        for record in written:
-            for path in self.out.glob(Path(record["file"]).stem + ".*"):
-                path.unlink()
+        self.manifest["encoder"] = {"name": name, "version": encoder.version(name)}
 
     def write(self) -> None:
         """Write what the manifest lacks, with the encoder it names."""
@@ -407,22 +389,41 @@ def check_options(options: PrepareOptions, manifest: dict[str, Any]) -> None:
     known = PrepareOptions.of(manifest["options"], options.out).record()
     for name, wanted in options.record().items():
         if known[name] != wanted:
-            flag = "--" + name.replace("_", "-")
+            before, now = (" ".join(v) if name == "source" else v or "unset" for v in (known[name], wanted))
             raise UsageError(
-                f"{options.out} was prepared with {flag} {_typed(known[name])}, not {_typed(wanted)}: "
+                f"{options.out} was prepared with --{name.replace('_', '-')} {before}, not {now}: "
                 f"give the same options, or another --out"
             )
-
-
-def _typed(value: object) -> str:
-    return "unset" if value is None else " ".join(map(str, value)) if isinstance(value, list) else str(value)
-
-
-def _with_version(name: EncoderName) -> dict[str, str]:
-    return {"name": name, "version": encoder.version(name)}
 
 
 def val_tokens(options: PrepareOptions, sources_bytes: int) -> int:
     """The tokens of shard 0 for about so many bytes of text."""
     estimate = min(sources_bytes // BYTES_PER_TOKEN, options.max_tokens or 2**63)
     return max(1, min(options.shard_tokens, max(estimate // 20, min(estimate // 4, SMALL_VAL))))
+
+
+@contextmanager
+def held(out: Path) -> Iterator[None]:
+    """Keep a folder, made if need be, from other processes; one that stays empty is removed again."""
+    new = [folder for folder in (out, *out.parents) if not os.path.lexists(folder)]
+    with files.lock(out, "--out"):
+        try:
+            yield
+        finally:
+            with suppress(OSError):
+                if os.listdir(out) == [".lock"]:
+                    (out / ".lock").unlink()
+                    for folder in new:
+                        folder.rmdir()
+
+
+def set_aside(out: Path, report: Report) -> None:
+    """Move all that a preparation left in a folder into ``out``/earlier-1, or -2, ...; nothing is deleted."""
+    shard = r"(\w[\w.-]*_(train|val)|tokens)_\d{6}\.(bin|documents\.parquet|rows\.parquet)"
+    known = (shards.MANIFEST, shards.CHECKED)
+    ours = [path for path in out.iterdir() if path.name in known or re.fullmatch(shard, path.name)]
+    if not ours:
+        return
+    ours.sort(key=lambda path: path.name == shards.MANIFEST)  # last: it knows of the others
+    target = files.move_to_earlier(out, ours)
+    report(f"{target} holds what was there. If this is interrupted, type the command again without --restart")

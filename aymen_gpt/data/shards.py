@@ -20,19 +20,13 @@ import numpy as np
 
 from aymen_gpt import files
 from aymen_gpt.data import fetch
-from aymen_gpt.data.manifest import (
-    FORMAT,
-    MANIFEST,
-    TOKENIZER,
-    manifest_hash,
-    read_manifest,
-    unreadable,
-    write_manifest,
-)
 from aymen_gpt.data.tokenizer import EOT, VOCAB_SIZE, vocabulary_sha256
 from aymen_gpt.errors import CannotWrite, DataError
-from aymen_gpt.files import read_json, whole_file, write_whole
+from aymen_gpt.files import json_object, read_json, whole_file, write_whole
 
+MANIFEST = "manifest.json"
+FORMAT = "aymen-gpt shards, version 1"
+TOKENIZER = {"name": "gpt2", "vocabulary_sha256": vocabulary_sha256(), "separator": EOT}
 MAGIC, VERSION = 20240520, 1
 HEADER_BYTES = 256 * 4
 CHECKED = ".checked.json"  # in a folder of shards: which files check_shards has read and found right
@@ -80,7 +74,11 @@ def _readable(path: Path) -> Iterator[None]:
     except FileNotFoundError:
         raise _damaged(path, "is missing") from None
     except OSError as error:
-        raise unreadable(path, error) from None
+        raise _unreadable(path, error) from None
+
+
+def _unreadable(path: Path, error: OSError) -> DataError:
+    return DataError(f"cannot read {path}: {error.strerror or error}: make it readable, or move it away")
 
 
 def _damaged(path: Path, why: str) -> DataError:
@@ -214,12 +212,75 @@ def read_document_sources(shard: Path, n_documents: int) -> list[tuple[str | Non
     return rows
 
 
+def write_manifest(folder: Path, manifest: dict[str, Any]) -> None:
+    content = manifest | {"checksum": _hash(manifest)}
+    write_whole(folder / MANIFEST, (json.dumps(content, indent=1) + "\n").encode())
+
+
+def read_manifest(folder: Path) -> dict[str, Any] | None:
+    """The manifest of a folder of shards, None when it has none; DataError when it cannot be used.
+
+    Its checksum finds damage. One without (as after an edit by hand) must have what every folder needs.
+    """
+    path = folder / MANIFEST
+    try:
+        content = path.read_bytes()
+    except (FileNotFoundError, NotADirectoryError):
+        return None
+    except OSError as error:
+        raise _unreadable(path, error) from None
+    try:
+        return _manifest_of(content)
+    except ValueError as error:
+        again = "fineweb.py with the same options prepares the text anew, pretrain.py takes the shards as they are"
+        raise DataError(f"{path} {error}: delete it, then {again}") from None
+
+
+def _manifest_of(content: bytes) -> dict[str, Any]:
+    """The manifest in these bytes; ValueError, with the reason, when it cannot be used."""
+    try:
+        manifest = json_object(content)
+    except ValueError as error:
+        raise ValueError(f"is damaged ({error})") from None
+    if manifest.get("format", FORMAT) != FORMAT:
+        raise ValueError(f"says {manifest['format']!r}; this version reads {FORMAT!r}")
+    checksum = manifest.pop("checksum", None)
+    if checksum not in (None, _hash(manifest)):
+        raise ValueError("is damaged (its checksum is another)")
+    if not _has(manifest, format=str, complete=bool, tokenizer=dict, shards=list):
+        raise ValueError("is damaged (format, complete, tokenizer or shards is not as it should be)")
+    for shard in manifest["shards"]:
+        if not _has(shard, file=str, tokens=int, sha256=str):
+            raise ValueError("is damaged (file, tokens or sha256 of a shard is not as it should be)")
+        if not re.fullmatch(r"\w[\w.-]*\.(bin|npy)", shard["file"]):
+            raise ValueError(f"lists the unsafe path {shard['file']!r}")
+    return manifest
+
+
+def _has(record: Any, **kinds: type) -> bool:
+    """Whether this is an object with at least these keys, each of its kind."""
+    return isinstance(record, dict) and all(isinstance(record.get(key), kind) for key, kind in kinds.items())
+
+
+def _hash(value: Any) -> str:
+    return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()
+
+
+def finished_manifest(folder: Path) -> dict[str, Any] | None:
+    """``read_manifest``, and DataError when a preparation of the folder was interrupted."""
+    manifest = read_manifest(folder)
+    if manifest and not manifest["complete"]:
+        raise DataError(f"{folder} is not finished: run the same fineweb.py command again")
+    return manifest
+
+
 def check_shards(folder: Path) -> str:
     """What training asks when it starts: is every shard what the manifest says, and every id one of GPT-2's?
 
-    Returns the identity of the tokens. All bytes are read, a GB a second and core, but only once: CHECKED
-    remembers the files that were right by their size, time of change and inode. A folder without a manifest, as
-    other programs make it, gets one. DataError names the first file that is wrong.
+    Returns the identity of the tokens: a hash of the tokenizer's record, and of each shard's name and hash.
+    All bytes are read, a GB a second and core, but only once: CHECKED remembers the files that were right by
+    their size, time of change and inode. A folder without a manifest, as other programs make it, gets one.
+    DataError names the first file that is wrong.
     """
     paths = list_shards(folder, "val") + list_shards(folder, "train")
     if manifest := finished_manifest(folder):
@@ -236,7 +297,8 @@ def check_shards(folder: Path) -> str:
         right = {shard["file"]: [*versions[shard["file"]], shard["sha256"]] for shard in manifest["shards"]}
         with suppress(CannotWrite):  # then they are read again the next time
             write_whole(folder / CHECKED, json.dumps(right, indent=1).encode())
-    return manifest_hash(manifest)
+    shards = [[shard["file"], shard["tokens"], shard["sha256"]] for shard in manifest["shards"]]
+    return _hash([manifest["tokenizer"], shards])
 
 
 def _take_in(folder: Path, manifest: dict[str, Any]) -> str:
@@ -266,42 +328,27 @@ def _version(path: Path) -> tuple[int, int, int]:
 
 def _read_through(path: Path, sha256: str | None) -> dict[str, Any]:
     """The record of a shard for a manifest, of all its bytes. DataError for another sha256 or a wrong id."""
-    tokens, documents, wrong = open_shard(path), 0, None
-    with _readable(path), path.open("rb") as file:
-        mapped = tokens.offset if isinstance(tokens, np.memmap) else None
-        digest = hashlib.sha256(file.read(mapped))
+    tokens, documents = open_shard(path), 0
+    found = _sha256(path)
+    if sha256 and found != sha256:
+        raise _damaged(path, f"has {_differing(found, sha256)}")
     for start in range(0, len(tokens), CHUNK):
         piece = tokens[start : start + CHUNK]
         documents += int(np.count_nonzero(piece == EOT))
-        wrong = wrong or _wrong_id(piece, start)
-        if mapped is not None:
-            digest.update(piece.data)
-    found = digest.hexdigest()
-    if sha256 and found != sha256:
-        raise _damaged(path, f"has {_differing(found, sha256)}")
-    if wrong:
-        raise DataError(f"shard {path} has {wrong}")
+        if piece.max() >= VOCAB_SIZE:
+            at = int(np.argmax(piece >= VOCAB_SIZE))
+            place = f"id {piece[at]} at position {start + at:,}"
+            raise DataError(f"shard {path} has {place} (vocabulary {VOCAB_SIZE})")
     return {"file": path.name, "tokens": len(tokens), "documents": documents, "sha256": found}
 
 
-def _wrong_id(tokens: np.ndarray, start: int) -> str | None:
-    """The first id outside GPT-2's vocabulary, in words; ``tokens`` begin at ``start`` in the shard."""
-    if tokens.max() < VOCAB_SIZE:
-        return None
-    at = int(np.argmax(tokens >= VOCAB_SIZE))
-    return f"id {tokens[at]} at position {start + at:,} (vocabulary {VOCAB_SIZE})"
+def _sha256(path: Path) -> str:
+    with _readable(path):
+        return files.sha256(path)
 
 
 def _differing(found: str, sha256: str) -> str:
     return f"sha256 {found[:12]}…, not {sha256[:12]}…"
-
-
-def finished_manifest(folder: Path) -> dict[str, Any] | None:
-    """``read_manifest``, and DataError when a preparation of the folder was interrupted."""
-    manifest = read_manifest(folder)
-    if manifest and not manifest["complete"]:
-        raise DataError(f"{folder} is not finished: run the same fineweb.py command again")
-    return manifest
 
 
 def _check_folder(folder: Path, manifest: dict[str, Any], present: set[str]) -> None:
@@ -327,25 +374,15 @@ def verify(folder: Path) -> dict[str, str]:
     manifest = read_manifest(folder)
     if manifest is None:
         raise DataError(f"{folder} has no {MANIFEST}, so there is nothing to compare its shards with")
-    return {name: why for shard in manifest["shards"] for name, why in _damage(folder, shard)}
-
-
-def _damage(folder: Path, shard: dict[str, Any]) -> Iterator[tuple[str, str]]:
-    """(file, what is wrong with it) of a shard and its table of documents."""
-    path = folder / shard["file"]
-    table = sources_path(path)
-    for file, sha256 in ((path, shard["sha256"]), (table, shard.get("documents_sha256"))):
-        if sha256 is None:
-            continue
-        if not file.exists():
-            yield file.name, "missing"
-            continue
-        with _readable(file):
-            found = files.sha256(file)
-        if found != sha256:
-            yield file.name, _differing(found, sha256)
-    if "documents_sha256" not in shard and "documents" in shard:
-        try:
-            read_document_sources(path, shard["documents"])
-        except DataError:
-            yield table.name, "damaged"
+    recorded: dict[str, str] = {}
+    for shard in manifest["shards"]:
+        recorded[shard["file"]] = shard["sha256"]
+        if "documents_sha256" in shard:
+            recorded[sources_path(Path(shard["file"])).name] = shard["documents_sha256"]
+    damaged = {}
+    for name, sha256 in recorded.items():
+        if not (folder / name).exists():
+            damaged[name] = "missing"
+        elif (found := _sha256(folder / name)) != sha256:
+            damaged[name] = _differing(found, sha256)
+    return damaged

@@ -156,9 +156,8 @@ class Merge(Preparation):
     def val_tokens(self) -> int:
         return int(self.finished[0].manifest["shard_tokens"]["val"])
 
-    def fill(self) -> None:
+    def choose_encoder(self) -> None:
         self.manifest["encoder"] = self.finished[0].manifest["encoder"]
-        self.write()
 
     def batches(self, position: Position) -> Generator[Batch, None, None]:
         for share in self.finished:

@@ -20,14 +20,10 @@ import numpy as np
 from aymen_gpt.data import encoder, slices, tokenizer
 from aymen_gpt.data.encoder import EncoderName
 from aymen_gpt.data.slices import Document, Slice
-from aymen_gpt.errors import AymenError
+from aymen_gpt.errors import AymenError, DataError
 
 AHEAD = 3  # slices dealt per worker before the first of them is needed: they bound the memory
 SAMPLE = 100  # one document in so many is encoded by tiktoken too
-
-
-class Inexact(AymenError):
-    """The fast encoder gave a document other ids than tiktoken."""
 
 
 @dataclass(frozen=True)
@@ -69,12 +65,15 @@ def tokenize(slice: Slice, encoder_name: EncoderName) -> Batch:
 def _check_sample(
     slice: Slice, documents: list[Document], ids: list[np.ndarray], encoder_name: EncoderName
 ) -> None:
-    """Inexact when a document of the sample has other ids than tiktoken's."""
+    """DataError when a document of the sample has other ids than tiktoken's."""
     for document, found in zip(documents, ids, strict=True):
         if _sampled(slice, document.row) and not np.array_equal(found, tokenizer.encode(document.text)):
             program = f"{encoder_name} {encoder.version(encoder_name)}"
             place = [f"{slice.path.name}, slice {slice.index}, row {document.row}", document.id, document.url]
-            raise Inexact(f"{program} gave other ids than tiktoken for {', '.join(filter(None, place))}")
+            raise DataError(
+                f"{program} gave other ids than tiktoken for {', '.join(filter(None, place))}: "
+                "type the same command with --restart --encoder tiktoken"
+            )
 
 
 def _sampled(slice: Slice, row: int) -> bool:
