@@ -2,7 +2,7 @@
 
     runs/NAME/checkpoints/step-000005000/
         config.json  generation_config.json  model.safetensors  tokenizer.json  vocab.json  ...   Hugging Face's
-        optimizer.safetensors    exp_avg.NAME and exp_avg_sq.NAME, in GPT-2's names and layout     ours
+        optimizer.safetensors    exp_avg.NAME, exp_avg_sq.NAME, momentum.NAME, in GPT-2's layout   ours
         state.json               step, rows consumed, the run's configuration, the step's metrics  ours
         manifest.json            step, size and sha256 of every file above                         ours
         README.md                model card: what it is, its scores, how to make it again          ours
@@ -75,7 +75,7 @@ class Capture:
         return sum(t.nbytes for part in (self.weights, self.moments) for t in part.values())
 
 
-def capture(model: GPT, optimizer: torch.optim.AdamW) -> Capture:
+def capture(model: GPT, optimizer: torch.optim.Optimizer) -> Capture:
     """Copy what a checkpoint needs, so that training can go on while it is written.
 
     Raises AymenError when a weight is not finite: such a model is never saved.
@@ -92,7 +92,7 @@ def capture(model: GPT, optimizer: torch.optim.AdamW) -> Capture:
 
     moments = {
         f"{which}.{name}": t
-        for which in optim.MOMENTS
+        for which in optim.kinds(optimizer)
         for name, t in host(optim.moments(model, optimizer, which)).items()
     }
     return Capture(model.config, host(model.state_dict()), moments)
@@ -247,7 +247,7 @@ def read_snapshot(folder: Path) -> Snapshot:
     return snapshot
 
 
-def restore(folder: Path, model: GPT, optimizer: torch.optim.AdamW) -> Snapshot:
+def restore(folder: Path, model: GPT, optimizer: torch.optim.Optimizer) -> Snapshot:
     """Put model and optimizer where ``capture`` found them; DataError when a tensor holds NaN or infinity."""
     snapshot = read_snapshot(folder)
     weights, stored = load_file(folder / "model.safetensors"), load_file(folder / "optimizer.safetensors")
@@ -262,7 +262,7 @@ def restore(folder: Path, model: GPT, optimizer: torch.optim.AdamW) -> Snapshot:
             {name.removeprefix(f"{which}."): t for name, t in stored.items() if name.startswith(f"{which}.")},
             model.config,
         )
-        for which in optim.MOMENTS
+        for which in optim.kinds(optimizer)
     }
     optim.restore_moments(model, optimizer, snapshot.updates, by_moment)
     return snapshot
@@ -283,7 +283,7 @@ class Saver:
     def __exit__(self, *error: object) -> None:
         self.wait()
 
-    def start(self, model: GPT, optimizer: torch.optim.AdamW, snapshot: Snapshot) -> None:
+    def start(self, model: GPT, optimizer: torch.optim.Optimizer, snapshot: Snapshot) -> None:
         """Copy the tensors and return; the files follow. Waits for the save before, so there is one at a time."""
         self.wait()
         captured = capture(model, optimizer)

@@ -40,6 +40,7 @@ class Range:
         return f"from {self.low:,} to {'below ' if self.high in self.without else ''}{self.high:,}"
 
 
+OPTIMIZERS, SCHEDULES = ("adamw", "muon"), ("cosine", "linear")
 COUNT = Range(1, 10**9)
 SEEDS = Range(0, 2**63 - 1)
 SHARE = Range(0, 1)
@@ -75,12 +76,17 @@ class TrainConfig:
         "updates in all: 76,292 x 524,288 tokens = 40B = 4 epochs of 10B", "recipe", COUNT, default=76_292
     )
     tokens_per_step: int = option("tokens of one update, over all devices", "recipe", COUNT, default=2**19)
-    learning_rate: float = option(
-        "peak of the cosine schedule", "recipe", Range(0, 100, without=(0,)), default=6e-4
+    optimizer: str = option("adamw, or muon with its own defaults: docs/options.md", "recipe", default="adamw")
+    learning_rate: float = option("peak of AdamW's rate", "recipe", Range(0, 100, without=(0,)), default=6e-4)
+    matrix_rate: float = option(
+        "peak of Muon's, for the matrices of the blocks", "recipe", Range(0, 100, without=(0,)), default=0.02
+    )
+    schedule: str = option(
+        "of the rates: cosine, or linear over the last 60%% of the steps", "recipe", default="cosine"
     )
     min_lr_ratio: float = option("the schedule ends at this share of the peak", "recipe", SHARE, default=0.1)
     warmup_steps: int = option(
-        "linear warmup; 375M tokens, at most 5%% of the steps", "recipe", Range(0, 10**9), default=715
+        "linear warmup; 375M tokens, at most 5%% of the steps (muon: 2%%)", "recipe", Range(0, 10**9), default=715
     )
     weight_decay: float = option("of matrices and embeddings", "recipe", Range(0, 100), default=0.1)
     beta1: float = option("AdamW's decay of the mean gradient", "recipe", DECAY, default=0.9)
@@ -155,6 +161,9 @@ class TrainConfig:
     def __post_init__(self) -> None:
         for f in fields(self):
             check(f, getattr(self, f.name))
+        for name, known in (("optimizer", OPTIMIZERS), ("schedule", SCHEDULES)):
+            if (value := getattr(self, name)) not in known:
+                raise UsageError(f"{flag(name)} {value}: expected {' or '.join(known)}{nearest(value, known)}")
         for name, divisor in (("tokens_per_step", "block_size"), ("n_embd", "n_head")):
             value, unit = getattr(self, name), getattr(self, divisor)
             if value % unit:
@@ -280,6 +289,10 @@ RECIPES: dict[str, dict[str, Any]] = {
 }
 
 
+# What --optimizer muon changes of any preset. The rates suit a small model: benchmarks/recipe.py tunes them.
+MUON: dict[str, Any] = {"learning_rate": 3e-3, "weight_decay": 0.025, "schedule": "linear", "min_lr_ratio": 0.0}
+
+
 def resolve(given: dict[str, Any]) -> TrainConfig:
     """The run that a preset and the explicitly given options describe; UsageError for one that makes no sense."""
     from aymen_gpt.model.gpt import PRESETS
@@ -289,7 +302,8 @@ def resolve(given: dict[str, Any]) -> TrainConfig:
     if preset not in RECIPES:
         raise UsageError(f"--preset {preset}: expected {', '.join(RECIPES)}{nearest(preset, RECIPES)}")
     shape = {name: size for name, size in asdict(PRESETS[preset]).items() if name != "vocab_size"}
-    chosen = {"run": f"runs/{preset}"} | shape | RECIPES[preset] | given
+    muon = MUON if given.get("optimizer") == "muon" else {}
+    chosen = {"run": f"runs/{preset}"} | shape | RECIPES[preset] | muon | given
     for f in fields(TrainConfig):
         value = chosen.get(f.name)
         if f.metadata["unset"] and value in (0, f.metadata["unset"]):
@@ -299,7 +313,8 @@ def resolve(given: dict[str, Any]) -> TrainConfig:
     config = TrainConfig(**chosen)
     if "warmup_steps" in chosen:
         return config
-    return replace(config, warmup_steps=min(WARMUP_TOKENS // config.tokens_per_step, config.steps // 20))
+    longest = config.steps // (50 if muon else 20)
+    return replace(config, warmup_steps=min(WARMUP_TOKENS // config.tokens_per_step, longest))
 
 
 def read_options(path: Path) -> dict[str, Any]:
@@ -344,6 +359,8 @@ def doubts(c: TrainConfig, tokens: int | None) -> list[str]:
             f"warning: --warmup-steps {c.warmup_steps:,} is more than --steps {c.steps:,}: the rate ends at "
             f"{c.learning_rate * c.steps / c.warmup_steps:.2g} and never reaches its peak, {c.learning_rate:g}"
         )
+    if c.optimizer == "adamw" and c.matrix_rate != TrainConfig.matrix_rate:
+        found.append(f"warning: --matrix-rate {c.matrix_rate:g} changes nothing without --optimizer muon")
     epochs = c.steps * c.tokens_per_step / tokens if tokens else 0
     if tokens and epochs > MANY_EPOCHS:
         found.append(

@@ -46,6 +46,15 @@ class Ranks:
                 self._finish(dist.all_reduce(values, async_op=True))
         return values
 
+    def share(self, mine: Tensor) -> Tensor:
+        """The tensors of all ranks, (n, ...) of each, in order of rank: (world_size n, ...), alike on all."""
+        if self.world_size == 1:
+            return mine
+        whole = mine.new_empty(self.world_size * mine.size(0), *mine.shape[1:])
+        with self.meeting():
+            self._finish(dist.all_gather_into_tensor(whole, mine.contiguous(), async_op=True))
+        return whole
+
     def _finish(self, work: dist.Work) -> None:
         """Return when a collective is done.
 

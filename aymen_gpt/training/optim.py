@@ -1,10 +1,12 @@
-"""AdamW over two parameter groups (matrices and embeddings decay, biases and LayerNorm do not), and its rate."""
+"""AdamW over two parameter groups (matrices and embeddings decay, biases and LayerNorm do not); state and rate."""
 
 import math
 from collections.abc import Iterable
 
 import torch
 from torch import Tensor, nn
+
+from aymen_gpt.training.muon import Muon
 
 
 def decay_groups(model: nn.Module) -> tuple[list[str], list[str]]:
@@ -25,54 +27,72 @@ def adamw(model: nn.Module, *, lr: float, betas: tuple[float, float], weight_dec
     return torch.optim.AdamW(groups, lr=lr, betas=betas, eps=1e-8, fused=True)
 
 
-MOMENTS = ("exp_avg", "exp_avg_sq")
+MOMENTS = ("exp_avg", "exp_avg_sq")  # of AdamW
 
 
-def moments(model: nn.Module, optimizer: torch.optim.AdamW, which: str) -> dict[str, Tensor]:
-    """One of the MOMENTS of every parameter, by the parameter's name."""
-    return {name: optimizer.state[p][which] for name, p in model.named_parameters()}
+def kinds(optimizer: torch.optim.Optimizer) -> tuple[str, ...]:
+    """Names of what an optimizer remembers of its parameters, by which a checkpoint calls it."""
+    return (*MOMENTS, "momentum") if isinstance(optimizer, Muon) else MOMENTS
+
+
+def moments(model: nn.Module, optimizer: torch.optim.Optimizer, which: str) -> dict[str, Tensor]:
+    """What the optimizer remembers under one of ``kinds``, by the names of the parameters that have it."""
+    states = {name: optimizer.state[p] for name, p in model.named_parameters()}
+    return {name: state[which] for name, state in states.items() if which in state}
 
 
 def restore_moments(
-    model: nn.Module, optimizer: torch.optim.AdamW, updates: int, stored: dict[str, dict[str, Tensor]]
+    model: nn.Module, optimizer: torch.optim.Optimizer, updates: int, stored: dict[str, dict[str, Tensor]]
 ) -> None:
-    """Put the optimizer where it was after ``updates``, from what ``moments`` gave for each of MOMENTS."""
+    """Put the optimizer where it was after ``updates``, from what ``moments`` gave for each of its ``kinds``."""
     for name, p in model.named_parameters():
-        state: dict[str, Tensor] = {"step": torch.tensor(float(updates), device=p.device)}
-        state |= {which: stored[which][name].to(p.device) for which in MOMENTS}
-        optimizer.state[p] = state
+        found = {which: tensors[name].to(p.device) for which, tensors in stored.items() if name in tensors}
+        step = {} if "momentum" in found else {"step": torch.tensor(float(updates), device=p.device)}
+        optimizer.state[p] = step | found
 
 
-def start_moments(model: nn.Module, optimizer: torch.optim.AdamW) -> None:
+def start_moments(model: nn.Module, optimizer: torch.optim.Optimizer) -> None:
     """The state before the first update, allocated now: what fits after this fits for the whole run."""
-    zeros = {name: torch.zeros_like(p) for name, p in model.named_parameters()}
-    restore_moments(
-        model, optimizer, 0, {"exp_avg": zeros, "exp_avg_sq": {n: z.clone() for n, z in zeros.items()}}
-    )
+    moved = optimizer.matrices if isinstance(optimizer, Muon) else {}
+    zeros: dict[str, dict[str, Tensor]] = {which: {} for which in kinds(optimizer)}
+    for name, p in model.named_parameters():
+        for which in ("momentum",) if name in moved else MOMENTS:
+            zeros[which][name] = torch.zeros_like(p)
+    restore_moments(model, optimizer, 0, zeros)
 
 
-def updates(optimizer: torch.optim.AdamW) -> int:
+def updates(optimizer: torch.optim.Optimizer) -> int:
     """How many updates the optimizer has made."""
-    return int(next(iter(optimizer.state.values()))["step"].item())
+    return int(next(state["step"] for state in optimizer.state.values() if "step" in state).item())
 
 
-def learning_rate(step: int, *, peak: float, warmup_steps: int, steps: int, min_ratio: float) -> float:
-    """Rate of update ``step`` (0 is the first): linear warmup, then half a cosine from peak to min_ratio * peak.
+DECAY = 0.6  # of the steps, at the end of the linear schedule
 
-    GPT-3 (arXiv:2005.14165, appendix B). With peak 1.0, 2 warmup steps of 4 and min_ratio 0.1:
+
+def learning_rate(
+    step: int, *, peak: float, warmup_steps: int, steps: int, min_ratio: float, schedule: str = "cosine"
+) -> float:
+    """Rate of update ``step`` (0 is the first): linear warmup, then from peak to min_ratio * peak.
+
+    "cosine" is half a cosine, as GPT-3 has it (arXiv:2005.14165, appendix B); "linear" stays at the peak, then
+    falls in a straight line over the last DECAY of the steps (arXiv:2405.18392). With peak 1.0, 2 warmup steps of
+    4 and min_ratio 0.1:
 
     >>> [round(learning_rate(s, peak=1.0, warmup_steps=2, steps=4, min_ratio=0.1), 3) for s in range(5)]
     [0.5, 1.0, 1.0, 0.55, 0.1]
     """
     if step < warmup_steps:
         return peak * (step + 1) / warmup_steps
+    if schedule == "linear":
+        return peak * (min_ratio + (1 - min_ratio) * min(max(steps - step, 0) / (DECAY * steps), 1.0))
     progress = min((step - warmup_steps) / max(steps - warmup_steps, 1), 1.0)
     return peak * (min_ratio + (1 - min_ratio) * 0.5 * (1 + math.cos(math.pi * progress)))
 
 
 def set_learning_rate(optimizer: torch.optim.Optimizer, lr: float) -> None:
+    """The rate of all groups, or ``times`` that where a group says so."""
     for group in optimizer.param_groups:
-        group["lr"] = lr
+        group["lr"] = lr * group.get("times", 1.0)
 
 
 def clip_gradients(parameters: Iterable[Tensor], limit: float | None) -> Tensor:

@@ -86,13 +86,14 @@ def identity(config: TrainConfig, data_sha256: str) -> dict[str, Any]:
         **asdict(config.model),
         "seed": config.seed,
         "tokens_per_step": config.tokens_per_step,
+        "optimizer": config.optimizer,
         "data": data_sha256,
     }
 
 
 def options(config: TrainConfig) -> dict[str, Any]:
     """The options that may change between the parts of a run."""
-    fixed = {"run", "preset", "seed", "tokens_per_step", *asdict(config.model)}
+    fixed = {"run", "preset", "seed", "tokens_per_step", "optimizer", *asdict(config.model)}
     return {("data_folder" if k == "data" else k): v for k, v in asdict(config).items() if k not in fixed}
 
 
@@ -116,7 +117,7 @@ def short(value: Any) -> str:
 
 def check_identity(saved: dict[str, Any], now: dict[str, Any], run: Path, resume: Resume) -> dict[str, list[Any]]:
     """What differs and was overridden; UsageError with the difference when any of it was not."""
-    changed = changes(saved, now)
+    changed = changes({"optimizer": "adamw"} | saved, now)  # the only one until November 2026
     refused = {key: values for key, values in changed.items() if key not in resume.override}
     if refused:
         keys = [key for key in refused if key in OVERRIDABLE]

@@ -34,6 +34,7 @@ from aymen_gpt.training.device import Device, is_out_of_memory, memory_in_words
 from aymen_gpt.training.distributed import Ranks
 from aymen_gpt.training.gradients import GradientSum
 from aymen_gpt.training.guard import Guard
+from aymen_gpt.training.muon import Muon, zero_residual_projections
 from aymen_gpt.training.plan import dealt
 from aymen_gpt.training.results import StepResult, finite
 from aymen_gpt.training.resume import (
@@ -84,7 +85,19 @@ class Trainer:
         self.parameters = list(self.model.parameters())
         self.sum = GradientSum(self.ranks, self.parameters)
         betas = (c.beta1, c.beta2)
-        self.optimizer = optim.adamw(self.model, lr=c.learning_rate, betas=betas, weight_decay=c.weight_decay)
+        self.optimizer: torch.optim.Optimizer
+        if c.optimizer == "muon":
+            zero_residual_projections(self.model)
+            self.optimizer = Muon(
+                self.model,
+                self.ranks,
+                lr=c.learning_rate,
+                matrix_rate=c.matrix_rate,
+                betas=betas,
+                weight_decay=c.weight_decay,
+            )
+        else:
+            self.optimizer = optim.adamw(self.model, lr=c.learning_rate, betas=betas, weight_decay=c.weight_decay)
         optim.start_moments(self.model, self.optimizer)
         self.scaler = torch.amp.GradScaler(self.device.place.type, enabled=self.device.dtype == torch.float16)
         self.guard = Guard(c.skip_spikes)
@@ -181,7 +194,12 @@ class Trainer:
         mean_loss, norm, *verdicts = numbers.cpu().tolist()  # the only place where the host waits for a GPU
         wrong, skip = self._judge(mean_loss, norm)
         lr = optim.learning_rate(
-            step, peak=c.learning_rate, warmup_steps=c.warmup_steps, steps=c.steps, min_ratio=c.min_lr_ratio
+            step,
+            peak=c.learning_rate,
+            warmup_steps=c.warmup_steps,
+            steps=c.steps,
+            min_ratio=c.min_lr_ratio,
+            schedule=c.schedule,
         )
         if not skip:
             optim.set_learning_rate(self.optimizer, lr)
