@@ -38,7 +38,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from aymen_gpt.data import builtin, tokenizer
-from aymen_gpt.data.prepare import PrepareOptions, prepare
+from aymen_gpt.data.prepare import Preparation, PrepareOptions
 
 SHARD_TOKENS = 100_000_000  # the default of both programs
 GROUP = 1000  # rows in a row group, as in FineWeb-Edu's files
@@ -81,7 +81,7 @@ def documents(text: Path) -> Iterator[dict[str, str]]:
 
 def ours(text: Path, out: Path, encoder: Any, workers: int) -> None:
     options = PrepareOptions((str(text),), out, SHARD_TOKENS, workers=workers, encoder=encoder)
-    prepare(options, lambda event: None)
+    Preparation(options, lambda event: None).run()
 
 
 def take(source: Path, megabytes: float, target: Path) -> int:

@@ -5,9 +5,9 @@ import sys
 
 import pytest
 from conftest import ROOT
-from test_prepare import digest, make_texts, quiet, write_parquet
+from test_prepare import digest, make_texts, prepared, quiet, write_parquet
 
-from aymen_gpt.data import cluster, prepare, shares
+from aymen_gpt.data import cluster, shares
 from aymen_gpt.data.prepare import PrepareOptions
 from aymen_gpt.errors import UsageError
 
@@ -19,9 +19,9 @@ def test_two_tasks_of_datatrove_merged_are_the_single_run(tmp_path, monkeypatch)
     options = PrepareOptions(source, tmp_path / "out", shard_tokens=2000, workers=0)
     step = cluster.PreparePart(options)
     executor.LocalPipelineExecutor([step], tasks=2, workers=2, logging_dir=str(tmp_path / "logs")).run()
-    shares.merge(options, quiet)
+    shares.Merge(options, quiet).run()
     single = PrepareOptions(source, tmp_path / "single", shard_tokens=2000, workers=0)
-    prepare.prepare(single, quiet)
+    prepared(single)
     assert digest(options.out) == digest(single.out)
     assert (tmp_path / "logs/completions/00001").exists()
     assert '"tokens"' in (tmp_path / "logs/stats.json").read_text()

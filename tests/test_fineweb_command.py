@@ -100,7 +100,6 @@ def test_verify_and_repair(door, texts, tmp_path):
         (["--out="], 2, "error: --out '': expected a name"),
         (["--text-column", ""], 2, "error: --text-column '': expected a name"),
         (["--revision", ""], 2, "error: --revision '': expected a name"),
-        (["--part", ""], 2, "error: --part '': expected a name"),
         (
             ["--shard-tokens", "2**31"],
             2,

@@ -23,9 +23,10 @@ from fake_hub import COMMIT, FakeHub, talk_to
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from aymen_gpt.data import encoder, fetch, prepare, shards, shares, slices, sources, tokenizer, workers
+from aymen_gpt.data import encoder, fetch, prepare, shards, slices, sources, tokenizer, workers
 from aymen_gpt.data.loader import TokenRows
-from aymen_gpt.data.prepare import PrepareOptions
+from aymen_gpt.data.prepare import Preparation, PrepareOptions
+from aymen_gpt.data.shares import SharePreparation
 from aymen_gpt.errors import AymenError, CannotWrite, DataError, NetworkError, UsageError
 
 WORDS = [
@@ -51,6 +52,10 @@ REAL_WRITE = pq.write_table
 
 def quiet(event):
     pass
+
+
+def prepared(options, report=quiet):
+    return Preparation(options, report).run()
 
 
 def make_texts(n, seed=0, longest=60):
@@ -106,7 +111,7 @@ ALL_TEXTS = make_texts(170, 1) + make_texts(160, 2) + make_texts(130, 3)
 
 
 def test_the_shards_hold_every_document_behind_its_separator_in_source_order(options):
-    summary = prepare.prepare(options, quiet)
+    summary = prepared(options)
     found = tokens_of(options.out)
     assert joined(found) == reference(ALL_TEXTS)
     assert {len(tokens) for tokens in found[1:-1]} == {2500}
@@ -119,7 +124,7 @@ def test_the_shards_hold_every_document_behind_its_separator_in_source_order(opt
 
 
 def test_names_and_manifest_are_as_documented(options):
-    prepare.prepare(options, quiet)
+    prepared(options)
     manifest = json.loads((options.out / "manifest.json").read_text())
     names = ["shard_val_000000.bin"] + [f"shard_train_{i:06d}.bin" for i in range(1, len(manifest["shards"]))]
     assert [record["file"] for record in manifest["shards"]] == names
@@ -136,7 +141,7 @@ def test_names_and_manifest_are_as_documented(options):
 
 
 def test_a_manifest_position_leads_to_the_source_row(options):
-    prepare.prepare(options, quiet)
+    prepared(options)
     for record in shards.read_manifest(options.out)["shards"]:
         begin = record["begin"]
         if begin["file"] == 2:
@@ -150,7 +155,7 @@ def test_a_manifest_position_leads_to_the_source_row(options):
 
 
 def test_every_document_a_row_reads_can_be_traced_to_its_id(options):
-    prepare.prepare(options, quiet)
+    prepared(options)
     texts = {f"<urn:uuid:a-{i}>": text for i, text in enumerate(make_texts(170, 1))}
     data = TokenRows(options.out, "train", block_size=64, seed=3)
     checked = 0
@@ -170,8 +175,8 @@ def test_every_document_a_row_reads_can_be_traced_to_its_id(options):
 @pytest.mark.fault(50)
 @pytest.mark.parametrize("workers", [1, 2, 4])
 def test_any_number_of_workers_writes_the_same_bytes(options, tmp_path, workers):
-    prepare.prepare(options, quiet)
-    prepare.prepare(replace(options, out=tmp_path / "other", workers=workers), quiet)
+    prepared(options)
+    prepared(replace(options, out=tmp_path / "other", workers=workers))
     assert digest(tmp_path / "other") == digest(options.out)
 
 
@@ -187,7 +192,7 @@ def test_documents_of_any_length_are_cut_into_shards_of_any_size(tmp_path_factor
     write_jsonl(folder / "a.jsonl", texts)
     wanted = reference(texts)
     options = PrepareOptions((str(folder / "a.jsonl"),), folder / "out", shard_tokens, workers=0)
-    prepare.prepare(options, quiet)
+    prepared(options)
     found = tokens_of(folder / "out")
     assert joined(found) == wanted
     assert {len(tokens) for tokens in found[1:-1]} <= {shard_tokens}
@@ -204,7 +209,7 @@ def test_documents_of_any_length_are_cut_into_shards_of_any_size(tmp_path_factor
 def test_a_corpus_smaller_than_a_shard_gives_both_splits(tmp_path, texts):
     write_jsonl(tmp_path / "a.jsonl", texts)
     options = PrepareOptions((str(tmp_path / "a.jsonl"),), tmp_path / "out", workers=0)
-    prepare.prepare(options, quiet)
+    prepared(options)
     val, train = tokens_of(options.out)
     assert val + train == reference(texts)
     assert 0.05 <= len(val) / len(val + train) <= 0.5
@@ -215,7 +220,7 @@ def test_a_corpus_smaller_than_a_shard_gives_both_splits(tmp_path, texts):
 def test_a_corpus_too_small_for_two_splits_is_an_error(tmp_path, texts):
     write_jsonl(tmp_path / "a.jsonl", texts)
     with pytest.raises(DataError, match=r"has only \d+ tokens: too few for training and validation"):
-        prepare.prepare(PrepareOptions((str(tmp_path / "a.jsonl"),), tmp_path / "out", workers=0), quiet)
+        prepared(PrepareOptions((str(tmp_path / "a.jsonl"),), tmp_path / "out", workers=0))
 
 
 def test_validation_is_a_twentieth_of_a_middling_corpus_and_one_shard_of_a_large_one(tmp_path):
@@ -231,7 +236,7 @@ def test_validation_is_a_twentieth_of_a_middling_corpus_and_one_shard_of_a_large
 
 
 def test_max_tokens_is_met_exactly(options):
-    summary = prepare.prepare(replace(options, max_tokens=5001), quiet)
+    summary = prepared(replace(options, max_tokens=5001))
     assert summary.totals.tokens == 5001
     assert joined(tokens_of(options.out)) == reference(ALL_TEXTS)[:5001]
 
@@ -247,12 +252,12 @@ def no_waiting_for_the_disk():
 @pytest.mark.slow
 @pytest.mark.fault(49)
 def test_killed_before_or_after_any_rename_the_same_command_continues_to_the_same_bytes(options, tmp_path):
-    prepare.prepare(options, quiet)
+    prepared(options)
     expected = digest(options.out)
     kills = 0
     for point in points("os.replace"):
         again = replace(options, out=tmp_path / f"kill{kills}")
-        if not killed(point, lambda again=again: prepare.prepare(again, quiet)):
+        if not killed(point, lambda again=again: prepared(again)):
             break
         kills += 1
         finished = digest(again.out)
@@ -260,7 +265,7 @@ def test_killed_before_or_after_any_rename_the_same_command_continues_to_the_sam
         if "manifest.json" in finished:
             listed = {record["file"]: record["sha256"] for record in shards.read_manifest(again.out)["shards"]}
             assert listed.items() <= finished.items()
-        prepare.prepare(again, quiet)
+        prepared(again)
         assert digest(again.out) == expected
     assert kills == 2 * (3 * len(tokens_of(options.out)) + 1)  # a shard, its ids, the manifest; the manifest
 
@@ -268,10 +273,10 @@ def test_killed_before_or_after_any_rename_the_same_command_continues_to_the_sam
 @pytest.mark.fault(49)
 def test_finished_shards_are_not_written_again(options):
     events = []
-    assert killed("before:5:aymen_gpt.data.shards:write_shard", lambda: prepare.prepare(options, quiet))
+    assert killed("before:5:aymen_gpt.data.shards:write_shard", lambda: prepared(options))
     before = {path.name: path.stat().st_mtime_ns for path in options.out.glob("*.bin")}
     assert len(before) == 4
-    prepare.prepare(options, events.append)
+    prepared(options, events.append)
     assert any("continuing after 4 finished shards" in event for event in events if isinstance(event, str))
     assert before.items() <= {path.name: path.stat().st_mtime_ns for path in options.out.glob("*.bin")}.items()
 
@@ -281,22 +286,22 @@ def test_a_small_corpus_that_is_cut_anew_survives_a_kill_too(tmp_path):
     write_jsonl(tmp_path / "a.jsonl", ["-" * 20_000, "=" * 20_000])  # many bytes a token: the estimate is too high
     options = PrepareOptions((str(tmp_path / "a.jsonl"),), tmp_path / "out", workers=0)
     events = []
-    prepare.prepare(options, events.append)
+    prepared(options, events.append)
     assert any("a small corpus" in event for event in events if isinstance(event, str))
     expected = digest(options.out)
     for nth in range(1, 11):
         again = replace(options, out=tmp_path / f"kill{nth}")
-        assert killed(f"before:{nth}:os.replace", lambda again=again: prepare.prepare(again, quiet))
-        prepare.prepare(again, quiet)
+        assert killed(f"before:{nth}:os.replace", lambda again=again: prepared(again))
+        prepared(again)
         assert digest(again.out) == expected
 
 
 def test_a_finished_folder_needs_nothing_even_without_its_source(options):
-    first = prepare.prepare(options, quiet)
+    first = prepared(options)
     before = {path.name: path.stat().st_mtime_ns for path in options.out.glob("[!.]*")}
     for path in Path(options.source[0]).iterdir():
         path.unlink()
-    again = prepare.prepare(replace(options, workers=7), quiet)
+    again = prepared(replace(options, workers=7))
     assert again == replace(first, already=True)
     assert before == {path.name: path.stat().st_mtime_ns for path in options.out.glob("[!.]*")}
 
@@ -311,16 +316,16 @@ def test_a_finished_folder_needs_nothing_even_without_its_source(options):
     ],
 )
 def test_a_folder_of_other_options_is_refused_and_left_alone(options, change, message):
-    prepare.prepare(options, quiet)
+    prepared(options)
     before = digest(options.out)
     with pytest.raises(UsageError, match=f"was prepared with {message}: give the same options, or another --out"):
-        prepare.prepare(replace(options, **change), quiet)
+        prepared(replace(options, **change))
     assert digest(options.out) == before
 
 
 @pytest.mark.fault(34)
 def test_a_flipped_bit_of_the_manifest_is_found(options):
-    prepare.prepare(options, quiet)
+    prepared(options)
     path = options.out / "manifest.json"
     text, whole = path.read_bytes(), shards.read_manifest(options.out)
     found = 0
@@ -338,14 +343,12 @@ def test_a_flipped_bit_of_the_manifest_is_found(options):
 
 def test_a_source_is_the_same_with_or_without_a_slash(options):
     stop_after(replace(options, source=(f"{options.source[0]}/",)), 2)
-    prepare.prepare(options, quiet)
-    assert prepare.prepare(replace(options, source=(f"{options.source[0]}//",)), quiet).already
+    prepared(options)
+    assert prepared(replace(options, source=(f"{options.source[0]}//",))).already
 
 
 def stop_after(options, n_shards):
-    assert killed(
-        f"after:{n_shards}:aymen_gpt.data.shards:write_manifest", lambda: prepare.prepare(options, quiet)
-    )
+    assert killed(f"after:{n_shards}:aymen_gpt.data.shards:write_manifest", lambda: prepared(options))
 
 
 def test_a_source_that_changed_half_way_is_refused(options):
@@ -355,7 +358,7 @@ def test_a_source_that_changed_half_way_is_refused(options):
     (Path(options.source[0]) / "b.parquet").unlink()
     changes = r"in/b.parquet is gone, in/c.jsonl is not the same, in/d.jsonl is new"
     with pytest.raises(DataError, match=rf"has changed since .*out was begun \({changes}\): type .* --restart"):
-        prepare.prepare(options, quiet)
+        prepared(options)
 
 
 def damage(path, change):
@@ -399,7 +402,7 @@ def test_a_file_that_changes_while_it_is_read_is_named_and_never_counts_as_read(
 
     for when in ("changed while it was read", "is not the same"):  # then, and when it is typed again
         with pytest.raises(DataError, match=rf"{path.name} {when}.*: type the same command with --restart"):
-            prepare.prepare(options, report)
+            prepared(options, report)
     assert not shards.read_manifest(options.out)["complete"]
 
 
@@ -410,26 +413,26 @@ def test_a_file_that_changed_after_a_kill_is_named_and_never_mixed(two_files, ch
     stop_after(options, 3)
     damage(path, change)
     with pytest.raises(DataError, match=rf"changed since .*in/{path.name} is not the same.*: type .* --restart"):
-        prepare.prepare(options, quiet)
+        prepared(options)
 
 
 def test_an_output_folder_inside_the_source_is_no_source(options, tmp_path):
     inside = replace(options, out=Path(options.source[0]) / "tokens/all")
-    prepare.prepare(options, quiet)
+    prepared(options)
     stop_after(inside, 3)
-    prepare.prepare(inside, quiet)
+    prepared(inside)
     sorted(inside.out.glob("*.bin"))[2].unlink()
     prepare.repair(inside.out, quiet, workers=0)
     assert digest(inside.out) == digest(options.out)
-    prepare.prepare(replace(inside, out=tmp_path / "in/more"), quiet)  # the shards in tokens/all are no text
+    prepared(replace(inside, out=tmp_path / "in/more"))  # the shards in tokens/all are no text
     with pytest.raises(
         UsageError, match=r"--out .*in is the source itself: take a folder of its own, as .*in/tok"
     ):
-        prepare.prepare(replace(options, out=tmp_path / "in"), quiet)
+        prepared(replace(options, out=tmp_path / "in"))
 
 
 def test_a_full_disk_keeps_finished_shards_and_leaves_no_partial_one(options, tmp_path, monkeypatch):
-    prepare.prepare(options, quiet)
+    prepared(options)
     out = tmp_path / "full"
     real = os.fsync
     syncs = iter(range(100))
@@ -441,11 +444,11 @@ def test_a_full_disk_keeps_finished_shards_and_leaves_no_partial_one(options, tm
 
     monkeypatch.setattr(os, "fsync", full)
     with pytest.raises(CannotWrite, match=r"cannot write .*No space left on device; make room"):
-        prepare.prepare(replace(options, out=out), quiet)
+        prepared(replace(options, out=out))
     monkeypatch.setattr(os, "fsync", real)
     assert len(shards.read_manifest(out)["shards"]) == 2
     assert digest(out).items() <= digest(options.out).items() | {("manifest.json", digest(out)["manifest.json"])}
-    prepare.prepare(replace(options, out=out), quiet)
+    prepared(replace(options, out=out))
     assert digest(out) == digest(options.out)
 
 
@@ -464,7 +467,7 @@ def grow_until_done(disk, folder, work, used=0):
         else:
             return failures
         assert re.search(r"[Nn]o space left.*(make room|free some)", says)
-        found = {path: path.stat().st_mtime_ns for path in folder.glob("*.bin")}
+        found = {path: path.stat().st_mtime_ns for path in folder.glob("*_0*")}
         assert finished.items() <= found.items()
         if (manifest := shards.read_manifest(folder)) is not None:
             assert shards.verify(folder) == {}
@@ -475,9 +478,9 @@ def grow_until_done(disk, folder, work, used=0):
 
 @pytest.mark.fault(22)
 def test_on_a_disk_that_is_full_again_and_again_finished_shards_stay_and_the_rest_follows(options, disk):
-    prepare.prepare(options, quiet)
+    prepared(options)
     small = replace(options, out=disk("4k") / "out")
-    assert grow_until_done(disk, small.out, lambda: prepare.prepare(small, quiet)) > 20
+    assert grow_until_done(disk, small.out, lambda: prepared(small)) > 20
     assert digest(small.out) == digest(options.out)
 
 
@@ -496,7 +499,7 @@ def with_bad_rows(tmp_path, n, bad, reason):
 @pytest.mark.parametrize("reason", BAD_ROWS)
 def test_few_bad_rows_are_counted_and_skipped(tmp_path, reason):
     options, good = with_bad_rows(tmp_path, 2000, {5, 1999}, reason)
-    summary = prepare.prepare(options, quiet)
+    summary = prepared(options)
     assert summary.totals.skipped == {reason: 2}
     assert joined(tokens_of(options.out)) == reference(good)
 
@@ -507,9 +510,9 @@ def test_many_bad_rows_are_an_error_that_names_the_first(tmp_path, reason):
     options, _ = with_bad_rows(tmp_path, 2000, {1005, 1006, 1007}, reason)
     message = r"3 of 2,000 rows have no usable text .more than 0.1%.: bad.parquet, slice 1, row 5: " + reason
     with pytest.raises(DataError, match=message):
-        prepare.prepare(options, quiet)
+        prepared(options)
     with pytest.raises(DataError, match=message):  # and again, from where it stood
-        prepare.prepare(options, quiet)
+        prepared(options)
 
 
 @pytest.fixture
@@ -523,7 +526,7 @@ def dead_end(tmp_path):
     options = PrepareOptions((str(folder),), tmp_path / "out", 500, workers=0)
     bad = r"bad.jsonl, slice 0, row 0: not JSON; in/latin.txt, slice 0, row 0: not UTF-8"
     with pytest.raises(DataError, match=rf"2 of 302 rows .*: in/{bad}; .* --restart, or .* with --skip-bad-rows"):
-        prepare.prepare(options, quiet)
+        prepared(options)
     return options, make_texts(300)
 
 
@@ -531,7 +534,7 @@ def dead_end(tmp_path):
 def test_bad_rows_can_be_left_out(dead_end, workers):
     options, good = dead_end
     for chosen in (options, replace(options, out=options.out / "anew", workers=workers)):
-        summary = prepare.prepare(replace(chosen, skip_bad_rows=True), quiet)
+        summary = prepared(replace(chosen, skip_bad_rows=True))
         assert summary.totals.skipped == {"not JSON": 1, "not UTF-8": 1}
         assert joined(tokens_of(chosen.out)) == reference(good)
     assert digest(options.out) == digest(options.out / "anew")
@@ -542,19 +545,19 @@ def test_a_mended_source_is_prepared_anew_and_what_was_there_is_kept(dead_end):
     for name in ("bad.jsonl", "latin.txt"):
         (Path(options.source[0]) / name).unlink()
     with pytest.raises(DataError, match=r"in/bad.jsonl is gone, in/latin.txt is gone\): type .* with --restart"):
-        prepare.prepare(options, quiet)
+        prepared(options)
     before = digest(options.out)
     (options.out / "notes_202411.txt").write_text("mine")
     (options.out / "earlier-²").mkdir()
     events = []
-    prepare.prepare(replace(options, restart=True), events.append)
+    prepared(replace(options, restart=True), events.append)
     assert f"{options.out}/earlier-1 holds what was there" in "".join(filter(lambda e: isinstance(e, str), events))
     assert joined(tokens_of(options.out)) == reference(good)
     assert digest(options.out / "earlier-1") == before
     assert (options.out / "notes_202411.txt").read_text() == "mine"
-    assert prepare.prepare(options, quiet).already
+    assert prepared(options).already
     shards.check_shards(options.out)
-    prepare.prepare(replace(options, restart=True, shard_tokens=700), quiet)
+    prepared(replace(options, restart=True, shard_tokens=700))
     assert len(digest(options.out / "earlier-2")) == len(before)
 
 
@@ -563,23 +566,20 @@ def test_a_restart_can_be_killed_and_typed_again(dead_end, point):
     options, good = dead_end
     before = digest(options.out)
     again = replace(options, restart=True, skip_bad_rows=True)
-    assert killed(f"before:{point}:os.rename", lambda: prepare.prepare(again, quiet))
-    prepare.prepare(again, quiet)
+    assert killed(f"before:{point}:os.rename", lambda: prepared(again))
+    prepared(again)
     assert joined(tokens_of(options.out)) == reference(good)
     kept = [digest(folder) for folder in options.out.glob("earlier-*")]
     assert {name: sha for found in kept for name, sha in found.items()} == before
 
 
 def test_restart_where_nothing_is_makes_no_earlier_folder(options):
-    prepare.prepare(replace(options, restart=True), quiet)
+    prepared(replace(options, restart=True))
     assert not list(options.out.glob("earlier-*"))
 
 
-@pytest.mark.parametrize("share", [None, shares.Share(1, 1)])
-def test_a_change_of_the_source_of_a_finished_folder_is_said(options, share):
-    def work(options):
-        return shares.prepare_share(options, share, quiet) if share else prepare.prepare(options, quiet)
-
+@pytest.mark.parametrize("work", [prepared, lambda options: SharePreparation(options, 1, 1, quiet).run()])
+def test_a_change_of_the_source_of_a_finished_folder_is_said(options, work):
     work(options)
     assert work(options).already
     write_jsonl(Path(options.source[0]) / "d.jsonl", make_texts(10))
@@ -595,9 +595,9 @@ def test_a_finished_folder_does_not_ask_whether_the_builtin_corpus_is_another_no
     path = write_parquet(options.out.parent / "builtin-1.parquet", make_texts(20))
     monkeypatch.setattr(sources.builtin, "build", lambda: path)
     options = replace(options, source=("builtin", *options.source))
-    prepare.prepare(options, quiet)
+    prepared(options)
     monkeypatch.setattr(sources.builtin, "build", None)
-    assert prepare.prepare(options, quiet).already
+    assert prepared(options).already
 
 
 ODD_TEXTS = {  # what a document holds -> the text that its tokens are, None when it is skipped
@@ -619,7 +619,7 @@ ODD_TEXTS = {  # what a document holds -> the text that its tokens are, None whe
 def test_odd_texts_become_their_own_tokens_or_are_counted(tmp_path, name):
     path = write_jsonl(tmp_path / "a.jsonl", [text for text, _ in ODD_TEXTS.values()])
     options = PrepareOptions((str(path),), tmp_path / "out", 100_000, workers=0, encoder=name)
-    summary = prepare.prepare(options, quiet)
+    summary = prepared(options)
     texts = [text for _, text in ODD_TEXTS.values() if text is not None]
     found = joined(tokens_of(options.out))
     assert found == reference(texts)
@@ -638,7 +638,7 @@ def test_a_damaged_file_is_named_and_the_shards_before_it_stay(options, workers)
     with pytest.raises(
         DataError, match=r"b.parquet is damaged or cut off .*: get it again or remove it, then type .* --restart"
     ):
-        prepare.prepare(replace(options, workers=workers), quiet)
+        prepared(replace(options, workers=workers))
     done = [record["file"] for record in shards.read_manifest(options.out)["shards"]]
     assert len(done) >= 2
     assert {path.name for path in options.out.glob("*.bin")} == set(done)
@@ -653,11 +653,11 @@ def test_a_half_written_file_is_named_before_anything_is_written(options, kept):
     with pytest.raises(
         DataError, match=r"b.parquet is damaged or cut off .*: get it again or remove it, then type .* --restart"
     ) as caught:
-        prepare.prepare(options, quiet)
+        prepared(options)
     assert caught.value.exit_code == 65
     assert not options.out.exists()
     path.write_bytes(content)
-    prepare.prepare(options, quiet)
+    prepared(options)
     assert joined(tokens_of(options.out)) == reference(ALL_TEXTS)
 
 
@@ -677,20 +677,20 @@ def die_in_the_middle_of_the_answer():
 def test_a_worker_that_dies_is_an_error_not_a_hang(options, monkeypatch, death):
     class Dying(workers.ProcessPoolExecutor):
         def submit(self, function, slice, *more):
-            if (slice.file, slice.index) == (1, 2):
+            if (slice.file, slice.part) == (1, 2):
                 return super().submit(*death)
             return super().submit(function, slice, *more)
 
     threads = threading.active_count()
     monkeypatch.setattr(workers, "ProcessPoolExecutor", Dying)
     with pytest.raises(AymenError, match=r"a worker process died; finished shards are safe: run the same command"):
-        prepare.prepare(replace(options, workers=2), quiet)
+        prepared(replace(options, workers=2))
     deadline = time.monotonic() + 30
     while threading.active_count() > threads and time.monotonic() < deadline:
         time.sleep(0.01)
     assert threading.active_count() <= threads  # or Python would wait for them when it ends
     monkeypatch.undo()
-    prepare.prepare(replace(options, workers=2), quiet)
+    prepared(replace(options, workers=2))
     assert joined(tokens_of(options.out)) == reference(ALL_TEXTS)
 
 
@@ -700,14 +700,14 @@ def test_slices_are_dealt_only_so_far_ahead(tmp_path):
     found = slices.slices_of(sources.open_source([str(path)]), 0, path)
     batches = workers.tokenize_all((dealt.append(slice) or slice for slice in found), 1, "tiktoken")
     for read in range(1, 31):
-        assert next(batches).slice.index == read - 1
+        assert next(batches).part == read - 1
         assert len(dealt) <= read + workers.AHEAD
     batches.close()
 
 
 @pytest.mark.fault(34)
 def test_repair_rebuilds_only_what_is_damaged(options, tmp_path):
-    prepare.prepare(options, quiet)
+    prepared(options)
     expected = digest(options.out)
     paths = sorted(options.out.glob("*.bin"))
     flipped = bytearray(paths[3].read_bytes())
@@ -723,7 +723,7 @@ def test_repair_rebuilds_only_what_is_damaged(options, tmp_path):
 
 @pytest.mark.fault(34)
 def test_a_damaged_table_of_documents_is_found_and_repaired(options):
-    prepare.prepare(options, quiet)
+    prepared(options)
     expected = digest(options.out)
     tables = sorted(options.out.glob("*.documents.parquet"))[:3]
     tables[0].write_bytes(tables[0].read_bytes()[:-9])
@@ -739,7 +739,7 @@ def test_a_damaged_table_of_documents_is_found_and_repaired(options):
 
 @pytest.mark.fault(34)
 def test_a_table_that_another_pyarrow_writes_otherwise_is_repaired_too(options, monkeypatch):
-    prepare.prepare(options, quiet)
+    prepared(options)
     next(options.out.glob("*_000002.documents.parquet")).unlink()
     monkeypatch.setattr(pq, "write_table", lambda table, file, compression: REAL_WRITE(table, file))
     assert prepare.repair(options.out, quiet, workers=0) == ["shard_train_000002.documents.parquet"]
@@ -750,7 +750,7 @@ def test_a_table_that_another_pyarrow_writes_otherwise_is_repaired_too(options, 
 
 @pytest.mark.fault(49)
 def test_repair_killed_again_and_again_keeps_what_it_repaired_and_leaves_no_pile(options):
-    prepare.prepare(options, quiet)
+    prepared(options)
     expected = digest(options.out)
     paths = sorted(options.out.glob("*.bin"))[2:5]
     for path in paths:
@@ -774,7 +774,7 @@ def test_repair_killed_again_and_again_keeps_what_it_repaired_and_leaves_no_pile
 
 @pytest.mark.parametrize("damaged", [".bin", ".documents.parquet"])
 def test_repair_from_a_source_with_other_content_changes_nothing(options, damaged):
-    prepare.prepare(options, quiet)
+    prepared(options)
     path = Path(options.source[0]) / "c.jsonl"
     path.write_text(path.read_text().replace("model", "novel"))
     shard = sorted(options.out.glob("*_train_*.bin"))[-1]
@@ -809,7 +809,7 @@ def test_fineweb_edu_comes_from_the_hub_file_by_file_and_is_not_kept(hub, tmp_pa
         kept.append(len(list((tmp_path / "out/.source").rglob("*.parquet"))))
 
     options = PrepareOptions(out=tmp_path / "out", shard_tokens=1000, workers=0)
-    prepare.prepare(options, report)
+    prepared(options, report)
     assert joined(tokens_of(options.out)) == reference(HUB_TEXTS)
     assert max(kept) <= 2
     assert not (options.out / ".source").exists()
@@ -833,15 +833,15 @@ def test_fineweb_edu_comes_from_the_hub_file_by_file_and_is_not_kept(hub, tmp_pa
 @pytest.mark.filterwarnings("ignore:Not enough free disk space")
 def test_a_download_that_fills_the_disk_is_made_again_when_there_is_room(hub, tmp_path, disk):
     options = PrepareOptions(out=tmp_path / "out", shard_tokens=1000, workers=0)
-    prepare.prepare(options, quiet)
+    prepared(options)
     small = replace(options, out=disk("4k") / "out")
-    assert grow_until_done(disk, small.out, lambda: prepare.prepare(small, quiet)) > 5
+    assert grow_until_done(disk, small.out, lambda: prepared(small)) > 5
     assert digest(small.out) == digest(options.out)
 
 
 def test_keep_source_keeps_the_downloads(hub, tmp_path):
     options = PrepareOptions(out=tmp_path / "out", shard_tokens=1000, workers=0, keep_source=True)
-    prepare.prepare(options, quiet)
+    prepared(options)
     assert len(list((tmp_path / "out/.source/sample/10BT").glob("*.parquet"))) == 3
 
 
@@ -850,12 +850,12 @@ def test_a_hub_that_fails_half_way_is_continued_without_listing_or_the_first_fil
     options = PrepareOptions(out=tmp_path / "out", shard_tokens=1000, workers=0)
     hub.faults["HEAD 002_00000.parquet"] = ["403", ...]
     with pytest.raises(NetworkError, match="002_00000.parquet of HuggingFaceFW/fineweb-edu: not found or private"):
-        prepare.prepare(options, quiet)
+        prepared(options)
     done = len(shards.read_manifest(options.out)["shards"])
     assert done > 2
     hub.faults.clear()
     hub.requests.clear()
-    prepare.prepare(options, quiet)
+    prepared(options)
     assert joined(tokens_of(options.out)) == reference(HUB_TEXTS)
     assert not any("/api/" in request or "000_00000" in request for request in hub.requests)
 
@@ -866,41 +866,41 @@ def test_wrong_bytes_from_the_hub_are_fetched_again_and_never_tokenized(hub, tmp
     hub.faults["GET 000_00000.parquet"] = ["wrong"]
     hub.faults["GET 001_00000.parquet"] = ["wrong", ...]
     with pytest.raises(NetworkError, match="001_00000.parquet of .*: downloaded twice, its sha256 is ") as caught:
-        prepare.prepare(options, quiet)
+        prepared(options)
     assert caught.value.exit_code == 69
     assert len(shards.read_manifest(options.out)["shards"]) > 1
     assert (hub.count("GET", "000_00000.parquet"), hub.count("GET", "001_00000.parquet")) == (2, 2)
     assert not list(options.out.rglob("001_00000.parquet"))
     hub.faults.clear()
-    prepare.prepare(options, quiet)
+    prepared(options)
     assert joined(tokens_of(options.out)) == reference(HUB_TEXTS)
 
 
 @pytest.mark.fault(45)
 def test_without_the_hub_a_file_put_in_its_place_by_hand_is_checked_and_taken(hub, tmp_path):
     options = PrepareOptions(out=tmp_path / "out", shard_tokens=1000, workers=0)
-    prepare.prepare(replace(options, out=tmp_path / "whole"), quiet)
+    prepared(replace(options, out=tmp_path / "whole"))
     hub.faults["GET 002_00000.parquet"] = ["500", ...]
     place = options.out / ".source/sample/10BT/002_00000.parquet"
     with pytest.raises(
         NetworkError, match=rf"HTTP 500 \(tries: 4\).*run the same command again; or put it at {place}"
     ):
-        prepare.prepare(options, quiet)
+        prepared(options)
     finished = digest(options.out)
     assert len(finished) > 5
     hub.__exit__()
     place.write_bytes(b"another file")
     with pytest.raises(NetworkError, match="cannot get sample/10BT/002_00000.parquet"):
-        prepare.prepare(options, quiet)
+        prepared(options)
     assert digest(options.out) == finished
     place.write_bytes(hub.files["sample/10BT/002_00000.parquet"])
-    prepare.prepare(options, quiet)
+    prepared(options)
     assert digest(options.out) == digest(tmp_path / "whole")
 
 
 def test_repair_downloads_what_it_needs_and_cleans_up(hub, tmp_path):
     options = PrepareOptions(out=tmp_path / "out", shard_tokens=1000, workers=0)
-    prepare.prepare(options, quiet)
+    prepared(options)
     expected = digest(options.out)
     hub.requests.clear()
     victim = sorted(options.out.glob("*.bin"))[-2]
@@ -914,7 +914,7 @@ def test_repair_downloads_what_it_needs_and_cleans_up(hub, tmp_path):
 @pytest.mark.fault(53)
 def test_a_manifest_cannot_make_us_touch_files_outside(hub, tmp_path):
     options = PrepareOptions(out=tmp_path / "out", shard_tokens=1000, workers=0)
-    prepare.prepare(options, quiet)
+    prepared(options)
     manifest = shards.read_manifest(options.out)
     victim = tmp_path / "victim.parquet"
     victim.touch()
@@ -922,7 +922,7 @@ def test_a_manifest_cannot_make_us_touch_files_outside(hub, tmp_path):
     manifest["complete"] = False
     shards.write_manifest(options.out, manifest)
     with pytest.raises(DataError, match="unsafe path"):
-        prepare.prepare(options, quiet)
+        prepared(options)
     assert victim.exists()
 
 
@@ -938,13 +938,13 @@ def test_links_in_the_folder_never_make_us_write_or_delete_outside(hub, tmp_path
     with pytest.raises(
         DataError, match=r"unsafe path 'sample/10BT/000_00000.parquet': a link leads out of .*source"
     ):
-        prepare.prepare(options, quiet)
-    preparation = prepare.Preparation(options, quiet)
+        prepared(options)
+    preparation = Preparation(options, quiet)
     preparation.source = preparation.open_source()
     with pytest.raises(DataError, match="unsafe path"):
         preparation.drop_downloads(1)
     (options.out / ".source/sample").unlink()
-    prepare.prepare(options, quiet)
+    prepared(options)
     shard = sorted(options.out.glob("*.bin"))[1]
     expected = digest(options.out)
     shard.unlink()
@@ -963,7 +963,7 @@ def test_the_vocabulary_is_missing_before_any_worker_starts(options, monkeypatch
     monkeypatch.delenv("TIKTOKEN_CACHE_DIR", raising=False)
     monkeypatch.setattr(fetch, "from_wheel", refuse)
     with pytest.raises(NetworkError, match="no vocabulary"):
-        prepare.prepare(replace(options, workers=2), quiet)
+        prepared(replace(options, workers=2))
     monkeypatch.undo()
     tokenizer.gpt2()
 
@@ -1006,16 +1006,16 @@ def late(options, tmp_path):
 
 @pytest.mark.parametrize("workers", [0, 2])
 def test_an_encoder_that_errs_ends_the_command_with_the_document_and_the_way_out(late, broken, tmp_path, workers):
-    prepare.prepare(replace(late, out=tmp_path / "right", encoder="tiktoken"), quiet)
+    prepared(replace(late, out=tmp_path / "right", encoder="tiktoken"))
     message = (
         r"^gigatoken 0 gave other ids than tiktoken for c.jsonl, slice 0, row 0, id-0: "
         "type the same command with --restart --encoder tiktoken$"
     )
     for _ in range(2):  # then, and when it is typed again
         with pytest.raises(DataError, match=message):
-            prepare.prepare(replace(late, workers=workers), quiet)
+            prepared(replace(late, workers=workers))
     assert len(shards.read_manifest(late.out)["shards"]) > 2
-    prepare.prepare(replace(late, restart=True, encoder="tiktoken"), quiet)
+    prepared(replace(late, restart=True, encoder="tiktoken"))
     assert digest(late.out) == digest(tmp_path / "right")
 
 
@@ -1024,7 +1024,7 @@ def test_the_sample_is_one_document_in_a_hundred_and_some_of_every_slice(tmp_pat
     chosen = [row for row in range(100_000) if workers._sampled(slice, row)]
     assert chosen[:2] == [0, 1]
     assert 900 < len(chosen) < 1100
-    assert workers._sampled(replace(slice, index=9), chosen[5]) is False
+    assert workers._sampled(replace(slice, part=9), chosen[5]) is False
 
 
 def test_both_encoders_write_the_same_shards_and_the_manifest_names_them(options, tmp_path):
@@ -1032,7 +1032,7 @@ def test_both_encoders_write_the_same_shards_and_the_manifest_names_them(options
     folders = {name: replace(options, out=tmp_path / name, encoder=name) for name in ("gigatoken", "tiktoken")}
     manifests = {}
     for name, chosen in folders.items():
-        prepare.prepare(chosen, quiet)
+        prepared(chosen)
         manifests[name] = shards.read_manifest(chosen.out)
         assert manifests[name].pop("encoder") == {"name": name, "version": version(name)}
     assert manifests["gigatoken"] == manifests["tiktoken"]
@@ -1042,7 +1042,7 @@ def test_both_encoders_write_the_same_shards_and_the_manifest_names_them(options
 def test_a_folder_that_tiktoken_worked_on_stays_with_it(options, monkeypatch):
     stop_after(replace(options, encoder="tiktoken"), 2)
     monkeypatch.setattr(encoder, "_gigatoken", None)
-    prepare.prepare(options, quiet)
+    prepared(options)
     assert joined(tokens_of(options.out)) == reference(ALL_TEXTS)
 
 
@@ -1050,13 +1050,13 @@ def test_without_gigatoken_tiktoken_works_and_one_line_says_so(options, monkeypa
     monkeypatch.setattr(encoder, "missing", lambda: "`pip install it`")
     monkeypatch.setattr(encoder, "_gigatoken", None)
     events = []
-    prepare.prepare(options, events.append)
+    prepared(options, events.append)
     assert [event for event in events if isinstance(event, str)] == ["encoding with tiktoken: `pip install it`"]
     assert joined(tokens_of(options.out)) == reference(ALL_TEXTS)
 
 
 def test_repair_uses_the_encoder_of_the_folder(options, monkeypatch):
-    prepare.prepare(replace(options, encoder="tiktoken"), quiet)
+    prepared(replace(options, encoder="tiktoken"))
     expected = digest(options.out)
     sorted(options.out.glob("*.bin"))[2].unlink()
     monkeypatch.setattr(encoder, "_gigatoken", None)

@@ -362,7 +362,7 @@ def test_a_shard_that_came_later_is_taken_in_without_the_manifest(tmp_path):
     with pytest.raises(DataError, match=r"does not list: move it away, or delete manifest.json to have all files"):
         shards.check_shards(tmp_path)
     with pytest.raises(UsageError, match="holds tokens that fineweb.py did not make: take another --out"):
-        prepare.prepare(prepare.PrepareOptions(("a.txt",), tmp_path), print)
+        prepare.Preparation(prepare.PrepareOptions(("a.txt",), tmp_path), print).run()
     (tmp_path / "manifest.json").unlink()
     with pytest.warns(UserWarning, match="its 4 shards hold 2,300 tokens"):
         assert shards.check_shards(tmp_path) != before

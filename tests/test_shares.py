@@ -16,12 +16,22 @@ import pytest
 from conftest import door_command
 from crashes import killed, points
 from fake_hub import FakeHub, talk_to
-from test_prepare import digest, grow_until_done, make_texts, quiet, tokens_of, write_jsonl, write_parquet
+from test_prepare import (
+    digest,
+    grow_until_done,
+    make_texts,
+    prepared,
+    quiet,
+    tokens_of,
+    write_jsonl,
+    write_parquet,
+)
 
 from aymen_gpt import files
-from aymen_gpt.data import prepare, shards, shares, slices
+from aymen_gpt.commands import fineweb
+from aymen_gpt.data import prepare, shards, slices
 from aymen_gpt.data.prepare import PrepareOptions
-from aymen_gpt.data.shares import Share
+from aymen_gpt.data.shares import Merge, SharePreparation, share_folder
 from aymen_gpt.errors import CannotWrite, DataError, NetworkError, UsageError
 
 pytestmark = pytest.mark.slow
@@ -47,27 +57,35 @@ def options(tmp_path, monkeypatch):
     return PrepareOptions(source=(str(folder),), out=tmp_path / "out", shard_tokens=2500, workers=0)
 
 
+def share_prepared(options, number, count):
+    return SharePreparation(options, number, count, quiet).run()
+
+
 def prepare_shares(options, count):
-    return [shares.prepare_share(options, Share(i + 1, count), quiet) for i in range(count)]
+    return [share_prepared(options, i + 1, count) for i in range(count)]
+
+
+def merged(options):
+    return Merge(options, quiet).run()
 
 
 @pytest.mark.parametrize("count", [1, 2, 3, 7, 40])
 def test_merged_shares_are_the_single_run_manifest_and_all(options, tmp_path, count):
-    single = prepare.prepare(options, quiet)
-    merged = replace(options, out=tmp_path / "merged")
-    found = prepare_shares(merged, count)
+    single = prepared(options)
+    parted = replace(options, out=tmp_path / "merged")
+    found = prepare_shares(parted, count)
     assert sum(part.totals.documents for part in found) == single.totals.documents
     assert sum(part.totals.tokens > 0 for part in found) >= min(count, 10)
-    assert shares.merge(merged, quiet) == replace(single, folder=merged.out)
-    assert digest(merged.out) == digest(options.out)
+    assert merged(parted) == replace(single, folder=parted.out)
+    assert digest(parted.out) == digest(options.out)
     assert single.totals.skipped["empty"] >= 5
 
 
 def test_shares_in_a_folder_inside_the_source_are_no_source(options):
     inside = replace(options, out=options.out.parent / "in/tokens")
-    prepare.prepare(options, quiet)
+    prepared(options)
     prepare_shares(inside, 2)
-    shares.merge(inside, quiet)
+    merged(inside)
     assert digest(inside.out) == digest(options.out)
 
 
@@ -82,21 +100,21 @@ def test_shares_are_balanced_by_bytes(tmp_path):
 @pytest.mark.parametrize("change", [{"max_tokens": 7001}, {"max_tokens": 1}, {"shard_tokens": 100_000}])
 def test_limits_and_small_corpora_are_cut_as_by_one_machine(options, tmp_path, change):
     options = replace(options, **change)
-    merged = replace(options, out=tmp_path / "merged")
-    prepare_shares(merged, 2)
+    parted = replace(options, out=tmp_path / "merged")
+    prepare_shares(parted, 2)
     try:
-        prepare.prepare(options, quiet)
+        prepared(options)
     except DataError as error:
         with pytest.raises(DataError, match=str(error)):
-            shares.merge(merged, quiet)
+            merged(parted)
     else:
-        shares.merge(merged, quiet)
-        assert digest(merged.out) == digest(options.out)
+        merged(parted)
+        assert digest(parted.out) == digest(options.out)
 
 
 def test_repair_of_a_merged_folder_works_from_the_source(options):
     prepare_shares(options, 3)
-    shares.merge(options, quiet)
+    merged(options)
     expected = digest(options.out)
     (options.out / "shard_train_000003.bin").unlink()
     assert prepare.repair(options.out, quiet, workers=0) == ["shard_train_000003.bin"]
@@ -110,65 +128,61 @@ def times_killed(moments, work):
 
 @pytest.mark.fault(49)
 def test_killed_at_any_rename_a_share_and_the_merge_go_on_to_the_same_bytes(options, tmp_path):
-    prepare.prepare(options, quiet)
-    merged = replace(options, out=tmp_path / "merged")
-    for share in (Share(1, 2), Share(2, 2)):
+    prepared(options)
+    parted = replace(options, out=tmp_path / "merged")
+    for number in (1, 2):
         later_and_later = islice(points("os.replace"), 0, 100, 3)
-        assert (
-            2 < times_killed(later_and_later, lambda share=share: shares.prepare_share(merged, share, quiet)) < 33
-        )
+        assert 2 < times_killed(later_and_later, lambda n=number: share_prepared(parted, n, 2)) < 33
     soon = cycle(islice(points("os.replace"), 6))
-    assert 6 < times_killed(soon, lambda: shares.merge(merged, quiet)) < 100
-    assert digest(merged.out) == digest(options.out)
-    bundles = [shards.read_manifest(Share(i, 2).folder(merged.out))["shards"] for i in (1, 2)]
+    assert 6 < times_killed(soon, lambda: merged(parted)) < 100
+    assert digest(parted.out) == digest(options.out)
+    bundles = [shards.read_manifest(share_folder(parted.out, i, 2))["shards"] for i in (1, 2)]
     assert min(map(len, bundles)) >= 3
 
 
 @pytest.mark.fault(22)
 def test_a_disk_that_is_full_loses_nothing_of_a_share_or_a_merge(options, disk):
-    prepare.prepare(options, quiet)
+    prepared(options)
     small = replace(options, out=disk("4k") / "out")
-    share = Share(1, 1)
-    assert grow_until_done(disk, share.folder(small.out), lambda: shares.prepare_share(small, share, quiet)) > 9
+    assert grow_until_done(disk, share_folder(small.out, 1, 1), lambda: share_prepared(small, 1, 1)) > 9
     used = shutil.disk_usage(small.out).used
-    assert grow_until_done(disk, small.out, lambda: shares.merge(small, quiet), used) > 20
+    assert grow_until_done(disk, small.out, lambda: merged(small), used) > 20
     assert digest(small.out) == digest(options.out)
 
 
 def test_a_finished_share_and_a_finished_merge_need_nothing(options):
     first = prepare_shares(options, 2)
     assert prepare_shares(options, 2) == [replace(part, already=True) for part in first]
-    done = shares.merge(options, quiet)
-    for share in (Share(1, 2), Share(2, 2)):
-        for path in share.folder(options.out).iterdir():
+    done = merged(options)
+    for number in (1, 2):
+        for path in share_folder(options.out, number, 2).iterdir():
             path.unlink()
-    assert shares.merge(options, quiet) == replace(done, already=True) == prepare.prepare(options, quiet)
+    assert merged(options) == replace(done, already=True) == prepared(options)
 
 
 def test_missing_and_unfinished_parts_are_named(options):
     with pytest.raises(DataError, match=r"parts holds no parts: run python fineweb.py --part 1/N"):
-        shares.merge(options, quiet)
-    shares.prepare_share(options, Share(2, 4), quiet)
-    shares.prepare_share(options, Share(3, 4), quiet)
-    folder = Share(3, 4).folder(options.out)
+        merged(options)
+    share_prepared(options, 2, 4)
+    share_prepared(options, 3, 4)
+    folder = share_folder(options.out, 3, 4)
     shards.write_manifest(folder, shards.read_manifest(folder) | {"complete": False})
     with pytest.raises(
         DataError, match=r"parts 1/4, 3/4, 4/4 of .*out are not finished: run python fineweb.py --part 1/4"
     ):
-        shares.merge(options, quiet)
-    shares.prepare_share(options, Share(1, 2), quiet)
+        merged(options)
+    share_prepared(options, 1, 2)
     with pytest.raises(DataError, match="holds parts of 2 and of 4"):
-        shares.merge(options, quiet)
+        merged(options)
     assert not (options.out / "manifest.json").exists()
 
 
-@pytest.mark.parametrize("ending", [".bin", ".rows.parquet"])
 @pytest.mark.parametrize("damage", ["flipped", "missing"])
-def test_a_damaged_part_is_named_and_can_be_made_again(options, tmp_path, ending, damage):
-    prepare.prepare(options, quiet)
-    merged = replace(options, out=tmp_path / "merged")
-    prepare_shares(merged, 2)
-    victim = Share(2, 2).folder(merged.out) / f"tokens_000001{ending}"
+def test_a_damaged_part_is_named_and_can_be_made_again(options, tmp_path, damage):
+    prepared(options)
+    parted = replace(options, out=tmp_path / "merged")
+    prepare_shares(parted, 2)
+    victim = share_folder(parted.out, 2, 2) / "tokens_000001.arrow"
     content = bytearray(victim.read_bytes())
     content[len(content) // 2] ^= 1
     victim.write_bytes(content) if damage == "flipped" else victim.unlink()
@@ -176,33 +190,33 @@ def test_a_damaged_part_is_named_and_can_be_made_again(options, tmp_path, ending
         rf"{victim.name} is missing or damaged: delete .*2-of-2 and run python fineweb.py --part 2/2 with the same"
     )
     with pytest.raises(DataError, match=message):
-        shares.merge(merged, quiet)
+        merged(parted)
     for path in victim.parent.iterdir():
         path.unlink()
-    prepare_shares(merged, 2)
-    shares.merge(merged, quiet)
-    assert digest(merged.out) == digest(options.out)
+    prepare_shares(parted, 2)
+    merged(parted)
+    assert digest(parted.out) == digest(options.out)
 
 
 def test_parts_of_other_options_or_other_files_are_refused(options):
     prepare_shares(options, 2)
     with pytest.raises(UsageError, match=r"1-of-2 was prepared with --shard-tokens 2500, not 9"):
-        shares.merge(replace(options, shard_tokens=9), quiet)
+        merged(replace(options, shard_tokens=9))
     with pytest.raises(UsageError, match=r"1-of-2 was prepared with --text-column unset, not x"):
-        shares.prepare_share(replace(options, text_column="x"), Share(1, 2), quiet)
-    folder = Share(2, 2).folder(options.out)
+        share_prepared(replace(options, text_column="x"), 1, 2)
+    folder = share_folder(options.out, 2, 2)
     manifest = shards.read_manifest(folder)
     manifest["source"]["files"][0]["bytes"] += 1
     shards.write_manifest(folder, manifest)
     with pytest.raises(DataError, match=r"2-of-2 has another source than .*1-of-2"):
-        shares.merge(options, quiet)
+        merged(options)
 
 
 def test_parts_of_two_encoders_do_not_fit_together(options):
-    shares.prepare_share(options, Share(1, 2), quiet)
-    shares.prepare_share(replace(options, encoder="tiktoken"), Share(2, 2), quiet)
+    share_prepared(options, 1, 2)
+    share_prepared(replace(options, encoder="tiktoken"), 2, 2)
     with pytest.raises(DataError, match=r"2-of-2 has another encoder than .*1-of-2: delete one of them"):
-        shares.merge(options, quiet)
+        merged(options)
 
 
 def test_too_many_bad_rows_are_found_at_the_merge_and_mended_by_its_advice(tmp_path):
@@ -214,20 +228,20 @@ def test_too_many_bad_rows_are_found_at_the_merge_and_mended_by_its_advice(tmp_p
         DataError,
         match=r"4 of \d+ rows have .*: a.parquet, slice 6, row 0: null; .* the commands with --part again",
     ):
-        shares.merge(options, quiet)
-    assert shares.merge(replace(options, skip_bad_rows=True), quiet).totals.skipped == {"null": 4}
+        merged(options)
+    assert merged(replace(options, skip_bad_rows=True)).totals.skipped == {"null": 4}
     write_parquet(path, [*texts, *texts])
     again = replace(options, restart=True)
     prepare_shares(again, 2)
-    assert shares.merge(again, quiet).totals.documents == 600
+    assert merged(again).totals.documents == 600
 
 
 @pytest.mark.fault(26)
 def test_each_share_is_held_by_one_process(options):
-    with files.lock(Share(2, 2).folder(options.out), "--out"):
-        shares.prepare_share(options, Share(1, 2), quiet)
+    with files.lock(share_folder(options.out, 2, 2), "--out"):
+        share_prepared(options, 1, 2)
         with pytest.raises(CannotWrite, match="2-of-2 is in use"):
-            shares.prepare_share(options, Share(2, 2), quiet)
+            share_prepared(options, 2, 2)
 
 
 def test_shares_of_the_hub_download_only_their_files(tmp_path, monkeypatch):
@@ -238,27 +252,27 @@ def test_shares_of_the_hub_download_only_their_files(tmp_path, monkeypatch):
     with FakeHub(contents) as hub:
         talk_to(hub, monkeypatch, tmp_path / "hf")
         single = PrepareOptions(out=tmp_path / "single", shard_tokens=1000, workers=0)
-        prepare.prepare(single, quiet)
+        prepared(single)
         options = replace(single, out=tmp_path / "out")
         hub.requests.clear()
-        shares.prepare_share(options, Share(2, 2), quiet)
+        share_prepared(options, 2, 2)
         assert hub.count("GET", "000_00000.parquet") == 0
         hub.faults["HEAD 001_00000.parquet"] = ["403", ...]
         with pytest.raises(NetworkError):
-            shares.prepare_share(options, Share(1, 2), quiet)
+            share_prepared(options, 1, 2)
         hub.faults.clear()
-        shares.prepare_share(options, Share(1, 2), quiet)
+        share_prepared(options, 1, 2)
         assert not list(tmp_path.glob("out/parts/*/.source"))
         hub.requests.clear()
-        shares.merge(options, quiet)
+        merged(options)
         assert hub.requests == []
     assert digest(options.out) == digest(single.out)
 
 
-@pytest.mark.parametrize("text", ["0/2", "3/2", "1", "1/0", "-1/2", "a/b", "1/2/3"])
+@pytest.mark.parametrize("text", ["0/2", "3/2", "1", "1/0", "-1/2", "a/b", "1/2/3", ""])
 def test_a_part_is_i_of_n(text):
-    with pytest.raises(UsageError, match="--part is I/N"):
-        shares.parse(text)
+    with pytest.raises(UsageError, match=f"--part {text or repr('')}: expected I/N, the I-th of N"):
+        fineweb.main([f"--part={text}"])
 
 
 @pytest.mark.fault(49)

@@ -21,7 +21,7 @@ def read_all(words, **more):
     found = []
     for number, file in enumerate(source.files):
         for slice in slices.slices_of(source, number, file.path):
-            found += [(file.name, slice.index, document) for document in slices.read(slice)]
+            found += [(file.name, slice.part, document) for document in slices.read(slice)]
     return found
 
 
@@ -47,15 +47,6 @@ def test_row_groups_are_slices_and_rows_keep_their_id_and_url(tmp_path):
     found = read_all([path])
     assert [(slice, document.row) for _, slice, document in found] == [divmod(i, 10) for i in range(n)]
     assert found[7][2] == Document(7, "t7", "i7", None)
-
-
-def test_a_slice_can_be_read_from_any_row_on(tmp_path):
-    path = parquet(tmp_path / "a.parquet", {"text": [str(i) for i in range(1000)]})
-    source = sources.open_source([str(path)])
-    (slice,) = slices.slices_of(source, 0, path)
-    for skip in (0, 255, 256, 999, 1000):
-        rows = [document.row for document in slices.read(replace(slice, skip=skip))]
-        assert rows == list(range(skip, 1000))
 
 
 def test_files_of_a_folder_come_in_the_order_of_their_names_and_hidden_ones_not(tmp_path):
@@ -168,12 +159,10 @@ def test_compressed_files_and_large_row_groups_are_cut_into_slices_that_carry_th
     for file in (path, parquet(tmp_path / "a.parquet", table, row_group_size=100)):
         source = sources.open_source([str(file)])
         found = list(slices.slices_of(source, 0, file))
-        assert [slice.index for slice in found] == list(range(len(found)))
+        assert [slice.part for slice in found] == list(range(len(found)))
         assert len(found) > 5
         assert found[-1].fraction == 1
         assert [document.text for slice in found for document in slices.read(slice)] == wanted
-        later = [document.text for document in slices.read(replace(found[3], skip=5))]
-        assert later == [document.text for document in slices.read(found[3])][5:]
 
 
 @pytest.mark.parametrize("slice_bytes", [1, 7, 16, 33, 1000])

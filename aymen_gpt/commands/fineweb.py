@@ -1,6 +1,7 @@
 """python fineweb.py: text to token shards."""
 
 import argparse
+import re
 import sys
 import time
 from pathlib import Path
@@ -89,7 +90,7 @@ def parser() -> argparse.ArgumentParser:
     what = work.add_mutually_exclusive_group()
     what.add_argument(
         "--part",
-        type=console.name,
+        type=share,
         metavar="I/N",
         help="prepare only the I-th of N shares of the source, on this machine of many",
     )
@@ -97,6 +98,14 @@ def parser() -> argparse.ArgumentParser:
     what.add_argument("--verify", action="store_true", help="compare every file in DIR with its recorded sha256")
     what.add_argument("--repair", action="store_true", help="verify, then rebuild damaged files from their source")
     return p
+
+
+def share(text: str) -> tuple[int, int]:
+    """For argparse: "2/8", the second of eight shares."""
+    match = re.fullmatch(r"(\d+)/(\d+)", text)
+    if not match or not 1 <= int(match[1]) <= int(match[2]):
+        raise argparse.ArgumentTypeError(f"{text or repr('')}: expected I/N, the I-th of N, from 1/N to N/N")
+    return int(match[1]), int(match[2])
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -108,18 +117,18 @@ def main(argv: list[str] | None = None) -> int:
         return verify(args.out)
     if args.repair:
         return repair(args)
-    from aymen_gpt.data import shares
-    from aymen_gpt.data.prepare import PrepareOptions, prepare
+    from aymen_gpt.data.prepare import Preparation, PrepareOptions
+    from aymen_gpt.data.shares import Merge, SharePreparation
 
     chosen = {name: value for name, value in vars(args).items() if name not in (*MODES, "source")}
     options = PrepareOptions(source=tuple(args.source or ["hub"]), **chosen)
     with Reporter() as reporter:
         if args.part:
-            share = shares.parse(args.part)
-            summary = shares.prepare_share(options, share, reporter)
+            number, count = args.part
+            summary = SharePreparation(options, number, count, reporter).run()
         else:
-            summary = (shares.merge if args.merge else prepare)(options, reporter)
-    console.show(console.as_typed(closing(summary, share=args.part)))
+            summary = (Merge if args.merge else Preparation)(options, reporter).run()
+    console.show(console.as_typed(closing(summary, args.part)))
     return 0
 
 
@@ -203,7 +212,7 @@ class Reporter:
             self._print(f"{progress.fraction:4.0%}  {line}")
 
 
-def closing(summary: "Summary", share: str | None = None) -> str:
+def closing(summary: "Summary", part: tuple[int, int] | None = None) -> str:
     totals = summary.totals
     skipped = ", ".join(f"{count:,} {reason}" for reason, count in sorted(totals.skipped.items())) or "none"
     done = "already prepared" if summary.already else "prepared"
@@ -212,8 +221,11 @@ def closing(summary: "Summary", share: str | None = None) -> str:
         f"{summary.shards} shards (the first is for validation)",
         fitting(totals.tokens, str(summary.folder)),
     )
-    if share:
-        what, then = f"part {share}", "once all parts are prepared: the same command with --merge for --part"
+    if part:
+        what, then = (
+            f"part {part[0]}/{part[1]}",
+            "once all parts are prepared: the same command with --merge for --part",
+        )
     return f"""\
 {done}: {summary.folder}, {what}
 documents  {totals.documents:,}

@@ -39,7 +39,7 @@ class PreparePart(_pipeline_step()):  # type: ignore[misc]
             if isinstance(event, str):
                 logger.info(event)
 
-        summary = shares.prepare_share(self.options, shares.Share(rank + 1, world_size), report)
+        summary = shares.SharePreparation(self.options, rank + 1, world_size, report).run()
         self.stat_update("documents", value=summary.totals.documents, unit="task")
         self.stat_update("tokens", value=summary.totals.tokens, unit="task")
         yield from data or ()

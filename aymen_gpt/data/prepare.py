@@ -84,15 +84,6 @@ class Summary:
     already: bool  # nothing had to be done
 
 
-def prepare(options: PrepareOptions, report: Report) -> Summary:
-    """Bring the folder ``options.out`` to completion, from wherever an earlier call left it.
-
-    UsageError when the folder was begun with other options, DataError when the source is bad, too small or has
-    changed, NetworkError, CannotWrite; after any of them the finished shards stay.
-    """
-    return Preparation(options, report).run()
-
-
 def repair(
     out: Path,
     report: Report,
@@ -117,7 +108,7 @@ def repair(
 
 
 class Preparation:
-    """One output folder on its way to completion. shares.py has other ways to fill one.
+    """The folder ``options.out`` on its way to completion. shares.py has other ways to fill one.
 
     Once ``run`` or ``repair`` has begun, ``source`` and ``manifest`` are those of the folder.
     """
@@ -131,7 +122,11 @@ class Preparation:
         self.manifest: dict[str, Any] = {}
 
     def run(self) -> Summary:
-        """Do all that is left to do."""
+        """Do all that is left to do, from wherever an earlier call ended.
+
+        UsageError when the folder was begun with other options, DataError when the source is bad, too small or has
+        changed, NetworkError, CannotWrite; after any of them the finished shards stay.
+        """
         with held(self.out):
             if self.options.restart:
                 set_aside(self.out, self.report)
@@ -153,7 +148,7 @@ class Preparation:
             return self.summary(already=False)
 
     def summary(self, *, already: bool) -> Summary:
-        return Summary(self.out, len(self.manifest["shards"]), Totals.of(self.manifest), already)
+        return Summary(self.out, len(self.manifest["shards"]), Totals(**self.manifest["totals"]), already)
 
     def check_complete(self) -> None:
         """What is asked when nothing is left to do: is all this still true?"""
@@ -266,8 +261,8 @@ class Preparation:
 
     def append_shards(self) -> None:
         """Append shards to the manifest, saving it with each, until the source or max_tokens is exhausted."""
-        done, totals = self.manifest["shards"], Totals.of(self.manifest)
-        position = Position.of(done[-1]["end"]) if done else Position()
+        done, totals = self.manifest["shards"], Totals(**self.manifest["totals"])
+        position = self.position()
         limit = self.options.max_tokens or 2**63
         if done:
             self.report(f"continuing after {len(done)} finished shards ({totals.tokens:,} tokens)")
@@ -297,8 +292,8 @@ class Preparation:
             )
 
     def _tell(self, stream: TokenStream) -> None:
-        slice, before = stream.slice, self.bytes_before
-        reached = before[slice.file] + self.source.files[slice.file].bytes * slice.fraction if slice else 0
+        batch, before = stream.batch, self.bytes_before
+        reached = before[batch.file] + self.source.files[batch.file].bytes * batch.fraction if batch else 0
         of_limit = stream.totals.tokens / (self.options.max_tokens or 2**63)
         fraction = max(reached / max(before[-1], 1), of_limit)
         self.report(Progress(stream.totals, len(self.manifest["shards"]), fraction))
@@ -308,22 +303,22 @@ class Preparation:
         """How many bytes the source has before each of its files, and in all."""
         return list(itertools.accumulate((file.bytes for file in self.source.files), initial=0))
 
-    def batches(self, position: Position) -> Generator[Batch, None, None]:
-        """The source from a position on, tokenized."""
-        return self.tokenized(self.slices(position))
+    def position(self) -> Position:
+        """Where in the source the manifest's last shard ends."""
+        done = self.manifest["shards"]
+        return Position(**done[-1]["end"]) if done else Position()
 
-    def tokenized(self, dealt: Iterator[Slice]) -> Generator[Batch, None, None]:
+    def batches(self, position: Position) -> Generator[Batch, None, None]:
+        """The source, tokenized, from the slice of a position on."""
         tokenizer.vocabulary()  # fetched once, before the workers want it
         count = (os.cpu_count() or 1) if self.options.workers is None else self.options.workers
-        return workers.tokenize_all(dealt, count, self.manifest["encoder"]["name"])
+        return workers.tokenize_all(self.slices(position), count, self.manifest["encoder"]["name"])
 
     def slices(self, position: Position) -> Iterator[Slice]:
-        """The slices from a position on; a file on the Hub is downloaded when its turn comes."""
+        """The slices from that of a position on; a file on the Hub is downloaded when its turn comes."""
         for number in range(position.file, len(self.source.files)):
             for slice in slices.slices_of(self.source, number, self.bring(number)):
-                if (number, slice.index) == (position.file, position.slice):
-                    yield replace(slice, skip=position.row)
-                elif (number, slice.index) > (position.file, position.slice):
+                if (number, slice.part) >= (position.file, position.part):
                     yield slice
 
     def repair(self, manifest: dict[str, Any], damaged: dict[str, str]) -> None:
@@ -340,7 +335,7 @@ class Preparation:
 
     def _rebuild(self, record: dict[str, Any]) -> None:
         """Write a shard and its table anew. They replace what is there only if the manifest knows their tokens."""
-        path, begin, folder = self.out / record["file"], Position.of(record["begin"]), self.out / REBUILT
+        path, begin, folder = self.out / record["file"], Position(**record["begin"]), self.out / REBUILT
         shutil.rmtree(folder, ignore_errors=True)  # of a repair that was killed
         try:
             with closing(self.batches(begin)) as batches:
@@ -369,17 +364,18 @@ def _write_shard(
     def pieces() -> Iterator[np.ndarray]:
         left = room
         while left and (piece := stream.take(left)) is not None:
-            left -= len(piece.tokens)
-            ids.extend(piece.ids)
-            urls.extend(piece.urls)
-            yield piece.tokens
+            tokens, new_ids, new_urls = piece
+            left -= len(tokens)
+            ids.extend(new_ids)
+            urls.extend(new_urls)
+            yield tokens
             tell(stream)
 
     n_tokens = shards.write_shard(path, pieces())
     shards.write_document_sources(path, ids, urls)
     counts = {"file": path.name, "tokens": n_tokens, "documents": len(ids), "sha256": files.sha256(path)}
     counts["documents_sha256"] = files.sha256(shards.sources_path(path))
-    return counts | {"begin": begin.record(), "end": stream.position.record()}
+    return counts | {"begin": asdict(begin), "end": asdict(stream.position)}
 
 
 def check_options(options: PrepareOptions, manifest: dict[str, Any]) -> None:
@@ -419,7 +415,7 @@ def held(out: Path) -> Iterator[None]:
 
 def set_aside(out: Path, report: Report) -> None:
     """Move all that a preparation left in a folder into ``out``/earlier-1, or -2, ...; nothing is deleted."""
-    shard = r"(\w[\w.-]*_(train|val)|tokens)_\d{6}\.(bin|documents\.parquet|rows\.parquet)"
+    shard = r"(\w[\w.-]*_(train|val)|tokens)_\d{6}\.(bin|documents\.parquet|arrow|rows\.parquet)"
     known = (shards.MANIFEST, shards.CHECKED)
     ours = [path for path in out.iterdir() if path.name in known or re.fullmatch(shard, path.name)]
     if not ours:

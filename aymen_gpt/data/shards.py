@@ -252,7 +252,7 @@ def _manifest_of(content: bytes) -> dict[str, Any]:
     for shard in manifest["shards"]:
         if not _has(shard, file=str, tokens=int, sha256=str):
             raise ValueError("is damaged (file, tokens or sha256 of a shard is not as it should be)")
-        if not re.fullmatch(r"\w[\w.-]*\.(bin|npy)", shard["file"]):
+        if not re.fullmatch(r"\w[\w.-]*\.(bin|npy|arrow)", shard["file"]):
             raise ValueError(f"lists the unsafe path {shard['file']!r}")
     return manifest
 

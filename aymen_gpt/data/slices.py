@@ -37,16 +37,14 @@ class Slice:
     """A piece of a file that is read alone: a row group, or the lines that begin in bytes start to stop."""
 
     file: int  # number in Source.files
-    index: int  # number in the file
+    part: int  # its own number in the file
     path: Path
     start: int
     stop: int
     text_column: str | None
     fraction: float  # of the file that is read when this slice is
     version: tuple[int, int] = (0, 0)  # bytes and modification time (ns) that the file must still have
-    rows: int | None = None  # of a row group
     content: Any = None  # the slice's rows, when they travel with it: bytes, or an arrow RecordBatch
-    skip: int = 0  # rows at the beginning that are not wanted
 
 
 @dataclass(frozen=True)
@@ -86,8 +84,8 @@ def slices_of(source: Source, number: int, path: Path) -> Iterator[Slice]:
             found = _compressed_slices(path, source.text_column)
         else:
             found = _jsonl_slices(path, source.text_column, file.bytes)
-        for index, slice in enumerate(found):
-            yield replace(slice, file=number, index=index, version=version)
+        for part, slice in enumerate(found):
+            yield replace(slice, file=number, part=part, version=version)
 
 
 def _parquet_slices(path: Path, text_column: str | None) -> Iterator[Slice]:
@@ -98,13 +96,13 @@ def _parquet_slices(path: Path, text_column: str | None) -> Iterator[Slice]:
     done = 0
     for i, group in enumerate(groups):
         done += group.num_rows
-        slice = Slice(0, 0, path, i, i + 1, column, done / max(total, 1), rows=group.num_rows)
+        slice = Slice(0, 0, path, i, i + 1, column, done / max(total, 1))
         if group.total_byte_size <= LARGE:
             yield slice
         else:
             rows = max(group.num_rows * SLICE_BYTES // group.total_byte_size, 1)
             for batch in _batches(file, slice, rows):
-                yield replace(slice, content=batch, rows=len(batch))
+                yield replace(slice, content=batch)
 
 
 def _compressed_slices(path: Path, text_column: str | None) -> Iterator[Slice]:
@@ -130,7 +128,7 @@ def _jsonl_slices(path: Path, text_column: str | None, size: int) -> Iterator[Sl
 
 
 def read(slice: Slice) -> Iterator[Document]:
-    """The rows of a slice from ``slice.skip`` on. DataError when the file is damaged or has changed."""
+    """The rows of a slice. DataError when the file is damaged or has changed."""
     with _readable(slice.path, slice.version if slice.content is None else None):
         if slice.path.name.endswith(".parquet"):
             yield from _read_parquet(slice)
@@ -244,15 +242,11 @@ def _holds_text(kind: "pa.DataType") -> bool:
 def _read_parquet(slice: Slice) -> Iterator[Document]:
     row = 0
     for batch in _batches(_parquet(slice.path), slice, 256) if slice.content is None else [slice.content]:
-        wanted = batch.slice(min(max(slice.skip - row, 0), len(batch)))
-        row += len(batch) - len(wanted)
-        nothing = [None] * len(wanted)
-        names = ("id", "url")
-        known = [_values(wanted.column(n)) if n in wanted.schema.names else nothing for n in names]
-        for text, id, url in zip(_values(wanted.column(slice.text_column)), *known, strict=True):
+        nothing = [None] * len(batch)
+        known = [_values(batch.column(n)) if n in batch.schema.names else nothing for n in ("id", "url")]
+        for text, id, url in zip(_values(batch.column(slice.text_column)), *known, strict=True):
             yield _document(row, text, id, url)
             row += 1
-    _check_all(slice, row, slice.rows, "rows")
 
 
 def _values(column: "pa.Array") -> list[Any]:
@@ -268,12 +262,8 @@ def _values(column: "pa.Array") -> list[Any]:
 
 
 def _read_jsonl(slice: Slice) -> Iterator[Document]:
-    row = -1
-    for offset, line in _lines(slice, slice.start - 1):
-        if offset >= slice.stop:
-            return
-        row += offset >= slice.start
-        if row < slice.skip or line.isspace():
+    for row, line in enumerate(_lines(slice)):
+        if line.isspace():
             continue
         try:
             yield _record(row, json.loads(line.decode("utf-8-sig")), slice.text_column)
@@ -283,6 +273,16 @@ def _read_jsonl(slice: Slice) -> Iterator[Document]:
             yield Document(row, "", skipped="not JSON")
         except RecursionError:
             yield Document(row, "", skipped="nested too deep")
+
+
+def _lines(slice: Slice) -> Iterator[bytes]:
+    """The lines that begin in a slice."""
+    with slice.path.open("rb") if slice.content is None else io.BytesIO(slice.content) as file:
+        if slice.start:
+            file.seek(slice.start - 1)
+            file.readline()  # the rest of a line that belongs to an earlier slice
+        while file.tell() < slice.stop and (line := file.readline()):
+            yield line
 
 
 def _record(row: int, record: object, text_column: str | None) -> Document:
@@ -299,28 +299,4 @@ def _text_of(record: object, key: str | None) -> object:
 
 
 def _read_txt(slice: Slice) -> Iterator[Document]:
-    content = slice.path.read_bytes()
-    _check_all(slice, len(content), slice.stop, "bytes")
-    if not slice.skip:
-        yield _document(0, content, None, slice.path.name)
-
-
-def _lines(slice: Slice, start: int) -> Iterator[tuple[int, bytes]]:
-    """(offset, line) of every whole line that begins after byte ``start``, or at the first byte."""
-    with slice.path.open("rb") if slice.content is None else io.BytesIO(slice.content) as file:
-        offset = max(start, 0)
-        if offset:
-            file.seek(offset)
-            offset += len(file.readline())  # the rest of a line that belongs to an earlier slice
-        for line in file:
-            yield offset, line
-            offset += len(line)
-    _check_all(slice, offset, slice.version[0] if slice.content is None else len(slice.content), "bytes")
-
-
-def _check_all(slice: Slice, found: int, planned: int | None, unit: str) -> None:
-    """DataError when a slice that was read to its end held less, or more, than was planned."""
-    if planned is not None and found != planned:
-        raise DataError(
-            f"{slice.path} changed while it was read ({found:,} {unit}, {planned:,} before): {RESTART}"
-        )
+    yield _document(0, slice.path.read_bytes(), None, slice.path.name)

@@ -146,7 +146,7 @@ def _files_in(folder: Path, out: Path | None) -> list[SourceFile]:
 def _is_text(name: str, beside: Sequence[str]) -> bool:
     """Whether a file of a folder is text by its name: not hidden, and no table that belongs to a shard."""
     stem, _, kind = name.removesuffix(".parquet").rpartition(".")
-    table = kind in ("documents", "rows") and f"{stem}.bin" in beside
+    table = kind == "documents" and f"{stem}.bin" in beside
     return name[0] != "." and name.endswith(SUFFIXES) and not table
 
 

@@ -4,6 +4,7 @@ The fast encoder (encoder.py) is held against tiktoken on about one document in 
 function of their place in the source.
 """
 
+import itertools
 import multiprocessing
 import os
 import signal
@@ -13,7 +14,7 @@ from collections import deque
 from collections.abc import Generator, Iterable
 from concurrent.futures import Future, ProcessPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import numpy as np
 
@@ -30,9 +31,11 @@ SAMPLE = 100  # one document in so many is encoded by tiktoken too
 class Batch:
     """A slice, tokenized: D documents, n tokens."""
 
-    slice: Slice
+    file: int  # number in Source.files
+    part: int  # number of the slice in the file
+    fraction: float  # of the file that is read when this slice is
     tokens: np.ndarray  # (n,) uint16, each document behind its separator
-    bounds: np.ndarray  # (D + 1,) where each document begins in tokens, and n
+    bounds: list[int]  # (D + 1,) where each document begins in tokens, and n
     rows: list[int]  # (D,) row of each document in the slice
     sizes: list[int]  # (D,) UTF-8 bytes of each
     ids: list[str | None]
@@ -51,9 +54,11 @@ def tokenize(slice: Slice, encoder_name: EncoderName) -> Batch:
     separator = np.array([tokenizer.EOT], np.uint16)
     pieces = [piece for tokens in ids for piece in (separator, tokens)]
     return Batch(
-        replace(slice, content=None),
+        slice.file,
+        slice.part,
+        slice.fraction,
         np.concatenate(pieces, dtype=np.uint16, casting="unsafe") if pieces else np.empty(0, np.uint16),
-        np.cumsum([0, *(1 + len(tokens) for tokens in ids)]),
+        list(itertools.accumulate((1 + len(tokens) for tokens in ids), initial=0)),
         [document.row for document in documents],
         list(map(len, texts)),
         [document.id for document in documents],
@@ -69,7 +74,7 @@ def _check_sample(
     for document, found in zip(documents, ids, strict=True):
         if _sampled(slice, document.row) and not np.array_equal(found, tokenizer.encode(document.text)):
             program = f"{encoder_name} {encoder.version(encoder_name)}"
-            place = [f"{slice.path.name}, slice {slice.index}, row {document.row}", document.id, document.url]
+            place = [f"{slice.path.name}, slice {slice.part}, row {document.row}", document.id, document.url]
             raise DataError(
                 f"{program} gave other ids than tiktoken for {', '.join(filter(None, place))}: "
                 "type the same command with --restart --encoder tiktoken"
@@ -78,7 +83,7 @@ def _check_sample(
 
 def _sampled(slice: Slice, row: int) -> bool:
     """Two rows of every slice and one in a hundred, the same in any run."""
-    return row < 2 or zlib.crc32(b"%d %d %d" % (slice.file, slice.index, row)) % SAMPLE == 0
+    return row < 2 or zlib.crc32(b"%d %d %d" % (slice.file, slice.part, row)) % SAMPLE == 0
 
 
 def tokenize_all(dealt: Iterable[Slice], workers: int, encoder_name: EncoderName) -> Generator[Batch, None, None]:
