@@ -74,7 +74,7 @@ def ours(shape: Shape, device: devices.Device) -> Step:
     steps = iter(range(10**9))
 
     def step(tokens: torch.Tensor) -> float:
-        return trainer.train_step(next(steps), [tokens]).loss
+        return trainer.train_step(next(steps), [tokens])[0]["loss"]
 
     return step
 

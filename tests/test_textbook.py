@@ -54,7 +54,7 @@ def test_fifty_steps_have_the_losses_of_the_textbook(shards, dtype, near):
     device = choose_device("cpu", dtype)
     trainer = build(c, device, Ranks())
     steps = [trainer.batches_of(i) for i in range(trainer.config.steps)]
-    ours = [trainer.train_step(i, batches).loss for i, batches in enumerate(steps)]
+    ours = [trainer.train_step(i, batches)[0]["loss"] for i, batches in enumerate(steps)]
     theirs = textbook_losses(c, [torch.cat(batches) for batches in steps], device.dtype)
     assert ours[0] - ours[-1] > 1  # they learned
     assert ours == pytest.approx(theirs, abs=near)

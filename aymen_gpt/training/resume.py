@@ -39,7 +39,7 @@ def find_checkpoint(run: Path, mode: str) -> tuple[Path | None, list[str]]:
     Raises DataError when there are checkpoints and none can be used, UsageError when there must be one.
     """
     left = checkpoint.remove_partial(run)
-    notices = [f"removed {left} checkpoint{'s'[: left > 1]} of a save that was cut short"] if left else []
+    notices = [f"warning: removed {left} checkpoint{'s'[: left > 1]} of a save that was cut short"][: bool(left)]
     if mode == "none":
         set_aside(run)
     newest, problems = latest_valid(run, checkpoint.unusable)
@@ -51,7 +51,7 @@ def find_checkpoint(run: Path, mode: str) -> tuple[Path | None, list[str]]:
     if newest is None and mode == "must":
         raise UsageError(f"--resume must: {run} has no checkpoint to continue from")
     if newest is not None:
-        notices += [f"{line}; using {newest.name}" for line in problems]
+        notices += [f"warning: {line}; using {newest.name}" for line in problems]
     return newest, notices
 
 

@@ -9,12 +9,12 @@ import gc
 import math
 import time
 import warnings
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import numpy as np
 import torch
@@ -30,13 +30,12 @@ from aymen_gpt.model.loss import linear_cross_entropy
 from aymen_gpt.training import checkpoint, optim
 from aymen_gpt.training import device as devices
 from aymen_gpt.training.config import TrainConfig
-from aymen_gpt.training.device import Device, is_out_of_memory, memory_in_words
+from aymen_gpt.training.device import Device
 from aymen_gpt.training.distributed import Ranks
 from aymen_gpt.training.gradients import GradientSum
 from aymen_gpt.training.guard import Guard
 from aymen_gpt.training.muon import Muon, zero_residual_projections
 from aymen_gpt.training.plan import dealt
-from aymen_gpt.training.results import StepResult, finite
 from aymen_gpt.training.resume import (
     Resume,
     changes,
@@ -47,18 +46,15 @@ from aymen_gpt.training.resume import (
     options,
 )
 from aymen_gpt.training.runlog import RunLog
+from aymen_gpt.training.signals import StopSignal
 
-Score = Callable[[GPT], dict[str, Any]]
+Row = dict[str, Any]  # of metrics.jsonl: null is a number that is not finite, for JSON has no NaN
 MAX_FAILED_SAVES = 3  # in a row, before the run ends
+SAMPLES = 3
 
 
-class Stop(Protocol):
-    """What ``fit`` asks at each step: see signals.StopSignal."""
-
-    name: str
-
-    @property
-    def requested(self) -> bool: ...
+def finite(value: float) -> float | None:
+    return value if math.isfinite(value) else None
 
 
 @dataclass
@@ -71,7 +67,7 @@ class Trainer:
     train_rows: TokenRows
     val_rows: TokenRows
     data_sha256: str  # of the token shards' manifest
-    score: Score | None = None  # a model -> its HellaSwag, for metrics.jsonl
+    score: Callable[[GPT], Row] | None = None  # a model -> its HellaSwag, for metrics.jsonl
     initial: Callable[[], GPT] | None = None  # a model of this shape, for the weights of step 0; None: random
     settings: dict[str, Any] = field(default_factory=dict)  # of the machine, to tell what changed on resume
 
@@ -101,13 +97,15 @@ class Trainer:
         optim.start_moments(self.model, self.optimizer)
         self.scaler = torch.amp.GradScaler(self.device.place.type, enabled=self.device.dtype == torch.float16)
         self.guard = Guard(c.skip_spikes)
+        self.identity = identity(c, self.data_sha256)
+        self.settings = options(c) | {"world_size": self.ranks.world_size} | self.settings
         self.origin = (0, 0)  # a step and its first row of the data order; both move on when a run is continued
         self.compiled = self.device.place.type == "cuda" if c.compile is None else c.compile
         self.loss = self._loss
         if self.compiled:  # --deterministic: choose no kernel by timing it
-            options: dict[str, Any] | None = {"deterministic": True} if c.deterministic else None
-            self.loss = torch.compile(self._loss, dynamic=False, options=options)
-        if self.device.place.type == "cpu" and not self.compiled:
+            choices: dict[str, Any] | None = {"deterministic": True} if c.deterministic else None
+            self.loss = torch.compile(self._loss, dynamic=False, options=choices)
+        elif self.device.place.type == "cpu":
             cpu.use_sparse_gradient(self.model.wte)
 
     def _loss(self, x: Tensor, y: Tensor) -> Tensor:
@@ -121,6 +119,11 @@ class Trainer:
         """Summed loss of a micro-batch (b, T + 1) in host memory."""
         tokens = tokens.to(self.device.place, non_blocking=True)
         return self.loss(tokens[:, :-1], tokens[:, 1:])
+
+    def first_row(self, step: int) -> int:
+        """Where update ``step`` begins in the data order."""
+        origin_step, origin_row = self.origin
+        return origin_row + (step - origin_step) * self.config.rows_per_step
 
     def micro_batches(self, start: int, count: int) -> list[tuple[int, int]]:
         """This rank's share of ``count`` rows from ``start`` on, as (first row, rows); the last may be short."""
@@ -138,16 +141,77 @@ class Trainer:
         """This rank's micro-batches of update ``step``, a pure function of the step."""
         return list(self.batches(self.train_rows, self.first_row(step), self.config.rows_per_step))
 
-    def first_row(self, step: int) -> int:
-        """Where update ``step`` begins in the data order."""
-        origin_step, origin_row = self.origin
-        return origin_row + (step - origin_step) * self.config.rows_per_step
+    def train_step(self, step: int, batches: list[Tensor], *flags: bool) -> tuple[Row, list[bool]]:
+        """Make update ``step`` (0 is the first) from this rank's micro-batches.
+
+        Returns its row of metrics.jsonl, and of each flag whether any rank has set it.
+        """
+        c, began, losses = self.config, time.monotonic(), []
+        for number, tokens in enumerate(batches, 1):
+            if number == len(batches):
+                self.sum.coming()
+            loss = self.batch_loss(tokens) / c.tokens_per_step  # a token weighs the same on any number of ranks
+            self.scaler.scale(loss).backward()
+            losses.append(loss.detach())
+        self.sum.complete()
+        self.scaler.unscale_(self.optimizer)
+        norm = optim.clip_gradients(self.parameters, c.grad_clip) / self.ranks.world_size
+        shared = [sum(losses), norm, *(torch.full((), float(flag), device=self.device.place) for flag in flags)]
+        numbers = self.ranks.sum(torch.stack(shared))  # type: ignore[arg-type]
+        mean_loss, grad_norm, *counts = numbers.cpu().tolist()  # the only place where the host waits for a GPU
+        lr = optim.learning_rate(
+            step,
+            peak=c.learning_rate,
+            warmup_steps=c.warmup_steps,
+            steps=c.steps,
+            min_ratio=c.min_lr_ratio,
+            schedule=c.schedule,
+        )
+        row: Row = {"step": step + 1, "tokens": self.first_row(step + 1) * c.block_size, "loss": finite(mean_loss)}
+        row |= {"lr": lr, "grad_norm": finite(grad_norm)}
+        wrong, skip = self.judge(mean_loss, grad_norm)
+        if skip:
+            row |= {"skipped": wrong, "documents": self.documents(step, losses)}
+        else:
+            optim.set_learning_rate(self.optimizer, lr)
+            self.optimizer.step()
+            row |= {"spike": True} if wrong else {}
+        self.scaler.update()
+        if self.guard.skipped <= c.max_skips:  # else failure_report looks at the gradients once more
+            self.sum.clear()
+        return row | self.speed(time.monotonic() - began), [count > 0 for count in counts]
+
+    def judge(self, loss: float, norm: float) -> tuple[str | None, bool]:
+        """What is wrong with a step, None mostly, and whether it may not touch the weights."""
+        overflow = self.scaler.is_enabled() and math.isfinite(loss) and not math.isfinite(norm)
+        if overflow and self.scaler.get_scale() > 1.0:
+            return "float16 overflow", True  # the scale was too high: it halves, nothing is wrong
+        return self.guard.judge(loss, norm)
+
+    def documents(self, step: int, losses: list[Tensor]) -> list[str]:
+        """The documents of a skipped step: of the micro-batches whose loss is not finite, if it can be told."""
+        places = self.micro_batches(self.first_row(step), self.config.rows_per_step)
+        bad = [place for place, loss in zip(places, losses, strict=True) if not torch.isfinite(loss)]
+        suspects = [place for of_rank in self.ranks.gather(bad) for place in of_rank]
+        suspects = suspects or [(self.first_row(step), self.config.rows_per_step)]
+        try:
+            reads = [read for first, n in suspects for read in self.train_rows.documents(first, n)]
+        except DataError as error:  # no reason to stop training
+            return [str(error)]
+        return list(dict.fromkeys(read.id or f"{read.shard} document {read.document}" for read in reads))
+
+    def speed(self, seconds: float) -> Row:
+        rate, peak = self.config.tokens_per_step / max(seconds, 1e-9), self.device.peak_flops
+        row: Row = {"step_seconds": round(seconds, 4), "tokens_per_second": round(rate, 1)}
+        if peak:
+            row["mfu"] = rate * self.model.config.flops_per_token / (peak * self.ranks.world_size)
+        return row
 
     def fit_micro_batch(self) -> None:
         """Halve the micro-batch until forward and backward fit in the memory of every rank."""
         while not self.ranks.all(self._fits(self.micro_batch)):
             if self.micro_batch == 1:
-                raise AymenError(f"one row does not fit in memory ({memory_in_words(self.device)}): {SMALLER}")
+                raise self.too_large("in the first try")
             self.micro_batch = (self.micro_batch + 1) // 2
 
     def _fits(self, rows: int) -> bool:
@@ -159,7 +223,7 @@ class Trainer:
             for _ in self.micro_batches(0, self.config.rows_per_step)[:2]:
                 self.batch_loss(torch.zeros(rows, self.config.block_size + 1, dtype=torch.int64)).backward()
         except RuntimeError as error:
-            if is_out_of_memory(error):
+            if devices.is_out_of_memory(error):
                 devices.forget_failed_try()
                 return False
             if self.config.compile or not devices.is_compiler_failure(error):
@@ -172,92 +236,12 @@ class Trainer:
             self.sum.clear()
         return True
 
-    def train_step(
-        self, step: int, batches: Iterable[Tensor], *, stop: bool = False, cannot_save: bool = False
-    ) -> StepResult:
-        """Make update ``step`` (0 is the first) from this rank's micro-batches; ranks share their two verdicts."""
-        c, began = self.config, time.monotonic()
-        batches, losses = list(batches), []
-        with self.advice_when_out_of_memory(step):
-            for number, tokens in enumerate(batches, 1):
-                if number == len(batches):
-                    self.sum.coming()
-                loss = (
-                    self.batch_loss(tokens) / c.tokens_per_step
-                )  # a token weighs the same on any number of ranks
-                self.scaler.scale(loss).backward()
-                losses.append(loss.detach())
-        self.sum.complete()
-        self.scaler.unscale_(self.optimizer)
-        norm = optim.clip_gradients(self.parameters, c.grad_clip)
-        numbers = self.ranks.sum(self._numbers(sum(losses), norm / self.ranks.world_size, stop, cannot_save))
-        mean_loss, norm, *verdicts = numbers.cpu().tolist()  # the only place where the host waits for a GPU
-        wrong, skip = self._judge(mean_loss, norm)
-        lr = optim.learning_rate(
-            step,
-            peak=c.learning_rate,
-            warmup_steps=c.warmup_steps,
-            steps=c.steps,
-            min_ratio=c.min_lr_ratio,
-            schedule=c.schedule,
-        )
-        if not skip:
-            optim.set_learning_rate(self.optimizer, lr)
-            self.optimizer.step()
-        self.scaler.update()
-        result = StepResult(step + 1, self.first_row(step + 1) * c.block_size, mean_loss, lr, norm)
-        result.stop, result.cannot_save = (count > 0 for count in verdicts)
-        if skip:
-            result.skipped, result.documents = wrong, self._documents(step, losses)
-        elif wrong:
-            result.spike = True
-        if self.guard.skipped <= c.max_skips:  # else failure_report looks at the gradients once more
-            self.sum.clear()
-        self._measure_speed(result, time.monotonic() - began)
-        return result
-
-    def _numbers(self, *values: float | Tensor) -> Tensor:
-        """Values as one float32 tensor on the device, so that one sum over the ranks serves all."""
-        scalars = [v if isinstance(v, Tensor) else torch.full((), v, device=self.device.place) for v in values]
-        return torch.stack([scalar.float() for scalar in scalars])
-
-    @contextmanager
-    def advice_when_out_of_memory(self, step: int) -> Iterator[None]:
-        try:
-            yield
-        except RuntimeError as error:
-            if not is_out_of_memory(error):
-                raise
-            smaller = f"try --micro-batch {self.micro_batch // 2}, the result is the same"
-            raise AymenError(
-                f"out of memory in step {step + 1} with micro-batch {self.micro_batch} "
-                f"({memory_in_words(self.device)}): {smaller if self.micro_batch > 1 else SMALLER}"
-            ) from error
-
-    def _judge(self, loss: float, norm: float) -> tuple[str | None, bool]:
-        """What is wrong with this step, None mostly, and whether it may not touch the weights."""
-        overflow = self.scaler.is_enabled() and math.isfinite(loss) and not math.isfinite(norm)
-        if overflow and self.scaler.get_scale() > 1.0:
-            return "float16 overflow", True  # the scale was too high: it halves, nothing is wrong
-        return self.guard.judge(loss, norm)
-
-    def _documents(self, step: int, losses: list[Tensor]) -> list[str]:
-        """The documents of a skipped step: of the micro-batches whose loss is not finite, if it can be told."""
-        places = self.micro_batches(self.first_row(step), self.config.rows_per_step)
-        bad = [place for place, loss in zip(places, losses, strict=True) if not torch.isfinite(loss)]
-        suspects = [tuple(p) for of_rank in self.ranks.gather(bad) for p in of_rank]
-        rows = suspects or [(self.first_row(step), self.config.rows_per_step)]
-        try:
-            reads = [read for first, n in rows for read in self.train_rows.documents(first, n)]
-        except DataError as error:  # no reason to stop training
-            return [str(error)]
-        return list(dict.fromkeys(read.id or f"{read.shard} document {read.document}" for read in reads))
-
-    def _measure_speed(self, result: StepResult, seconds: float) -> None:
-        speed, peak = self.config.tokens_per_step / max(seconds, 1e-9), self.device.peak_flops
-        result.step_seconds, result.tokens_per_second = round(seconds, 4), round(speed, 1)
-        if peak:
-            result.mfu = speed * self.model.config.flops_per_token / (peak * self.ranks.world_size)
+    def too_large(self, when: str) -> AymenError:
+        smaller = f"try --micro-batch {self.micro_batch // 2}, the result is the same"
+        if self.micro_batch == 1:
+            smaller = "try a smaller --preset, a shorter --block-size or another device"
+        memory = devices.memory_in_words(self.device)
+        return AymenError(f"out of memory {when} with micro-batch {self.micro_batch} ({memory}): {smaller}")
 
     @torch.no_grad()
     def validation_loss(self) -> float:
@@ -269,71 +253,57 @@ class Trainer:
             total += self.batch_loss(tokens)
         return self.ranks.sum(total).item() / (count * self.config.block_size)
 
-    def sample(self, step: int) -> list[dict[str, Any]]:
-        """For samples.jsonl: the model goes on from 16 tokens at three places of the validation text.
+    def sample(self, step: int) -> list[Row]:
+        """For samples.jsonl: the model goes on from 16 tokens at a few places of the validation text."""
+        encoding, written = tokenizer.gpt2(), []
+        for place in range(SAMPLES):
+            row = self.val_rows.rows(place * self.val_rows.rows_per_epoch // SAMPLES, 1)[0]
+            prompt = [token for token in row[:16].tolist() if token != tokenizer.EOT] or [tokenizer.EOT]
+            seed = self.config.seed
+            more = generate(self.model, prompt, 64, temperature=0.8, top_k=50, seed=seed, stop=tokenizer.EOT)
+            try:
+                text = encoding.decode(list(more))
+            except DataError as error:  # a sample does not end a run, what spoiled the weights will
+                text = f"({error})"
+            written.append({"step": step, "prompt": encoding.decode(prompt), "text": text})
+        return written
 
-        The ranks take the places in turn; every rank gets all samples.
-        """
-        places, world = 3, self.ranks.world_size
-        parts = self.ranks.gather([self._continued(i, places) for i in range(self.ranks.rank, places, world)])
-        return [{"step": step} | parts[i % world][i // world] for i in range(places)]
-
-    def _continued(self, place: int, places: int) -> dict[str, Any]:
-        encoding = tokenizer.gpt2()
-        row = self.val_rows.rows(place * self.val_rows.rows_per_epoch // places, 1)[0]
-        prompt = [token for token in row[:16].tolist() if token != tokenizer.EOT] or [tokenizer.EOT]
-        continuation = generate(
-            self.model, prompt, 64, temperature=0.8, top_k=50, seed=self.config.seed, stop=tokenizer.EOT
-        )
-        try:
-            text = encoding.decode(list(continuation))
-        except DataError as error:  # a sample does not end a run, what spoiled the weights will
-            text = f"({error})"
-        return {"prompt": encoding.decode(prompt), "text": text}
-
-    def snapshot(self, result: StepResult) -> checkpoint.Snapshot:
-        return checkpoint.Snapshot(
-            step=result.step,
-            updates=optim.updates(self.optimizer),
-            rows=self.first_row(result.step),
-            identity=identity(self.config, self.data_sha256),
-            settings=self.all_settings(),
-            guard=self.guard.state(),
-            metrics=result.row(),
-            scaler=self.scaler.state_dict(),
-        )
-
-    def all_settings(self) -> dict[str, Any]:
-        """What may change between the parts of a run, and is told when it does."""
-        return options(self.config) | {"world_size": self.ranks.world_size} | self.settings
-
-    def resume(self, folder: Path, log: RunLog | None, how: Resume) -> tuple[StepResult | None, dict[str, Any]]:
-        """Go to the newest checkpoint that verifies: its result (None: a new start), and what changed."""
+    def resume(self, folder: Path, log: RunLog | None, how: Resume) -> tuple[Row | None, dict[str, Any]]:
+        """Go to the newest checkpoint that verifies: its row (None: a new start), and what changed."""
         newest, notices = self.ranks.first(lambda: find_checkpoint(folder, how.mode))
-        if log:
-            for notice in notices:
-                log.say(f"warning: {notice}")
+        if newest is None and self.initial is not None:
+            self.model.load_state_dict(self.initial().state_dict())
+            notices.append(f"weights of {self.config.init_from}; no optimizer state: the schedule begins anew")
+        for notice in notices if log else []:
+            log.say(notice)  # type: ignore[union-attr]
         if newest is None:
-            if self.initial is not None:
-                self.model.load_state_dict(self.initial().state_dict())
-                if log:
-                    log.say(f"weights of {self.config.init_from}; no optimizer state: the schedule begins anew")
             return None, {}
         saved = checkpoint.read_snapshot(newest)
-        now = identity(self.config, self.data_sha256)
-        changed = check_identity(saved.identity, now, folder, how)
+        changed = check_identity(saved.identity, self.identity, folder, how)
         checkpoint.restore(newest, self.model, self.optimizer)
         self.guard.restore(saved.guard)
         if saved.scaler:  # none where the steps before were not in float16
             self.scaler.load_state_dict(saved.scaler)
         self.origin = (saved.step, saved.rows)
-        return StepResult.of(saved.metrics), changed | changes(saved.settings, self.all_settings())
+        return saved.metrics, changed | changes(saved.settings, self.settings)
+
+    def snapshot(self, row: Row) -> checkpoint.Snapshot:
+        return checkpoint.Snapshot(
+            step=row["step"],
+            updates=optim.updates(self.optimizer),
+            rows=self.first_row(row["step"]),
+            identity=self.identity,
+            settings=self.settings,
+            guard=self.guard.state(),
+            metrics=dict(row),
+            scaler=self.scaler.state_dict(),
+        )
 
     def fit(
         self,
         folder: Path,
         log: RunLog | None,
-        stop: Stop,
+        stop: StopSignal,
         describe: Callable[[], dict[str, Any]] = dict,
         how: Resume | None = None,
     ) -> None:
@@ -344,8 +314,8 @@ class Trainer:
         checkpoint could be saved.
         """
         c = self.config
-        result, changed = self.resume(folder, log, how or Resume())
-        step = 0 if result is None else result.step
+        row, changed = self.resume(folder, log, how or Resume())
+        step = row["step"] if row else 0
         if step >= c.steps and self.ranks.first(lambda: is_finished(folder, step)):
             if log:
                 log.say(f"{folder} is finished, at step {step}: to train on, raise --steps")
@@ -355,11 +325,11 @@ class Trainer:
         elif self.compiled:
             self._fits(self.micro_batch)  # to find out whether it can be compiled
         if log:
-            log.start(describe(), None if result is None else step, changed)
-        if result is None:
-            self.report(log, StepResult(0, 0, val_loss=self.validation_loss()))
+            log.start(describe(), step if row else None, changed)
+        if row is None:
+            self.report(log, {"step": 0, "tokens": 0, "val_loss": finite(self.validation_loss())})
         elif self.ranks.broadcast(log is not None and log.last_step() < step):
-            self.report(log, result)  # killed between the checkpoint and its row
+            self.report(log, row)  # killed between the checkpoint and its row
         warn = log.say if log else print
         with (
             checkpoint.Saver(folder, keep_last=c.keep_last, keep_every=c.keep_every, warn=warn) as saver,
@@ -371,25 +341,28 @@ class Trainer:
                 batches = ready.result()
                 if step + 1 < c.steps:
                     ready = reader.submit(self.batches_of, step + 1)  # read while this step is computed
-                cannot_save = saver.failures >= MAX_FAILED_SAVES
-                result = self.train_step(step, batches, stop=stop.requested, cannot_save=cannot_save)
+                try:
+                    flags = stop.requested, saver.failures >= MAX_FAILED_SAVES
+                    row, (stopping, cannot_save) = self.train_step(step, batches, *flags)
+                except RuntimeError as error:
+                    if devices.is_out_of_memory(error):
+                        raise self.too_large(f"in step {step + 1}") from error
+                    raise
                 step += 1
                 last = step == c.steps
                 if last or (c.val_every and step % c.val_every == 0):
-                    result.val_loss = self.validation_loss()
-                if self.ranks.is_first and (last or result.stop or step % c.checkpoint_every == 0):
-                    saver.start(self.model, self.optimizer, self.snapshot(result))
+                    row["val_loss"] = finite(self.validation_loss())
+                if self.ranks.is_first and (last or stopping or step % c.checkpoint_every == 0):
+                    saver.start(self.model, self.optimizer, self.snapshot(row))
                 if step % c.checkpoint_every == 0:
                     gc.collect()  # now, and on all ranks at once
-                must_be_saved = last or result.stop or result.cannot_save
+                must_be_saved = last or stopping or cannot_save
                 if must_be_saved or self.scores_after(step):
                     self.wait_for_save(saver, required=must_be_saved)
-                self.report(log, result)
+                self.report(log, row)
                 if self.guard.skipped > c.max_skips:
-                    if log:
-                        log.failure(self.failure_report(result))
-                    raise AymenError(self._hopeless(result))
-                if result.stop and not last:
+                    self.give_up(log, row)
+                if stopping and not last:
                     raise Stopped(
                         f"stopped by {stop.name} at step {step} of {c.steps} and saved: run the same command "
                         "again to continue"
@@ -402,43 +375,41 @@ class Trainer:
         if error:
             raise CannotWrite(f"{error}; make room, then run the same command again")
 
-    def failure_report(self, result: StepResult) -> dict[str, Any]:
-        """failure.json: the last skipped step, with every parameter's size and that of its gradient."""
-
-        def size(t: Tensor | None) -> dict[str, Any]:
-            if t is None:
-                return {}
-            return {"norm": finite(t.norm().item()), "not_finite": int((~torch.isfinite(t)).sum())}
-
-        return result.row() | {
-            "last_losses": list(self.guard.losses)[-20:],
-            "weights": {name: size(p.detach()) for name, p in self.model.named_parameters()},
-            "gradients": {name: size(p.grad) for name, p in self.model.named_parameters()},
-        }
-
-    def _hopeless(self, result: StepResult) -> str:
-        return (
-            f"{self.guard.skipped} steps in a row were skipped, the last for a {result.skipped}: the weights are "
-            f"those before step {result.step - self.guard.skipped + 1}; failure.json has the documents and the "
-            "gradients; try a lower --learning-rate or --dtype float32"
-        )
-
     def scores_after(self, step: int) -> bool:
         """Whether HellaSwag is scored after update ``step``."""
-        c = self.config
-        if self.score is None or c.hellaswag_every is None:
-            return False
-        return step % c.hellaswag_every == 0 or step == c.steps
+        every = self.config.hellaswag_every
+        return bool(self.score and every and step and (step % every == 0 or step == self.config.steps))
 
-    def report(self, log: RunLog | None, result: StepResult) -> None:
+    def report(self, log: RunLog | None, row: Row) -> None:
         """Measure what is due after a step's checkpoint (score, samples), and log the step."""
-        if self.score is not None and result.step > 0 and self.scores_after(result.step):
-            result.hellaswag = self.score(self.model)
-        written = self.sample(result.step) if result.val_loss is not None else None
+        if self.score and self.scores_after(row["step"]):
+            row = row | {"hellaswag": self.score(self.model)}
         if log:
-            if written:
-                log.samples(written)
-            log.write(result.row())
+            if "val_loss" in row:
+                log.samples(self.sample(row["step"]))
+            log.write(row)
+
+    def give_up(self, log: RunLog | None, row: Row) -> None:
+        """AymenError; failure.json has the last skipped step and the norms of all parameters and gradients."""
+
+        def size(t: Tensor) -> Row:
+            return {"norm": finite(t.norm().item()), "not_finite": int((~torch.isfinite(t)).sum())}
+
+        parameters = list(self.model.named_parameters())
+        if log:
+            log.failure(
+                row
+                | {
+                    "last_losses": list(self.guard.losses)[-20:],
+                    "weights": {name: size(p.detach()) for name, p in parameters},
+                    "gradients": {name: size(p.grad) for name, p in parameters if p.grad is not None},
+                }
+            )
+        raise AymenError(
+            f"{self.guard.skipped} steps in a row were skipped, the last for a {row['skipped']}: the weights are "
+            f"those before step {row['step'] - self.guard.skipped + 1}; failure.json has the documents and the "
+            "gradients; try a lower --learning-rate or --dtype float32"
+        )
 
 
 @contextmanager
@@ -452,6 +423,3 @@ def no_garbage_collection() -> Iterator[None]:
     finally:
         gc.enable()
         gc.unfreeze()
-
-
-SMALLER = "try a smaller --preset, a shorter --block-size or another device"
