@@ -149,7 +149,7 @@ def test_the_real_set_stands_beside_anchors_of_its_own_protocol(door, model):
         (["-m", "runs/none", "--json", "own.jsonl/a"], 73, "error: cannot write own.jsonl/a: a file stands where"),
         (["--compare", "a.json", "b.json", "--json", "c.json"], 2, "error: --compare reads what --json wrote"),
         (["--compare", "a.json", "b.json"], 65, "error: a.json: no such file"),
-        (["--data", "nowhere.jsonl"], 65, "error: nowhere.jsonl: no such file"),
+        (["--data", "nowhere.jsonl"], 65, "error: nowhere.jsonl: No such file"),
         (["-m", "runs/none", "--data", "own.jsonl"], 65, "error: no model at runs/none"),
         (["-m", "gpt2", "--data", "own.jsonl"], 69, "error: cannot get config.json of openai-community/gpt2"),
     ],

@@ -1,5 +1,6 @@
 """Names of models, as people type them, to models."""
 
+import importlib
 import json
 import math
 
@@ -72,21 +73,17 @@ def test_bfloat16_weights_are_widened(tmp_path):
     assert {p.dtype for p in load_model(str(tmp_path / "m"), CPU)[0].parameters()} == {torch.float32}
 
 
-def test_a_run_is_its_newest_checkpoint(tmp_path):
+def test_a_run_is_its_newest_checkpoint_that_is_not_damaged(tmp_path, capsys):
     models = make_run(tmp_path / "run", [5, 20, 100])
     found, description, path, step = load_model(str(tmp_path / "run"), CPU)
     assert same(found, models[100])
     assert (path.name, step) == ("step-000000100", 100)
     assert description.startswith(str(tmp_path / "run" / "checkpoints" / "step-000000100,"))
-
-
-def test_a_damaged_checkpoint_of_a_run_is_named_and_skipped(tmp_path, capsys):
-    models = make_run(tmp_path / "run", [5, 20])
-    flip_a_byte(tmp_path / "run" / "checkpoints" / "step-000000020" / "model.safetensors")
+    flip_a_byte(path / "model.safetensors")
     found, description, *_ = load_model(str(tmp_path / "run"), CPU)
-    assert same(found, models[5])
-    assert description.endswith("step-000000005, 810,960 parameters")
-    assert "step-000000020: model.safetensors has another sha256" in capsys.readouterr().err
+    assert same(found, models[20])
+    assert description.endswith("step-000000020, 810,960 parameters")
+    assert "step-000000100: model.safetensors has another sha256" in capsys.readouterr().err
 
 
 def test_a_checkpoint_asked_for_by_name_is_not_skipped(tmp_path):
@@ -121,46 +118,30 @@ def test_a_run_without_a_usable_checkpoint_says_why(tmp_path):
         "foo/a--b",
         "foo/b.git",
         "-/-",
+        "models/mine",  # beside a folder of models nobody means the Hub
         pytest.param("x" * 5000, id="long"),
         "a\0b",
     ],
 )
 def test_a_name_of_nothing_lists_what_is_expected(name, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
+    (tmp_path / "models").mkdir()
     monkeypatch.setattr(fetch, "hub_file", lambda *_, **__: pytest.fail("the Hub was asked"))
     with pytest.raises(DataError, match=r"no model.*expected gpt2, gpt2-medium.*a run folder") as caught:
         load_model(name, CPU)
     assert caught.value.exit_code == 65
 
 
-def test_a_missing_folder_beside_others_is_not_looked_for_on_the_hub(tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
-    (tmp_path / "models").mkdir()
-    with pytest.raises(DataError, match="no model at models/mine"):
-        load_model("models/mine", CPU)
-
-
-def test_a_folder_without_weights_names_the_file(tmp_path):
-    make_folder(tmp_path / "m")
-    (tmp_path / "m" / "model.safetensors").unlink()
-    with pytest.raises(DataError, match=r"no model in .*m: model\.safetensors.* is missing"):
-        load_model(str(tmp_path / "m"), CPU)
-
-
 @pytest.mark.fault(51)
-@pytest.mark.parametrize("content", [b"", b"pickle?" * 9, b"\x10\x00\x00\x00\x00\x00\x00\x00{}"])
-def test_broken_weights_are_named(tmp_path, content):
-    make_folder(tmp_path / "m")
-    (tmp_path / "m" / "model.safetensors").write_bytes(content)
-    with pytest.raises(DataError, match="cannot use the model in .*m:"):
-        load_model(str(tmp_path / "m"), CPU)
-
-
-def test_half_a_weight_file_is_named(tmp_path):
+def test_missing_or_broken_weights_are_named(tmp_path):
     make_folder(tmp_path / "m")
     weights = tmp_path / "m" / "model.safetensors"
-    weights.write_bytes(weights.read_bytes()[:-100])
-    with pytest.raises(DataError, match="cannot use the model in .*m:"):
+    for content in (b"", b"pickle?" * 9, b"\x10\x00\x00\x00\x00\x00\x00\x00{}", weights.read_bytes()[:-100]):
+        weights.write_bytes(content)
+        with pytest.raises(DataError, match="cannot use the model in .*m:"):
+            load_model(str(tmp_path / "m"), CPU)
+    weights.unlink()
+    with pytest.raises(DataError, match=r"no model in .*m: model\.safetensors.* is missing"):
         load_model(str(tmp_path / "m"), CPU)
 
 
@@ -192,9 +173,7 @@ def test_a_model_that_is_no_gpt2_is_refused(tmp_path, change, message):
 
 
 @pytest.mark.fault(51)
-@pytest.mark.parametrize(
-    "content", ["<html>", "[]", "null", pytest.param("[" * 100_000, id="nested"), '"gpt2"', ""]
-)
+@pytest.mark.parametrize("content", ["<html>", "[]"])
 @pytest.mark.parametrize("name", ["config.json", "model.safetensors.index.json"])
 def test_json_of_another_shape_is_named(tmp_path, name, content):
     make_folder(tmp_path / "m")
@@ -205,9 +184,7 @@ def test_json_of_another_shape_is_named(tmp_path, name, content):
 
 
 @pytest.mark.fault(51)
-@pytest.mark.parametrize(
-    "places", [None, {}, [], "x", {"a": 5}, {"a": ["x"]}, {"a": "../x"}, {"a": ".."}, {"a": ""}]
-)
+@pytest.mark.parametrize("places", [None, {}, "x", {"a": 5}, {"a": "../secret.safetensors"}, {"a": ".."}])
 def test_an_index_of_another_shape_is_named(tmp_path, places):
     make_folder(tmp_path / "m")
     (tmp_path / "m" / "model.safetensors").unlink()
@@ -314,22 +291,18 @@ def test_weights_that_are_not_finite_are_refused(tmp_path, value):
             load_model(str(tmp_path / name), CPU)
 
 
-@pytest.mark.slow
 @pytest.mark.fault(30)
 @pytest.mark.parametrize(
-    "command",
+    ("command", "words"),
     [
-        ["hellaswag.py", "-m", "m", "--limit", 2],
-        ["generate.py", "-m", "m", "Hello"],
-        ["pretrain.py", "--init-from", "m", "--preset", "tiny", "--data", "data", "--steps", 1],
+        ("hellaswag", "-m m --limit 2"),
+        ("generate", "-m m Hello"),
+        ("pretrain", "--init-from m --preset tiny --data data --steps 1"),
     ],
-    ids=lambda words: words[0],
 )
-def test_no_command_uses_a_model_that_is_not_finite(door, tmp_path, command):
+def test_no_command_uses_a_model_that_is_not_finite(tmp_path, monkeypatch, command, words):
     make_shards(tmp_path / "data")
     make_folder(tmp_path / "m", config=PRESETS["tiny"], ln_f_weight=math.nan)
-    done = door(*command)
-    assert done.returncode == 65, done.stderr
-    assert done.stderr.splitlines()[-1].startswith("error: m: ln_f.weight holds NaN or infinity")
-    assert "Traceback" not in done.stderr
-    assert done.stdout == "" or command[0] == "pretrain.py"
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(DataError, match="^m: ln_f.weight holds NaN or infinity"):
+        importlib.import_module(f"aymen_gpt.commands.{command}").main(words.split())

@@ -1,5 +1,7 @@
 """The scorer against the plain one: a row per ending, all logits, float32."""
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 import torch
@@ -54,14 +56,6 @@ def likelihoods(scores):
     return np.array([s.log_likelihoods for s in scores])
 
 
-def test_log_likelihoods_equal_one_row_per_ending():
-    model, examples = make_model(), make_examples(30)
-    ours, theirs = likelihoods(score(model, examples)), plain(model, examples)
-    assert np.ptp(theirs, axis=1).min() > 1  # the endings do differ
-    np.testing.assert_allclose(ours, theirs, atol=1e-4)
-    assert (ours.argmax(1) == theirs.argmax(1)).all()
-
-
 def test_log_likelihoods_equal_hugging_face():
     model, examples = make_model(), make_examples()
     theirs = GPT2LMHeadModel(GPT2Config(**config_to_huggingface(CONFIG))).eval()
@@ -69,33 +63,23 @@ def test_log_likelihoods_equal_hugging_face():
     assert theirs.load_state_dict(state, strict=False).missing_keys == ["lm_head.weight"]
     theirs.tie_weights()
     expected = plain(lambda ids: theirs(ids).logits, examples)
+    assert np.ptp(expected, axis=1).min() > 1  # the endings do differ
     np.testing.assert_allclose(likelihoods(score(model, examples)), expected, atol=1e-4)
 
 
-@settings(max_examples=25, deadline=None)
+@settings(max_examples=50, deadline=None)
 @given(st.data())
 def test_any_lengths_and_any_number_of_endings(data):
+    """Texts too long for the model lose their beginning; the order and the size of batches change nothing."""
+    block_size = data.draw(st.sampled_from([4, 16, 48]))
     tokens = st.lists(st.integers(0, V - 1), min_size=1, max_size=60)
     lists = st.lists(tokens, min_size=1, max_size=5)
-    examples = [TokenizedExample(data.draw(tokens), data.draw(lists)) for _ in range(3)]
-    model = make_model()
-    for example, scores in zip(examples, score(model, examples, batch_tokens=100), strict=True):
-        np.testing.assert_allclose(scores.log_likelihoods, plain(model, [example])[0], atol=1e-4)
-        assert scores.token_counts == [min(len(e), CONFIG.block_size) for e in example.endings]
-
-
-@pytest.mark.parametrize("block_size", [4, 9, 16])
-def test_texts_too_long_for_the_model_lose_their_beginning(block_size):
-    config = GPTConfig(block_size=block_size, vocab_size=V, n_layer=2, n_head=2, n_embd=32)
-    model, examples = make_model(config), make_examples()
-    assert any(len(e.context) + len(x) > block_size + 1 for e in examples for x in e.endings)
-    np.testing.assert_allclose(likelihoods(score(model, examples)), plain(model, examples, block_size), atol=1e-4)
-
-
-def test_an_ending_longer_than_the_model_counts_the_tokens_it_scores():
-    config = GPTConfig(block_size=4, vocab_size=V, n_layer=1, n_head=1, n_embd=8)
-    scores = score(make_model(config), [TokenizedExample([1, 2], [[3] * 3, [4] * 9])])
-    assert scores[0].token_counts == [3, 4]
+    examples = [TokenizedExample(data.draw(tokens), data.draw(lists)) for _ in range(data.draw(st.integers(0, 4)))]
+    model = make_model(replace(CONFIG, block_size=block_size))
+    found = score(model, examples, batch_tokens=data.draw(st.sampled_from([1, 100, 10**6])))
+    for example, scores in zip(examples, found, strict=True):
+        np.testing.assert_allclose(scores.log_likelihoods, plain(model, [example], block_size)[0], atol=1e-4)
+        assert scores.token_counts == [min(len(e), block_size) for e in example.endings]
 
 
 tokens = st.integers(0, 3)  # few, so that contexts are alike by chance
@@ -164,32 +148,6 @@ def test_texts_without_tokens_are_refused(context, endings):
         TokenizedExample(context, endings)
 
 
-def test_batch_size_does_not_change_the_scores():
-    model, examples = make_model(), make_examples(20)
-    whole = likelihoods(score(model, examples, batch_tokens=10**6))
-    for batch_tokens in (1, 64, 500):
-        np.testing.assert_allclose(
-            likelihoods(score(model, examples, batch_tokens=batch_tokens)), whole, atol=1e-4
-        )
-
-
-def test_ranks_score_their_share_to_the_same_numbers():
-    model, examples = make_model(), make_examples(10)
-    whole = likelihoods(score(model, examples))
-    for world_size in (2, 3):
-        for rank in range(world_size):
-            part = likelihoods(score(model, examples[rank::world_size]))
-            np.testing.assert_allclose(part, whole[rank::world_size], atol=1e-4)
-
-
-def test_an_ending_does_not_see_the_others():
-    model = make_model()
-    a, b, c = [5, 6, 7], [8, 9], [10, 11, 12, 13]
-    first = score(model, [TokenizedExample([1, 2, 3], [a, b])])[0].log_likelihoods[0]
-    second = score(model, [TokenizedExample([1, 2, 3], [c, c, a])])[0].log_likelihoods[2]
-    assert first == pytest.approx(second, abs=1e-5)
-
-
 def test_padding_rows_of_the_embedding_are_never_counted():
     model, examples = make_model(), make_examples()
     before = likelihoods(score(model, examples))
@@ -228,7 +186,6 @@ def test_greedy_says_whether_an_ending_is_the_likeliest_text():
     other = [*likeliest[:5], (likeliest[5] + 1) % V]
     found = score(model, [TokenizedExample(start, [likeliest, other, likeliest[:1]])], greedy=True)
     assert found[0].greedy == [True, False, True]
-    assert score(model, [TokenizedExample(start, [likeliest])])[0].greedy is None
 
 
 def test_logits_in_pieces_are_the_whole(monkeypatch):
@@ -248,10 +205,6 @@ def test_the_model_is_only_read():
     assert {name: (p, p._version, p.data_ptr()) for name, p in model.named_parameters()} == before
     assert all(p.grad is None and p.requires_grad for p in model.parameters())
     assert torch.is_grad_enabled()
-
-
-def test_no_examples_no_scores():
-    assert score(make_model(), []) == []
 
 
 @pytest.mark.fault(30)

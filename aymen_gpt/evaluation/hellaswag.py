@@ -89,7 +89,8 @@ class Result:
         The error is by the sample variance, as the harness has it. 33.4% of 10,042 examples is ± 0.47%: two models
         must differ by about 1.3% to differ at all.
         """
-        n, found = len(self.examples), {}
+        n = len(self.examples)
+        found: dict[str, Any] = {}
         for metric, choice in (("acc", "choice"), ("acc_norm", "choice_norm")):
             pairs = zip(self.examples, self.answers[protocol], strict=True)
             p = sum(getattr(answer, choice) == example.label for example, answer in pairs) / n

@@ -17,6 +17,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from tqdm import tqdm
 
@@ -29,16 +30,13 @@ from aymen_gpt.files import replace_text, write_whole
 from aymen_gpt.model.generation import generate
 from aymen_gpt.model.gpt import GPT
 
-
-def _language_model() -> Any:
-    try:
-        from lm_eval.api.model import TemplateLM
-    except ImportError:
-        return object
-    return TemplateLM
+try:
+    from lm_eval.api.model import TemplateLM
+except ImportError:  # it is an extra
+    TemplateLM = object
 
 
-class AymenLM(_language_model()):  # type: ignore[misc]
+class AymenLM(TemplateLM):
     """What the harness asks of a language model, answered by one of ours."""
 
     def __init__(
@@ -54,7 +52,7 @@ class AymenLM(_language_model()):  # type: ignore[misc]
         ``dtype`` is what likelihoods are computed in, and ``batch_tokens`` how many tokens at a time; see
         scoring.score.
         """
-        if type(self).__base__ is object:
+        if TemplateLM is object:
             raise UsageError("lm-eval is not installed: pip install 'aymen-gpt[lm-eval]'")
         super().__init__()
         self._device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
@@ -82,15 +80,9 @@ class AymenLM(_language_model()):  # type: ignore[misc]
         """Of (texts, context, continuation), the latter as tokens: log-likelihood, and whether it is greedy."""
         examples = [TokenizedExample(context, [continuation]) for _, context, continuation in requests]
         with tqdm(total=len(requests), desc="log-likelihoods", disable=disable_tqdm) as bar:
-            scores = score(
-                self.model,
-                examples,
-                dtype=self.dtype,
-                batch_tokens=self.batch_tokens,
-                greedy=True,
-                progress=bar.update,
-            )
-        answers = [(s.log_likelihoods[0], bool(s.greedy and s.greedy[0])) for s in scores]
+            options: dict[str, Any] = {"dtype": self.dtype, "batch_tokens": self.batch_tokens}
+            scores = score(self.model, examples, greedy=True, progress=bar.update, **options)
+        answers = [(s.log_likelihoods[0], s.greedy[0]) for s in scores]
         for (texts, _, _), answer in zip(requests, answers, strict=True):
             if texts is not None:
                 self.cache_hook.add_partial("loglikelihood", texts, answer)
@@ -100,19 +92,14 @@ class AymenLM(_language_model()):  # type: ignore[misc]
         """Of whole texts, after <|endoftext|>; those longer than the context in windows that the harness cuts."""
         from lm_eval.utils import get_rolling_token_windows, make_disjoint_window
 
-        windows, texts = [], []
+        windows, owners = [], []
         for number, request in enumerate(requests):
-            pairs = get_rolling_token_windows(
-                self.tok_encode(request.args[0]), self.prefix_token_id, self.max_length, context_len=1
-            )
-            for context, continuation in map(make_disjoint_window, pairs):
-                windows.append((None, context, continuation))
-                texts.append(number)
-        totals = [0.0] * len(requests)
-        for number, (log_likelihood, _) in zip(
-            texts, self._loglikelihood_tokens(windows, disable_tqdm), strict=True
-        ):
-            totals[number] += log_likelihood
+            tokens = self.tok_encode(request.args[0])
+            for pair in get_rolling_token_windows(tokens, self.prefix_token_id, self.max_length, context_len=1):
+                windows.append((None, *make_disjoint_window(pair)))
+                owners.append(number)
+        likely = [log_likelihood for log_likelihood, _ in self._loglikelihood_tokens(windows, disable_tqdm)]
+        totals = np.bincount(owners, likely, minlength=len(requests)).tolist()
         for request, total in zip(requests, totals, strict=True):
             self.cache_hook.add_partial("loglikelihood_rolling", request.args, total)
         return totals
@@ -130,19 +117,14 @@ class AymenLM(_language_model()):  # type: ignore[misc]
         from lm_eval.models.utils import normalize_gen_kwargs
 
         how = normalize_gen_kwargs(gen_kwargs)
-        room = max(1, self.max_length - how["max_gen_toks"])
-        tokens = (self.tok_encode(context) or [self.eot_token_id])[-room:]
-        sampling = {name: how.get(name) for name in ("top_k", "top_p")}
+        longest, sampling = (
+            how["max_gen_toks"],
+            {name: how.get(name) for name in ("temperature", "top_k", "top_p")},
+        )
+        tokens = (self.tok_encode(context) or [self.eot_token_id])[-max(1, self.max_length - longest) :]
         made: list[int] = []
         text = ""
-        for token in generate(
-            self.model,
-            tokens,
-            how["max_gen_toks"],
-            temperature=how["temperature"],
-            stop=self.eot_token_id,
-            **sampling,
-        ):
+        for token in generate(self.model, tokens, longest, stop=self.eot_token_id, **sampling):
             made.append(token)
             text = tokenizer.gpt2().decode(made)
             ends = [text.index(stop) for stop in how["until"] if stop and stop in text]

@@ -11,6 +11,7 @@ import hashlib
 import os
 import sys
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -95,53 +96,40 @@ def check(name: str, found: GPTConfig, shape: GPTConfig | None) -> None:
 
 def find_model(name: str, shape: GPTConfig | None = None) -> tuple[Path, str]:
     """The folder that holds the weights, downloaded if need be, and where they come from in words."""
+    from huggingface_hub.errors import HFValidationError
+    from huggingface_hub.utils import validate_repo_id
+
     path = Path(name)
     if name in HUB_NAMES:
         check(name, PRESETS[name], shape)  # known without the network
         return download(HUB_NAMES[name], shape), f"{name} of the Hub"
     if os.path.isdir(path / "checkpoints"):
-        path, description = newest_checkpoint(path)
-        check(str(path), read_config(path), shape)
-        return path, description
-    if os.path.isfile(path / "config.json"):
-        verify(path)
-        check(name, read_config(path), shape)
-        return path, name
-    if os.path.exists(path):
+        path = newest_checkpoint(path)
+    elif os.path.isfile(path / "config.json"):
+        # A folder without a manifest is the reader's own, and taken as it is.
+        if os.path.isfile(path / "manifest.json") and (why := folders.model_problem(path)):
+            raise DataError(f"{path} is damaged: {why}; use another checkpoint of the run")
+    elif os.path.exists(path):
         raise DataError(f"no model in {name}: neither config.json nor checkpoints/ there; {EXPECTED}")
-    if is_hub_id(name) and not os.path.isdir(path.parent) and path.parent.name != "runs":
-        return download(name, shape), f"{name} of the Hub"
-    raise DataError(f"no model at {name[:200]}: no such folder; {EXPECTED}")
+    else:
+        with suppress(HFValidationError):
+            validate_repo_id(name)
+            if "/" in name and not os.path.isdir(path.parent) and path.parent.name != "runs":
+                return download(name, shape), f"{name} of the Hub"
+        raise DataError(f"no model at {name[:200]}: no such folder; {EXPECTED}")
+    check(str(path), read_config(path), shape)
+    return path, str(path)
 
 
-def is_hub_id(name: str) -> bool:
-    """Whether a name is OWNER/NAME as the Hub allows it."""
-    from huggingface_hub.errors import HFValidationError
-    from huggingface_hub.utils import validate_repo_id
-
-    try:
-        validate_repo_id(name)
-    except HFValidationError:
-        return False
-    return "/" in name
-
-
-def newest_checkpoint(run: Path) -> tuple[Path, str]:
+def newest_checkpoint(run: Path) -> Path:
     folder, problems = folders.latest_valid(run, folders.model_problem)
+    if folder is None and not problems:
+        raise DataError(f"no checkpoint yet in {run}: let its training get to one, or name another model")
     if folder is None:
-        if not problems:
-            raise DataError(f"no checkpoint yet in {run}: let its training get to one, or name another model")
         raise DataError(f"no usable checkpoint in {run}: {'; '.join(problems)}")
     if problems:
         print(f"warning: skipped as damaged: {'; '.join(problems)}", file=sys.stderr)
-    return folder, str(folder)
-
-
-def verify(folder: Path) -> None:
-    """A model whose folder has a manifest must match it; others are the reader's own and taken as they are."""
-    why = folders.model_problem(folder) if (folder / "manifest.json").is_file() else None
-    if why:
-        raise DataError(f"{folder} is damaged: {why}; use another checkpoint of the run")
+    return folder
 
 
 def download(repo: str, shape: GPTConfig | None = None) -> Path:

@@ -54,7 +54,7 @@ class EndingScores:
 
     log_likelihoods: list[float]  # sum over the ending's tokens, in nats
     token_counts: list[int]  # tokens summed over: all of the ending's, unless it was too long for the model
-    greedy: list[bool] | None = None  # whether each of them is the likeliest token, where that was asked for
+    greedy: list[bool]  # whether each of them is the likeliest token; False where that was not asked for
 
 
 @dataclass(frozen=True)
@@ -138,24 +138,16 @@ def collate(rows: list[Row], device: torch.device) -> Batch:
         tokens[b, :n], positions[b, :n], text[b, :n] = row.context, range(n), 0
         for j, ending in enumerate(row.endings, 1):
             start, end = end, end + len(ending) - 1
-            tokens[b, start:end], positions[b, start:end], text[b, start:end] = (
-                ending[:-1],
-                range(n, n + end - start),
-                j,
-            )
+            tokens[b, start:end], text[b, start:end] = ending[:-1], j
+            positions[b, start:end] = range(n, n + end - start)
             sources += [b * shape[1] + place for place in (n - 1, *range(start, end))]
             targets += ending
     mask = np.tri(shape[1], dtype=bool) & ((text[:, None] == 0) | (text[:, None] == text[:, :, None]))
     predictors, places = np.unique(sources, return_inverse=True)
-    return Batch(
-        tokens=torch.from_numpy(tokens).to(device),
-        positions=torch.from_numpy(positions).to(device),
-        mask=torch.from_numpy(mask[:, None]).to(device),
-        predictors=torch.from_numpy(predictors).to(device),
-        sources=torch.from_numpy(places).to(device),
-        targets=torch.tensor(targets, device=device),
-        counts=np.array([len(ending) for row in rows for ending in row.endings]),
-    )
+    arrays = {"tokens": tokens, "positions": positions, "mask": mask[:, None], "targets": np.array(targets)}
+    arrays |= {"predictors": predictors, "sources": places}
+    counts = np.array([len(ending) for row in rows for ending in row.endings])
+    return Batch(**{name: torch.from_numpy(array).to(device) for name, array in arrays.items()}, counts=counts)
 
 
 class OutputLayer:
@@ -213,14 +205,13 @@ def score(
     """
     device = model.wte.weight.device
     output = OutputLayer(model, dtype)
-    found: dict[tuple[int, int], tuple[float, int, bool]] = {}
+    found: dict[tuple[int, int], tuple[float, int, bool]] = {}  # by (example, ending)
     # cuDNN, first choice on an H100, would build a plan for each of the hundreds of shapes there are
     kernels = (
         sdpa_kernel([SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]) if device.type == "cuda" else nullcontext()
     )
     with kernels, torch.autocast(device.type, dtype, enabled=dtype != torch.float32):
-        every_row = rows_of(examples, model.config.block_size)
-        for rows in batches(every_row, batch_tokens or BATCH_TOKENS[device.type]):
+        for rows in batches(rows_of(examples, model.config.block_size), batch_tokens or BATCH_TOKENS[device.type]):
             batch = collate(rows, device)
             log_p, hits = predict(model, output, batch, greedy=greedy)
             ending = np.repeat(np.arange(len(batch.counts)), batch.counts)  # of each target
@@ -229,12 +220,8 @@ def score(
             found |= zip((place for row in rows for place in row.places), values, strict=True)
             if progress is not None:
                 progress(len(batch.counts))
-    scores = []
-    for i, example in enumerate(examples):
-        own = [found[i, j] for j in range(len(example.endings))]
-        hit = [h for *_, h in own] if greedy else None
-        scores.append(EndingScores([p for p, *_ in own], [n for _, n, _ in own], hit))
-    return scores
+    own = ([found[i, j] for j in range(len(example.endings))] for i, example in enumerate(examples))
+    return [EndingScores(*map(list, zip(*values, strict=True))) for values in own]
 
 
 def predict(model: GPT, output: OutputLayer, batch: Batch, *, greedy: bool) -> tuple[np.ndarray, np.ndarray]:
