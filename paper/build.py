@@ -6,11 +6,9 @@ What stands beside research-report.tex when it is compiled:
     facts.tex         appendix rows: each number that the paper states, and where it comes from
     artefacts.tex     appendix rows: those files, hashed, and the commands that made them
     samples.tex       what the model wrote
-    benchmarks.tex    docs/results/benchmarks/*.json
     *.pdf             the run's curves
 """
 
-import argparse
 import os
 import re
 import shlex
@@ -30,7 +28,7 @@ from aymen_gpt.files import replace_text, sha256
 from aymen_gpt.reporting import plots
 from aymen_gpt.reporting.run_folder import Run, read_run
 from aymen_gpt.wording import PROTOCOLS
-from paper.facts import MEASURES, Artefact, Fact, Record, all_facts, artefact, benchmarks, known
+from paper.facts import Artefact, Fact, all_facts, artefact, known
 
 ROOT = Path(__file__).parent.parent
 PAPER = "research-report.tex"
@@ -41,19 +39,15 @@ EXAMPLES = """\
 """
 
 
-def parser() -> argparse.ArgumentParser:
-    p = console.parser(
+def main(argv: list[str] | None = None) -> int:
+    parser = console.parser(
         "Write the paper of a run: every number and figure in research-report.tex from the run's own files, each "
         "with its file, hash and command in the appendix.",
         EXAMPLES,
     )
-    p.add_argument("run", type=Path, metavar="RUN", help="a run folder or a digest of one")
-    p.add_argument("--out", type=Path, default=Path("build/report"), metavar="DIR", help="[build/report]")
-    return p
-
-
-def main(argv: list[str] | None = None) -> int:
-    options = parser().parse_args(argv)
+    parser.add_argument("run", type=Path, metavar="RUN", help="a run folder or a digest of one")
+    parser.add_argument("--out", type=Path, default=Path("build/report"), metavar="DIR", help="[build/report]")
+    options = parser.parse_args(argv)
     run, text = read_run(options.run), (ROOT / PAPER).read_text()
     facts = all_facts(run, ROOT)
     for name, content in parts(run, facts, text, ROOT).items():
@@ -100,25 +94,18 @@ def code(text: str) -> str:
 # ---- what the paper reads ----------------------------------------------------------------------------
 
 
+INSIDE = r"[^{}]*"
+for _ in range(8):  # braces in braces, so deep
+    INSIDE = rf"(?:[^{{}}]|\{{{INSIDE}\}})*"
+KNOWN = re.compile(rf"\\known\{{([^{{}}]*)\}}\{{({INSIDE})\}}\{{({INSIDE})\}}")
+
+
 def chosen(paper: str, values: Mapping[str, str]) -> str:
     r"""The body of a .tex file as LaTeX will read it: of \known{NAME}{IF}{ELSE} what holds for these values."""
     text = paper[paper.find(r"\begin{document}") :]
-    while (start := text.find(r"\known{")) >= 0:
-        name, at = _braces(text, start + len(r"\known"))
-        there, at = _braces(text, at)
-        otherwise, at = _braces(text, at)
-        text = text[:start] + (there if name in values else otherwise) + text[at:]
+    while found := KNOWN.search(text):
+        text = text[: found.start()] + found[2 if found[1] in values else 3] + text[found.end() :]
     return text
-
-
-def _braces(text: str, at: int) -> tuple[str, int]:
-    """What stands between the brace at ``at`` and its partner, and where it ends."""
-    depth = 0
-    for match in re.compile(r"\\.|[{}]", re.S).finditer(text, at):
-        depth += {"{": 1, "}": -1}.get(match[0], 0)
-        if depth == 0:
-            return text[at + 1 : match.start()], match.end()
-    raise AymenError(f"{PAPER}: a brace is not closed: {text[at : at + 60]}")
 
 
 def stated(text: str) -> set[str]:
@@ -128,39 +115,30 @@ def stated(text: str) -> set[str]:
 
 def parts(run: Run, facts: Sequence[Fact], paper: str, root: Path) -> dict[str, str]:
     """The .tex files, by name. ``paper`` is the text of research-report.tex, ``root`` the folder it stands in."""
-    values, measured = known(list(facts)), benchmarks(root)
+    values = known(list(facts))
     names = stated(chosen(paper, values)) & values.keys()
     used = sorted((fact for fact in facts if fact.name in names), key=lambda fact: fact.name)
-    sources = {fact.artefact for fact in used} | {artefact(run, "metrics.jsonl")} | {r.artefact for r in measured}
-    rows = [(display(a.path, root), a) for a in sorted(sources, key=str) if a.path.is_file()]
+    sources = sorted({fact.artefact for fact in used} | {artefact(run, "metrics.jsonl")}, key=str)
     return {
         "results.tex": "".join(f"\\result{{{name}}}{{{escape(value)}}}\n" for name, value in values.items()),
         "facts.tex": "".join(map(fact_row, used)),
-        "artefacts.tex": "".join(artefact_row(path, a) for path, a in rows),
+        "artefacts.tex": "".join(artefact_row(a, root) for a in sources if a.path.is_file()),
         "samples.tex": samples(run),
-        "benchmarks.tex": "".join(map(table, measured)),
     }
 
 
 def fact_row(fact: Fact) -> str:
     """A row "name & value & file & where in it" of the appendix, the target of the number in the text."""
     name = f"\\hypertarget{{fact:{fact.name}}}{{{code(fact.name)}}}"
-    return (
-        f"{name} & {escape(fact.shown or '')} & {code(fact.artefact.path.name)} & {breakable(fact.where)} \\\\\n"
-    )
+    cells = (name, escape(fact.shown or ""), code(fact.artefact.path.name), breakable(fact.where))
+    return f"{' & '.join(cells)} \\\\\n"
 
 
-def artefact_row(path: str, a: Artefact) -> str:
-    digest = sha256(a.path)
-    return f"{code(path)} & \\code{{{digest[:32]}\\newline {digest[32:]}}} & {code(a.command)} \\\\\n"
-
-
-def display(path: Path, root: Path) -> str:
-    """A path as the paper shows it: from the root of the repository when it is in there, by a link or itself."""
-    for p, r in ((path.absolute(), root.absolute()), (path.resolve(), root.resolve())):
-        if p.is_relative_to(r):
-            return p.relative_to(r).as_posix()
-    return path.as_posix()
+def artefact_row(a: Artefact, root: Path) -> str:
+    """A row "file & its hash & what made it", the file from the root of the repository when it is in there."""
+    digest, path = sha256(a.path), a.path.absolute()
+    path = path.relative_to(root.absolute()) if path.is_relative_to(root.absolute()) else path
+    return f"{code(path.as_posix())} & \\code{{{digest[:32]}\\newline {digest[32:]}}} & {code(a.command)} \\\\\n"
 
 
 def samples(run: Run) -> str:
@@ -169,22 +147,6 @@ def samples(run: Run) -> str:
     texts = [s.text.removeprefix(s.prompt) for s in last]
     cut = [t if len(t) <= SAMPLE_CHARACTERS else t[:SAMPLE_CHARACTERS] + " [...]" for t in texts]
     return "".join(f"\\sample{{{escape(s.prompt)}}}{{{escape(t)}}}\n" for s, t in zip(last, cut, strict=True))
-
-
-def table(record: Record) -> str:
-    """A benchmark's numbers; no column of which nothing was measured (MFU, where a device's peak is not known)."""
-    columns = [i for i in range(len(MEASURES)) if any(row[i].shown for row in record.rows.values())]
-    labels = len(next(iter(record.rows)))
-    rows = [[""] * labels + [list(MEASURES.values())[i][0] for i in columns]]
-    rows += [[*words, *(row[i].shown or "" for i in columns)] for words, row in record.rows.items()]
-    head, *lines = (" & ".join(map(escape, row)) + r" \\" for row in rows)
-    body = "\n".join([head + r"\midrule", *lines])
-    return (
-        "\\begin{table}[htbp]\\centering\\small\n"
-        f"\\caption{{{escape(record.title)}: {code(record.artefact.command)}}}\n"
-        f"\\fitted{{\\begin{{tabular}}{{{'l' * labels}{'r' * len(columns)}}}\\toprule\n{body}\\bottomrule\n"
-        "\\end{tabular}}\n\\end{table}\n"
-    )
 
 
 def draw(run: Run, out: Path) -> None:

@@ -6,6 +6,7 @@ can be stated only while the artefact that shows it is there.
 """
 
 import math
+import re
 import shlex
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, fields
@@ -47,8 +48,7 @@ class Fact:
 
 def all_facts(run: Run, root: Path) -> list[Fact]:
     """Everything that README, docs and paper of the checkout ``root`` may state."""
-    found = [*run_facts(run), *plan_facts(root, run), *published_facts(root)]
-    found += [fact for record in benchmarks(root) for row in record.rows.values() for fact in row]
+    found = [*run_facts(run), *plan_facts(root, run), *published_facts(root), *benchmark_facts(root)]
     names = [fact.name for fact in found]
     assert len(set(names)) == len(names), "two facts have one name"
     return found
@@ -59,11 +59,12 @@ def known(facts: list[Fact]) -> dict[str, str]:
     return {f.name: f.shown for f in facts if f.shown is not None and f.artefact.path.is_file()}
 
 
-def shown(value: Any, form: Form = "{}") -> str | None:
-    """A value in words: by a format string or a function; None and what is not finite stay unknown."""
-    if value is None or value == "" or (isinstance(value, float) and not math.isfinite(value)):
-        return None
-    return form.format(value) if isinstance(form, str) else form(value)
+def fact(name: str, value: Any, form: Form, source: Artefact, where: str) -> Fact:
+    """``form`` is a format string or a function; None and what is not finite stay unknown."""
+    unknown = value is None or value == "" or (isinstance(value, float) and not math.isfinite(value))
+    return Fact(
+        name, None if unknown else form.format(value) if isinstance(form, str) else form(value), source, where
+    )
 
 
 def share(value: float) -> str:
@@ -78,7 +79,7 @@ def rate(value: float) -> str:
 
 def slug(text: str) -> str:
     """A name's part in lower case, words joined by dashes: "GPT-2 124M" -> "gpt-2-124m"."""
-    return "-".join("".join(c if c.isalnum() or c == "." else " " for c in text.lower()).split())
+    return re.sub(r"[^a-z0-9.]+", "-", text.lower()).strip("-")
 
 
 # ---- of the run --------------------------------------------------------------------------------------
@@ -121,44 +122,37 @@ CONFIG: dict[str, tuple[str, Form]] = {  # name -> path in config.json, how it i
 
 def artefact(run: Run, name: str) -> Artefact:
     """A file of the run, with the command that wrote it as far as the run's own files tell."""
-    typed = shown(run.get("command"), CONFIG["command"][1]) or "python pretrain.py"
+    typed = run.get("command") or ["python", "pretrain.py"]
     if name == "hellaswag.json":
         found = run.hellaswag
-        typed = f"python hellaswag.py -m {found.get('model')} --limit {found.get('n')} --json hellaswag.json"
-    return Artefact(run.folder / name, typed)
+        typed = ["python", "hellaswag.py", "-m", found.get("model"), "--limit", found.get("n"), "--json", name]
+    return Artefact(run.folder / name, shlex.join(map(str, typed)))
 
 
 def run_facts(run: Run) -> Iterator[Fact]:
     """All facts of a run folder or of its digest (tools/record.py), named run.*"""
+    config, metrics = artefact(run, "config.json"), artefact(run, "metrics.jsonl")
+    status, texts = artefact(run, "status.json"), artefact(run, "samples.jsonl")
     for name, (path, form) in CONFIG.items():
-        yield Fact(f"run.{name}", shown(run.get(*path.split(".")), form), artefact(run, "config.json"), path)
-    for file, name, value, form, where in counted(run):
-        yield Fact(f"run.{name}", shown(value, form), artefact(run, file), where)
-    yield from scores(run)
-
-
-def data_files(run: Run) -> str | None:
-    """The names of the text's files, at most three."""
-    files = run.get("data", "source", "files")
-    names = [str(f.get("name")) for f in files if isinstance(f, dict)] if isinstance(files, list) else []
+        yield fact(f"run.{name}", run.get(*path.split(".")), form, config, path)
+    names = [str(file.get("name")) for file in run.get("data", "source", "files") or []]
     more = f" and {len(names) - 3} more" if len(names) > 3 else ""
-    return ", ".join(names[:3]) + more if names else None
-
-
-def counted(run: Run) -> list[tuple[str, str, Any, Form, str]]:
-    """(file, name, value, form, where) of what is counted or computed from a file of the run; None: not known."""
     vals = [(step, v) for step, v in run.series("val_loss") if v is not None]
     loss, speed, seconds, mfu = map(run.finite, ("loss", "tokens_per_second", "step_seconds", "mfu"))
-    tokens, train, files = run.last("tokens"), number(run.get("data", "train_tokens")), data_files(run)
+    tokens, train = run.last("tokens"), number(run.get("data", "train_tokens"))
     last_step, last = vals[-1] if vals else (None, None)
     complete = bool(seconds) and len(seconds) == run.step
     skipped = sum(bool(row.get("skipped")) for row in run.rows) if run.rows else None
-    builtin = "yes" if (files or "").startswith("builtin-") else None
-    config, metrics = "config.json", "metrics.jsonl"
-    return [
+    facts: list[tuple[Artefact, str, Any, Form, str]] = [
         (config, "continued-at", ", ".join(f"{step:,}" for step in continued(run)), "{}", "history"),
-        (config, "data-files", files, "{}", "data.source.files"),
-        (config, "builtin", builtin, "{}", "data.source.files"),
+        (config, "data-files", ", ".join(names[:3]) + more, "{}", "data.source.files"),
+        (
+            config,
+            "builtin",
+            "yes" if names and names[0].startswith("builtin-") else None,
+            "{}",
+            "data.source.files",
+        ),
         (metrics, "steps", run.step or None, "{:,}", "step of the last row"),
         (metrics, "tokens", tokens, "{:,.0f}", "tokens of the last row"),
         (metrics, "epochs", tokens and train and tokens / train, "{:.2f}", "last tokens / config's train_tokens"),
@@ -171,33 +165,32 @@ def counted(run: Run) -> list[tuple[str, str, Any, Form, str]]:
         (metrics, "training-time", sum(seconds) if complete else None, duration, "step_seconds, summed"),
         (metrics, "mfu", median(mfu) if mfu else None, share, "mfu, median"),
         (metrics, "skipped", skipped, "{:,}", "rows with skipped, counted"),
-        ("status.json", "state", run.status.get("state"), "{}", "state"),
-        ("samples.jsonl", "samples", len(run.samples) or None, "{}", "samples, counted"),
+        (status, "state", run.status.get("state"), "{}", "state"),
+        (texts, "samples", len(run.samples) or None, "{}", "samples, counted"),
     ]
-
-
-def scores(run: Run) -> Iterator[Fact]:
-    """The newest and largest score of each protocol, of training or of hellaswag.json, acc and acc_norm."""
-    found = {protocol: run.score(protocol) for protocol in PROTOCOLS}
-    for protocol, score in found.items():
-        away = (score.value - CHANCE) / score.error if score and score.error else None
-        apart = f"{{:.1f}} standard errors {'above' if (away or 0) > 0 else 'below'}"
-        said: list[tuple[str, Any, Form, str]] = [
-            ("from-chance", away and abs(away), apart, protocol),
-            ("n", score and score.n, "{:,}", "n"),
-            ("step", score and score.step, "{:,}", "step"),
-        ]
-        for metric in ("acc", "acc_norm"):
-            value, error = (getattr(score, key, None) for key in (metric, f"{metric}_stderr"))
-            points, where = None if error is None else 100 * error, f"{protocol}.{metric}"
-            said.append((slug(metric), value, share, where))
-            said.append((f"{slug(metric)}-stderr", points, "{:.1f}", f"{where}_stderr, points"))
-        source = artefact(run, score.file if score else "metrics.jsonl")
-        for name, value, form, where in said:
-            yield Fact(f"run.{protocol}-{name}", shown(value, form), source, where)
-    latest = found["completion"] or found["harness"]
+    for source, name, value, form, where in facts:
+        yield fact(f"run.{name}", value, form, source, where)
+    for protocol in PROTOCOLS:
+        yield from score_facts(run, protocol)
+    latest = run.score("completion") or run.score("harness")
     source = artefact(run, latest.file if latest else "metrics.jsonl")
-    yield Fact("run.hellaswag-n", shown(latest and latest.n, "{:,}"), source, "n")
+    yield fact("run.hellaswag-n", latest and latest.n, "{:,}", source, "n")
+
+
+def score_facts(run: Run, protocol: str) -> Iterator[Fact]:
+    """The newest and largest score by a protocol, of training or of hellaswag.json, acc and acc_norm."""
+    score = run.score(protocol)
+    source = artefact(run, score.file if score else "metrics.jsonl")
+    away = (score.value - CHANCE) / score.error if score and score.error else None
+    apart = f"{{:.1f}} standard errors {'above' if (away or 0) > 0 else 'below'}"
+    yield fact(f"run.{protocol}-from-chance", away and abs(away), apart, source, protocol)
+    for key in ("n", "step"):
+        yield fact(f"run.{protocol}-{key}", getattr(score, key, None), "{:,}", source, key)
+    for metric in ("acc", "acc_norm"):
+        value, error = (getattr(score, key, None) for key in (metric, f"{metric}_stderr"))
+        name, where = f"run.{protocol}-{slug(metric)}", f"{protocol}.{metric}"
+        yield fact(name, value, share, source, where)
+        yield fact(f"{name}-stderr", error and 100 * error, "{:.1f}", source, f"{where}_stderr, points")
 
 
 # ---- of the recipe, of others, of benchmarks ---------------------------------------------------------
@@ -233,7 +226,7 @@ def plan_facts(root: Path, run: Run) -> Iterator[Fact]:
             counted = isinstance(value, int) and f.name != "seed"
             facts.append((recipe, slug(f.name), value, "{:,}" if counted else rate, f.name))
     for source, name, value, form, where in facts:
-        yield Fact(f"plan.{name}", shown(value, form), source, where)
+        yield fact(f"plan.{name}", value, form, source, where)
 
 
 def published_facts(root: Path) -> Iterator[Fact]:
@@ -241,61 +234,22 @@ def published_facts(root: Path) -> Iterator[Fact]:
     source = Artefact(root / "aymen_gpt/reporting/published_scores.py", "kept by hand, each with its source")
     for a in ANCHORS:
         name = f"published.{slug(a.model)}.{a.protocol}.{slug(a.metric)}"
-        yield Fact(name, f"{100 * a.value:.4g} %", source, a.source)
-    yield Fact("published.chance", percent(CHANCE, digits=0), source, "one ending of four")
-    yield Fact("published.n", f"{HELLASWAG_EXAMPLES:,}", source, "examples of the validation set")
-    spread = math.sqrt(0.337 * (1 - 0.337) / (HELLASWAG_EXAMPLES - 1))
+        yield fact(name, 100 * a.value, "{:.4g} %", source, a.source)
+    yield fact("published.chance", 100 * CHANCE, "{:.0f} %", source, "one ending of four")
+    yield fact("published.n", HELLASWAG_EXAMPLES, "{:,}", source, "examples of the validation set")
+    spread = 100 * math.sqrt(0.337 * (1 - 0.337) / (HELLASWAG_EXAMPLES - 1))
     where = "sqrt(p(1 - p) / (n - 1)) at GPT-3 Small's p, in points"
-    yield Fact("published.stderr", f"{100 * spread:.2f}", source, where)
+    yield fact("published.stderr", spread, "{:.2f}", source, where)
 
 
-MEASURES: dict[str, tuple[str, Form]] = {  # keys of a benchmark's rows -> head of the column, how it is shown
-    "tokens_per_second": ("tokens/s", "{:,.0f}"),
-    "examples_per_second": ("examples/s", "{:.2f}"),
-    "ours_is_times": ("ours is", "{:.2f}x"),
-    "ours_is_times.float32": ("ours, float32, is", "{:.2f}x"),
-    "ours_is_times.bfloat16": ("ours, bfloat16, is", "{:.2f}x"),
-    "gflops": ("GFLOP/s", "{:,.0f}"),
-    "mfu": ("MFU", share),
-    "peak_gb": ("peak GB", "{:.2f}"),
-}
-
-
-@dataclass(frozen=True)
-class Record:
-    """A file of docs/results/benchmarks: what it compares, on which machine, and its rows by their labels."""
-
-    title: str
-    artefact: Artefact
-    rows: dict[tuple[str, ...], list[Fact]]  # ("gpt2-256", "transformers"): a fact for each of MEASURES
-
-
-def benchmarks(root: Path) -> list[Record]:
-    """The training step and the scorer beside other programs'; a fact is benchmark.FILE.WHAT.MEASURE."""
-    records = []
+def benchmark_facts(root: Path) -> Iterator[Fact]:
+    """The training step beside other programs': benchmark.FILE.SHAPE.VARIANT.MEASURE."""
+    forms: dict[str, Form] = {"tokens_per_second": "{:,.0f}", "ours_is_times": "{:.2f}x", "mfu": share}
     for path in sorted((root / BENCHMARKS).glob("*.json")):
         found = read_object(path, [])
-        source = Artefact(path, str(found.get("command")))
-        for title, key, labels in (
-            ("The training step", "results", ("shape", "variant")),
-            ("Scoring HellaSwag", "speed", ("scorer",)),
-        ):
-            rows = found.get(key)
-            rows = [r for r in rows if isinstance(r, dict) and labels[-1] in r] if isinstance(rows, list) else []
-            if rows:
-                said = [tuple(str(row.get(label)) for label in labels) for row in rows]
-                facts = {words: measures(words, row, source) for words, row in zip(said, rows, strict=True)}
-                records.append(Record(f"{title} ({found.get('machine')})", source, facts))
-    return records
-
-
-def measures(labels: tuple[str, ...], row: dict[str, Any], source: Artefact) -> list[Fact]:
-    """All MEASURES of a row, by their path in it."""
-    facts, prefix = [], ".".join(["benchmark", source.path.stem, *map(slug, labels)])
-    for path, (_, form) in MEASURES.items():
-        value: Any = row
-        for key in path.split("."):
-            value = value.get(key) if isinstance(value, dict) else None
-        name, where = f"{prefix}.{slug(path.replace('.', ' '))}", f"{', '.join(labels)}: {path}"
-        facts.append(Fact(name, shown(number(value), form), source, where))
-    return facts
+        for row in found.get("results", []):
+            name = ".".join(["benchmark", path.stem, slug(row["shape"]), slug(row["variant"])])
+            for key, form in forms.items():
+                where = f"{row['shape']}, {row['variant']}: {key}"
+                source = Artefact(path, str(found.get("command")))
+                yield fact(f"{name}.{slug(key)}", number(row.get(key)), form, source, where)

@@ -11,7 +11,7 @@ from run_folders import write_run
 from aymen_gpt.errors import AymenError
 from aymen_gpt.reporting.run_folder import read_run
 from paper import build
-from paper.facts import BENCHMARKS, all_facts, benchmarks, known, run_facts
+from paper.facts import all_facts, known, run_facts
 
 HOSTILE = r"\input{/etc/passwd} 50% #1 $x_1$ & ~^ {}"
 TEX = (ROOT / "research-report.tex").read_text()
@@ -22,9 +22,8 @@ SCORE = {"acc": 0.26, "acc_stderr": 0.0139, "acc_norm": 0.338, "acc_norm_stderr"
 def run(tmp_path):
     """A finished run on own text, not scored: 40 steps of 100 tokens, with numbers to compute by hand."""
     options = json.loads((ROOT / "docs/results/demo/config.json").read_text())["run"]
-    options |= {"run": "runs/small_1", "steps": 40, "tokens_per_step": 100}
     config = {
-        "run": options,
+        "run": options | {"run": "runs/small_1", "steps": 40, "tokens_per_step": 100},
         "command": ["python", "pretrain.py", "--run-dir", HOSTILE],
         "n_params": 1_234_567,
         "model": {"n_layer": 2, "n_head": 2, "n_embd": 32, "block_size": 64},
@@ -39,13 +38,12 @@ def run(tmp_path):
         "git_commit": "0123456789abcdef",
         "history": [{"step": 0}],
     }
-    rows = [{"step": 0, "tokens": 0, "val_loss": 10.0}]
-    for step in range(1, 41):
-        rows.append({"step": step, "tokens": 100 * step, "loss": 8.0, "lr": 1e-3, "step_seconds": 3.0})
-        rows[-1] |= {"tokens_per_second": 1000.0 + step, "grad_norm": 1.0}
+    each = {"loss": 8.0, "lr": 1e-3, "step_seconds": 3.0, "grad_norm": 1.0}
+    rows = [{"step": s, "tokens": 100 * s, "tokens_per_second": 1000.0 + s} | each for s in range(1, 41)]
     rows[-1]["val_loss"] = 5.0
     status = {"state": "done", "step": 40, "steps": 40}
     samples = [{"step": 40, "prompt": HOSTILE, "text": f"{HOSTILE} und schön ש"}]
+    rows = [{"step": 0, "tokens": 0, "val_loss": 10.0}, *rows]
     return write_run(tmp_path / "runs" / "small_1", rows, config=config, status=status, samples=samples)
 
 
@@ -157,56 +155,29 @@ def test_the_parts_of_the_paper(run):
 
 
 def test_a_figure_of_another_run_is_not_left_for_this_one(run, tmp_path, monkeypatch):
-    """Figures are drawn from whatever file is there."""
-    monkeypatch.setattr(build, "compile_paper", lambda out: None)
+    """Figures are drawn from whatever file is there. Without LaTeX the error names what to install."""
+    monkeypatch.setenv("PATH", str(tmp_path))
     (run / "hellaswag.json").write_text(json.dumps({"n": 9, "completion": SCORE}))
     (tmp_path / "out").mkdir()
     (tmp_path / "out/mine.tex").write_text("kept")
     pictures = {"loss.pdf", "lr.pdf", "grad_norm.pdf", "tokens_per_second.pdf"}
     for found in (pictures | {"scores.pdf"}, pictures):
-        assert build.main([str(run), "--out", str(tmp_path / "out")]) == 0
+        with pytest.raises(AymenError, match="latexmk is missing.*apt-get install .*latexmk texl"):
+            build.main([str(run), "--out", str(tmp_path / "out")])
         assert {path.name for path in (tmp_path / "out").glob("*.pdf")} == found
         (run / "hellaswag.json").unlink(missing_ok=True)
     assert (tmp_path / "out/mine.tex").exists()
     assert (tmp_path / "out/loss.pdf").read_bytes().startswith(b"%PDF")
 
 
-def test_a_benchmarks_file_becomes_facts_and_a_table(tmp_path):
-    row = {"shape": "small", "variant": "transformers & co", "tokens_per_second": 1500.2, "ours_is_times": 1.5}
-    step = {"machine": "CPU_2", "command": "python x.py"}
-    step |= {"results": [row | {"mfu": None, "peak_gb": float("nan")}]}
-    speed = {"speed": [{"scorer": "ours, float32", "ours_is_times": {"float32": 2.5}}]}
-    (tmp_path / BENCHMARKS).mkdir(parents=True)
-    for name, found in zip("abcdef", (step, speed, {}, [], {"results": [1]}, {"speed": "x"}), strict=True):
-        (tmp_path / BENCHMARKS / f"{name}.json").write_text(json.dumps(found))
-    records = benchmarks(tmp_path)
-    facts = {f.name: f.shown for record in records for row in record.rows.values() for f in row if f.shown}
-    assert facts == {
-        "benchmark.a.small.transformers-co.tokens-per-second": "1,500",
-        "benchmark.a.small.transformers-co.ours-is-times": "1.50x",
-        "benchmark.b.ours-float32.ours-is-times-float32": "2.50x",
-    }
-    text = build.table(records[0])
-    assert r"\caption{The training step (CPU\_2): \code{python x.\allowbreak{}py}}" in text
-    assert "&  & tokens/s & ours is \\\\\\midrule\nsmall & transformers \\& co & 1,500 & 1.50x \\\\" in text
-
-
-def test_without_latexmk_the_packages_are_named(monkeypatch, tmp_path):
-    monkeypatch.setenv("PATH", str(tmp_path))
-    with pytest.raises(AymenError, match="latexmk is missing.*apt-get install .*latexmk texl"):
-        build.compile_paper(tmp_path)
-
-
 @pytest.mark.skipif(not shutil.which("latexmk"), reason="latexmk is not installed")
 @pytest.mark.slow
-@pytest.mark.parametrize("score", [None, {"n": 1000, "step": 40, "completion": SCORE}])
+@pytest.mark.parametrize("score", [{}, {"n": 1000, "step": 40, "completion": SCORE}])
 def test_the_paper_of_a_run_compiles_cleanly(run, tmp_path, score):
-    if score:
-        (run / "hellaswag.json").write_text(json.dumps(score))
+    (run / "hellaswag.json").write_text(json.dumps(score))
     assert build.main([str(run), "--out", str(tmp_path / "out")]) == 0
     log = (tmp_path / "out/research-report.log").read_text(errors="replace")
-    assert not re.findall(r"LaTeX Warning: (?:Citation|There were undefined)", log)
-    assert bool(re.findall(r"LaTeX Warning: Reference", log)) is False
+    assert not re.findall(r"LaTeX Warning: (?:Citation|Reference|There were undefined)", log)
     wide = [float(points) for points in re.findall(r"Overfull \\hbox \(([\d.]+)pt", log)]
     assert max(wide, default=0) < 20
     assert (tmp_path / "out/research-report.pdf").stat().st_size > 50_000
