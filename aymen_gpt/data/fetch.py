@@ -6,6 +6,7 @@ AYMEN_GPT_CACHE (our own folder), pip's settings, and the Hub's HF_HOME, HF_ENDP
 """
 
 import errno
+import functools
 import hashlib
 import logging
 import os
@@ -18,15 +19,14 @@ import zipfile
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath, PureWindowsPath
-from typing import NoReturn, TypeVar
+from typing import Any, TypeVar
 
 from aymen_gpt import files
 from aymen_gpt.errors import CannotWrite, DataError, NetworkError
 
 T = TypeVar("T")
 
-TRIES = 4  # of one request, with pauses of 1, 2 and 4 s between them
-PATIENCE = 20.0  # seconds: no new try after this long, for clients that already retry by themselves
+PAUSES = (1, 2, 4)  # seconds before a request that the server could not answer is made again
 
 
 @dataclass(frozen=True)
@@ -120,19 +120,13 @@ def hub_file(
 
     check_name(filename, folder)
     what = f"{filename} of {repo}"
-    cached = folder is None and isinstance(
-        try_to_load_from_cache(repo, filename, revision=revision, repo_type=repo_type), str
-    )
-    found = expected = ""
-    for force in (False, True):
-
-        def download(force: bool = force) -> str:
-            return hf_hub_download(
-                repo, filename, revision=revision, repo_type=repo_type, local_dir=folder, force_download=force
-            )
-
-        path = Path(_asked(download, what))
-        expected = sha256 or ("" if cached else _announced_sha256(path))
+    place: dict[str, Any] = {"revision": revision, "repo_type": repo_type}
+    cached = folder is None and isinstance(try_to_load_from_cache(repo, filename, **place), str)
+    for again in (False, True):
+        download = functools.partial(hf_hub_download, repo, filename, **place, local_dir=folder)
+        path = Path(_asked(functools.partial(download, force_download=again), what))
+        announced = path.resolve().name  # the Hub's cache names the content of a large file by its sha256
+        expected = sha256 or (announced if re.fullmatch(r"[0-9a-f]{64}", announced) and not cached else "")
         found = files.sha256(path) if expected else ""
         if found == expected:
             return path
@@ -145,12 +139,6 @@ def hub_file(
     )
 
 
-def _announced_sha256(path: Path) -> str:
-    """The Hub's cache names the content of a large file by its sha256; "" for anything else."""
-    blob = path.resolve().name
-    return blob if re.fullmatch(r"[0-9a-f]{64}", blob) else ""
-
-
 def check_name(name: str, folder: Path | None = None) -> None:
     """DataError for a path that would leave the folder it is meant for, by its letters or by a link."""
     if name.startswith("/") or "\\" in name or ".." in PurePosixPath(name).parts or PureWindowsPath(name).drive:
@@ -160,74 +148,46 @@ def check_name(name: str, folder: Path | None = None) -> None:
 
 
 def _asked(request: Callable[[], T], what: str) -> T:
-    """The request's answer, trying again when the server or the line failed but not when it said no."""
+    """The answer to a request, made again when the server fails; the Hub's client itself waits out a bad line.
+
+    NetworkError or CannotWrite in one line for all that the client raises.
+    """
+    from huggingface_hub import constants
+    from huggingface_hub.errors import LocalEntryNotFoundError, OfflineModeIsEnabled
+
     logging.getLogger("huggingface_hub.utils._http").setLevel(logging.ERROR)  # ten lines on its own tries
-    start = time.monotonic()
-    for attempt in range(1, TRIES + 1):
+    for pause in (*PAUSES, None):
         try:
             return request()
         except Exception as error:
-            cause = _cause(error)
-            last = attempt == TRIES or time.monotonic() - start > PATIENCE
-            if last or not _worth_a_retry(cause):
-                _refuse(cause, what, attempt)
-            time.sleep(2 ** (attempt - 1))
-    raise AssertionError("unreachable")
-
-
-def _cause(error: Exception) -> BaseException:
-    """What really happened: the client wraps a failed look-up into "not in the local cache"."""
-    from huggingface_hub.errors import LocalEntryNotFoundError
-
-    wrapped = isinstance(error, LocalEntryNotFoundError) or str(error).startswith("Force download failed")
-    return error.__cause__ if wrapped and error.__cause__ is not None else error
-
-
-def _status(error: BaseException) -> int | None:
-    return getattr(getattr(error, "response", None), "status_code", None)
-
-
-def _worth_a_retry(error: BaseException) -> bool:
-    from huggingface_hub.errors import OfflineModeIsEnabled
-
-    status = _status(error)
-    if status is not None:
-        return status >= 500 or status in (408, 429)
-    if isinstance(error, OfflineModeIsEnabled) or _disk_is_full(error):
-        return False
-    # RuntimeError: all that goes wrong in hf_xet, which brings the Hub's large files
-    return (
-        isinstance(error, (OSError, RuntimeError))
-        or "httpx" in type(error).__module__
-        or "requests" in type(error).__module__
-    )
-
-
-def _disk_is_full(error: BaseException) -> bool:
-    return getattr(error, "errno", None) == errno.ENOSPC or f"(os error {errno.ENOSPC})" in str(error)
-
-
-def _refuse(error: BaseException, what: str, tries: int) -> NoReturn:
-    from huggingface_hub import constants
-    from huggingface_hub.errors import OfflineModeIsEnabled
-
-    status = _status(error)
-    if _disk_is_full(error):
+            # The client wraps a failed look-up into "not in the local cache" or "force download failed".
+            wrapped = isinstance(error, LocalEntryNotFoundError | ValueError)
+            cause = (wrapped and error.__cause__) or error
+        status = _status(cause)
+        if pause is None or not (status and (status >= 500 or status in (408, 429))):
+            break
+        time.sleep(pause)
+    if getattr(cause, "errno", None) == errno.ENOSPC or f"(os error {errno.ENOSPC})" in str(cause):
         raise CannotWrite(f"cannot store {what}: no space left; free some and run the same command again")
-    if isinstance(error, OfflineModeIsEnabled):
-        place = f"it is not in {constants.HF_HUB_CACHE}"
-        raise NetworkError(f"cannot get {what}: HF_HUB_OFFLINE is set and {place}") from None
+    if isinstance(cause, OfflineModeIsEnabled):
+        raise NetworkError(f"cannot get {what}: HF_HUB_OFFLINE is set and it is not in {constants.HF_HUB_CACHE}")
     if status in (401, 403, 404):
         raise NetworkError(
             f"cannot get {what}: not found or private (HTTP {status}); check its name, or set HF_TOKEN"
-        ) from None
-    if status is None and not _worth_a_retry(error):
-        raise error
-    reason = f"HTTP {status}" if status else f"{type(error).__name__}: {one_line(str(error))}"
+        )
+    # RuntimeError: all that goes wrong in hf_xet, which brings the Hub's large files
+    if not isinstance(cause, OSError | RuntimeError) and not type(cause).__module__.startswith("httpx"):
+        raise cause
+    reason = f"HTTP {status}" if status else f"{type(cause).__name__}: {one_line(str(cause))}"
     raise NetworkError(
-        f"cannot get {what} from {one_line(constants.ENDPOINT)}: {reason} (tries: {tries}); check the network or "
+        f"cannot get {what} from {one_line(constants.ENDPOINT)}: {reason}; check the network or "
         f"HF_ENDPOINT, then run the same command again"
-    ) from None
+    )
+
+
+def _status(error: BaseException) -> int | None:
+    """The HTTP status that an error carries."""
+    return getattr(getattr(error, "response", None), "status_code", None)
 
 
 def one_line(text: str) -> str:
