@@ -13,6 +13,7 @@ COMMANDS = {
     "plan": "what a training will take, before it begins",
     "hellaswag": "a model -> its HellaSwag score",
     "generate": "a model and a prompt -> text",
+    "play": "a model -> a page to play with it, and OpenAI's API",
     "report": "a run -> its report.html, several runs -> one page with all of them",
     "setup": "fetch the vocabulary and HellaSwag now, for work without a network",
 }

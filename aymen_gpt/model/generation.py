@@ -1,6 +1,7 @@
 """Logits -> text: greedy, temperature, top-k and top-p sampling, one token at a time with a key/value cache."""
 
 from collections.abc import Iterator
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -49,8 +50,14 @@ def check_sampling(temperature: float, top_k: int | None, top_p: float | None) -
         raise ValueError(f"top-p must be above 0 and at most 1, got {top_p}")
 
 
+def generate(model: GPT, prompt: list[int], max_tokens: int, **sampling: Any) -> Iterator[int]:
+    """The token ids of ``draw``, without the logits; ``sampling`` as it takes them."""
+    for token, _ in draw(model, prompt, max_tokens, **sampling):
+        yield token
+
+
 @torch.inference_mode()
-def generate(
+def draw(
     model: GPT,
     prompt: list[int],
     max_tokens: int,
@@ -60,8 +67,8 @@ def generate(
     top_p: float | None = None,
     seed: int = 0,
     stop: int | None = None,
-) -> Iterator[int]:
-    """Yield up to ``max_tokens`` token ids that continue ``prompt``, ending before the token ``stop``.
+) -> Iterator[tuple[int, Tensor]]:
+    """Yield up to ``max_tokens`` (token id, logits (V,) it was drawn from), ending before the token ``stop``.
 
     The same seed gives the same tokens on the same device. A text longer than the model's context goes on
     from its later half (positions are absolute, so cached keys cannot slide). Raises DataError when the
@@ -84,6 +91,6 @@ def generate(
         token = choose(logits, temperature=temperature, top_k=top_k, top_p=top_p, generator=generator)
         if token == stop:
             return
-        yield token
+        yield token, logits
         tokens.append(token)
         fresh = 1
