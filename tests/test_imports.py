@@ -15,7 +15,8 @@ ARROWS = {
     "training": {"model", "data"},
     "evaluation": {"model", "data"},
     "reporting": set(),
-    "commands": {"training", "evaluation", "reporting", "data", "model", "__main__"},
+    "play": {"model", "data", "evaluation"},
+    "commands": {"training", "evaluation", "reporting", "play", "data", "model", "__main__"},
     "__main__": set(),  # finds commands by their names
 }
 MODULES = sorted(PACKAGE.rglob("*.py"))
@@ -93,14 +94,14 @@ def test_data_and_reporting_need_no_torch():
     assert "torch" not in loaded
 
 
-@pytest.mark.parametrize("script", ["fineweb", "pretrain", "hellaswag", "generate", "report"])
+@pytest.mark.parametrize("script", ["fineweb", "pretrain", "hellaswag", "generate", "report", "play"])
 def test_help_is_answered_before_anything_heavy_is_imported(script):
     code = f"""
 import contextlib, importlib
 with contextlib.suppress(SystemExit):
     importlib.import_module("aymen_gpt.commands.{script}").main(["--help"])"""
     loaded, text = modules_after(code)
-    assert not loaded & {"torch", "numpy", "pyarrow", "huggingface_hub", "transformers", "matplotlib", "jinja2"}
+    assert not loaded & {"torch", "numpy", "pyarrow", "huggingface_hub", "transformers", "matplotlib", "jinja2", "fastapi"}
     assert "examples:" in text
 
 
