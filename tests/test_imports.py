@@ -101,7 +101,16 @@ import contextlib, importlib
 with contextlib.suppress(SystemExit):
     importlib.import_module("aymen_gpt.commands.{script}").main(["--help"])"""
     loaded, text = modules_after(code)
-    assert not loaded & {"torch", "numpy", "pyarrow", "huggingface_hub", "transformers", "matplotlib", "jinja2", "fastapi"}
+    assert not loaded & {
+        "torch",
+        "numpy",
+        "pyarrow",
+        "huggingface_hub",
+        "transformers",
+        "matplotlib",
+        "jinja2",
+        "fastapi",
+    }
     assert "examples:" in text
 
 

@@ -176,7 +176,11 @@ def test_attention_and_losses_of_a_text(served, port):
         (b'{"model": "little run", "prompt": [50257]}', 400, "each 0 to 50256"),
         (b'{"model": "little run", "prompt": []}', 400, "0 prompts x n = 1: 1 to 64 answers"),
         (b'{"model": "little run", "n": 40, "prompt": ["a", "b"]}', 400, "2 prompts x n = 40"),
-        (b'{"model": "little run", "max_tokens": 5000}', 400, "max_tokens: Input should be less than or equal to 4096"),
+        (
+            b'{"model": "little run", "max_tokens": 5000}',
+            400,
+            "max_tokens: Input should be less than or equal to 4096",
+        ),
         (b'{"model": "little run", "temperature": -1}', 400, "temperature: "),
         (b'{"model": "../../etc", "prompt": "a"}', 404, "there is no model '../../etc'"),
         (b'{"model": "little run:3", "prompt": "a"}', 404, "there is no model 'little run:3'"),
@@ -221,7 +225,9 @@ def test_play_listens_on_this_machine_alone_unless_it_is_told_otherwise(monkeypa
 
     monkeypatch.setattr(play, "listen", listen)
     for words in ([], ["--host", "0.0.0.0"]):
-        with pytest.raises(CannotWrite, match="cannot listen at .*:8000: Address already in use; try another --port"):
+        with pytest.raises(
+            CannotWrite, match="cannot listen at .*:8000: Address already in use; try another --port"
+        ):
             play.main(["-m", str(run), *words])
     assert bound == ["127.0.0.1", "0.0.0.0"]
     assert capsys.readouterr().err.startswith("warning: anybody who can reach 0.0.0.0 may use this model")
@@ -235,7 +241,9 @@ def test_without_its_packages_one_line_says_what_to_install(monkeypatch):
 
 def raw(port, **body):
     """A connection on which a streamed answer has begun."""
-    content = json.dumps({"model": NAME, "prompt": "a", "stream": True, "max_tokens": 4096, "temperature": 1} | body)
+    content = json.dumps(
+        {"model": NAME, "prompt": "a", "stream": True, "max_tokens": 4096, "temperature": 1} | body
+    )
     connection = socket.create_connection(("127.0.0.1", port))
     connection.sendall(
         f"POST /v1/completions HTTP/1.1\r\nHost: 127.0.0.1\r\nContent-Length: {len(content)}\r\n\r\n{content}".encode()

@@ -26,10 +26,28 @@ def parser() -> argparse.ArgumentParser:
         EXAMPLES,
         "aymen-gpt play -m NAME [--port N]",
     )
-    p.add_argument("-m", "--model", type=console.name, required=True, metavar="NAME", help="a run, a checkpoint, gpt2 or another Hub id")
+    p.add_argument(
+        "-m",
+        "--model",
+        type=console.name,
+        required=True,
+        metavar="NAME",
+        help="a run, a checkpoint, gpt2 or another Hub id",
+    )
     p.add_argument("-d", "--device", default="auto", help="auto, cpu, mps, cuda or cuda:N [auto]")
-    p.add_argument("--host", default="127.0.0.1", metavar="ADDRESS", help="address to listen at [127.0.0.1: this machine only]")
-    p.add_argument("--port", type=console.number(Range(0, 65535), whole=True), default=8000, metavar="N", help="0: any that is free [8000]")
+    p.add_argument(
+        "--host",
+        default="127.0.0.1",
+        metavar="ADDRESS",
+        help="address to listen at [127.0.0.1: this machine only]",
+    )
+    p.add_argument(
+        "--port",
+        type=console.number(Range(0, 65535), whole=True),
+        default=8000,
+        metavar="N",
+        help="0: any that is free [8000]",
+    )
     return p
 
 
@@ -47,14 +65,19 @@ def main(argv: list[str] | None = None) -> int:
     served = Models(options.model, choose_device(options.device).place)
     public = options.host not in LOCAL
     if public:
-        print(f"warning: anybody who can reach {options.host} may use this model: there is no password", file=sys.stderr)
+        print(
+            f"warning: anybody who can reach {options.host} may use this model: there is no password",
+            file=sys.stderr,
+        )
     hosts = ["*"] if public else ["127.0.0.1", "localhost", "[::1]"]
     api = app(served, hosts=hosts, curves=partial(curves, served.run))
     config = uvicorn.Config(api, log_level="warning", access_log=False)
     try:
         listening = listen(options.host, options.port)
     except OSError as error:
-        raise CannotWrite(f"cannot listen at {options.host}:{options.port}: {error.strerror}; try another --port") from None
+        raise CannotWrite(
+            f"cannot listen at {options.host}:{options.port}: {error.strerror}; try another --port"
+        ) from None
     with listening:
         port = listening.getsockname()[1]
         shown = f"[{options.host}]" if ":" in options.host else options.host

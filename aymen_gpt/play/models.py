@@ -120,7 +120,9 @@ def attention(model: GPT, ids: list[int], layer: int, head: int) -> list[list[fl
     x = model.wte(idx) + model.wpe.weight[: len(ids)]
     for block in model.h[:layer]:
         x = block(x)
-    q, k, _ = model.h[layer].attn.c_attn(model.h[layer].ln_1(x))[0].split(model.config.n_embd, dim=1)  # (T, C) each
+    q, k, _ = (
+        model.h[layer].attn.c_attn(model.h[layer].ln_1(x))[0].split(model.config.n_embd, dim=1)
+    )  # (T, C) each
     size = model.config.n_embd // model.config.n_head
     q, k = (part[:, head * size : (head + 1) * size] for part in (q, k))
     scores = q @ k.T / size**0.5

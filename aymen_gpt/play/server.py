@@ -127,7 +127,9 @@ class Line:
 
 def app(served: Models, *, hosts: list[str], curves: Callable[[], str]) -> FastAPI:
     """The server of some models, for the Host names in ``hosts``; ``curves`` draws SVG for the page, "" for none."""
-    api = FastAPI(title="Aymen-GPT", version=aymen_gpt.__version__, dependencies=[Depends(own_page)], docs_url=None)
+    api = FastAPI(
+        title="Aymen-GPT", version=aymen_gpt.__version__, dependencies=[Depends(own_page)], docs_url=None
+    )
     api.add_middleware(TrustedHostMiddleware, allowed_hosts=hosts, www_redirect=False)
     lines: defaultdict[str, Line] = defaultdict(Line)
     thread, loading = ThreadPoolExecutor(1, "model"), asyncio.Lock()
@@ -289,10 +291,14 @@ def check_ids(ids: list[int], most: int) -> None:
     if not ids or min(ids) < 0 or max(ids) >= tokenizer.VOCAB_SIZE:
         raise Refusal(400, f"a prompt is one token or more, each 0 to {tokenizer.VOCAB_SIZE - 1}")
     if len(ids) > most:
-        raise Refusal(400, f"the prompt has {len(ids):,} tokens, the model reads {most:,}", "context_length_exceeded")
+        raise Refusal(
+            400, f"the prompt has {len(ids):,} tokens, the model reads {most:,}", "context_length_exceeded"
+        )
 
 
-async def events(line: Line, choices: Callable[[], AsyncIterator[Any]], head: dict[str, Any]) -> AsyncIterator[str]:
+async def events(
+    line: Line, choices: Callable[[], AsyncIterator[Any]], head: dict[str, Any]
+) -> AsyncIterator[str]:
     """Server-sent events: comments while others are before this request, then the pieces of the answer."""
     try:
         with line.place() as ticket:
