@@ -70,13 +70,12 @@ def main() -> None:
         took = time.monotonic() - until + options.seconds
         server.terminate()
     wrong = [right for right, _ in found if right is not True]
-    waits = sorted(seconds for _, seconds in found)
+    waits, third = sorted(seconds for _, seconds in found), len(sizes) // 3
     print(f"{options.clients} clients for {options.seconds:g} s: {len(found)} answers, {len(wrong)} wrong or lost")
-    print(f"{len(found) * options.tokens / took:.0f} tokens/s in all; an answer took {statistics.median(waits):.1f} s (median), "
-          f"{waits[-1]:.1f} s (longest)")  # fmt: skip
-    third = len(sizes) // 3
-    print(f"server's memory: {sizes[0]:.0f} MB before, {max(sizes[1:third]):.0f} MB at the most in the first third, "
-          f"{max(sizes[-third:]):.0f} MB in the last")  # fmt: skip
+    print(f"{len(found) * options.tokens / took:.0f} tokens/s in all")
+    print(f"an answer took {statistics.median(waits):.1f} s (median), {waits[-1]:.1f} s (longest)")
+    print(f"server's memory: {sizes[0]:.0f} MB before, {max(sizes[1:third]):.0f} MB in the first third, ", end="")
+    print(f"{max(sizes[-third:]):.0f} MB in the last")
     print(*{str(reason) for reason in wrong}, sep="\n", end="")
 
 

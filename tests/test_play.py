@@ -1,4 +1,4 @@
-"""aymen-gpt play: OpenAI's API with real clients, the line of requests, what is refused, and the page in a browser."""
+"""aymen-gpt play: OpenAI's API with real clients, the line of requests, what it refuses, the page in a browser."""
 
 import http.client
 import json
@@ -13,12 +13,12 @@ from urllib.error import HTTPError
 
 import pytest
 import torch
+from conftest import make_shards
 
 from aymen_gpt.commands import play, pretrain
 from aymen_gpt.data import tokenizer
 from aymen_gpt.errors import CannotWrite, DataError, UsageError
 from aymen_gpt.model.generation import generate
-from conftest import make_shards
 
 uvicorn = pytest.importorskip("uvicorn", reason="play needs the extra [play]")
 pytest.importorskip("fastapi", reason="play needs the extra [play]")
@@ -32,7 +32,8 @@ def run(tmp_path_factory):
     """A run with checkpoints of three steps."""
     folder = tmp_path_factory.mktemp("play")
     words = ["--preset", "tiny", "--data", make_shards(folder / "shards"), "--run-dir", folder / "little run"]
-    pretrain.main([*map(str, words), *"--steps 6 --checkpoint-every 2 --keep-last 3 --device cpu".split()])
+    words += ["--steps", 6, "--checkpoint-every", 2, "--keep-last", 3, "--device", "cpu"]
+    pretrain.main(list(map(str, words)))
     return folder / "little run"
 
 
@@ -154,7 +155,7 @@ def test_attention_and_losses_of_a_text(served, port):
     rows = torch.tensor(found["attention"])
     assert torch.allclose(rows.sum(1), torch.ones(len(ids)), atol=0.01)
     assert (rows.triu(1) == 0).all()
-    # the same through the model: a value that only one place holds comes out in proportion to the attention paid to it
+    # What comes out of the model's own attention is the mean of the values, weighted with these.
     model, block = served.load(NAME), served.load(NAME).h[1]
     weights = torch.tensor(models.attention(model, ids, 1, 1))
     seen = {}
@@ -245,9 +246,8 @@ def raw(port, **body):
         {"model": NAME, "prompt": "a", "stream": True, "max_tokens": 4096, "temperature": 1} | body
     )
     connection = socket.create_connection(("127.0.0.1", port))
-    connection.sendall(
-        f"POST /v1/completions HTTP/1.1\r\nHost: 127.0.0.1\r\nContent-Length: {len(content)}\r\n\r\n{content}".encode()
-    )
+    head = f"POST /v1/completions HTTP/1.1\r\nHost: 127.0.0.1\r\nContent-Length: {len(content)}\r\n\r\n"
+    connection.sendall((head + content).encode())
     return connection
 
 

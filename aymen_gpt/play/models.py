@@ -1,6 +1,6 @@
-"""The models that the page and the API serve: a run's checkpoints by step, what they write, and what they see in a text.
+"""The models that the page and the API serve: a run's checkpoints, what they write, and what they see in a text.
 
-Nothing here knows of HTTP. Functions that compute are plain and blocking; server.py runs them in a thread of their own.
+Nothing here knows of HTTP. What computes is plain and blocking; server.py runs it in a thread of its own.
 """
 
 import codecs
@@ -42,7 +42,7 @@ class Delta:
 
 
 class Models:
-    """The checkpoints of a run (``demo`` is the newest that verifies, ``demo:100`` that of step 100), or one model."""
+    """One model, or a run's checkpoints: ``demo`` is the newest that verifies, ``demo:100`` that of step 100."""
 
     def __init__(self, name: str, device: torch.device) -> None:
         self.where, self.device = name, device
@@ -87,7 +87,7 @@ class Models:
 
 
 def piece(token: int) -> str:
-    """The text of one token. Bytes that make no whole character are spelled as OpenAI does: ``bytes:\\xe2\\x80``."""
+    """The text of one token. Bytes that make no whole character are spelled OpenAI's way: ``bytes:\\xe2\\x80``."""
     raw = tokenizer.gpt2().decode_single_token_bytes(token)
     try:
         return raw.decode()
@@ -118,11 +118,10 @@ def attention(model: GPT, ids: list[int], layer: int, head: int) -> list[list[fl
     """(T, T) how much each token of a text (first) attends to those up to it (second); rows sum to 1."""
     idx = torch.tensor([ids], device=model.wte.weight.device)
     x = model.wte(idx) + model.wpe.weight[: len(ids)]
-    for block in model.h[:layer]:
-        x = block(x)
-    q, k, _ = (
-        model.h[layer].attn.c_attn(model.h[layer].ln_1(x))[0].split(model.config.n_embd, dim=1)
-    )  # (T, C) each
+    *before, block = model.h[: layer + 1]
+    for earlier in before:
+        x = earlier(x)
+    q, k, _ = block.attn.c_attn(block.ln_1(x))[0].split(model.config.n_embd, dim=1)  # (T, C) each
     size = model.config.n_embd // model.config.n_head
     q, k = (part[:, head * size : (head + 1) * size] for part in (q, k))
     scores = q @ k.T / size**0.5
@@ -142,7 +141,7 @@ def answer(
     stop: list[str],
     top: int,
 ) -> Iterator[Delta]:
-    """Continue a text of at most block_size tokens, piece by piece, until a ``stop`` text, <|endoftext|> or the limit.
+    """Continue a text of at most block_size tokens until a ``stop`` text, <|endoftext|> or ``max_tokens``.
 
     A stop text is never part of the answer: what may become one is held back until it is clear.
     """

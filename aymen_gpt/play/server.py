@@ -1,8 +1,8 @@
 """The page and OpenAI's completions API (https://platform.openai.com/docs/api-reference/completions) over HTTP.
 
-One thread computes; requests to one model stand in a line, those to several take turns token by token. A client that
-goes away gives up its place, or stops its text after the token that is being made. Only pages of this server may ask:
-another Host (DNS rebinding) or another Origin gets an error, and there are no CORS headers.
+One thread computes; requests to one model stand in a line, those to several take turns token by token. When a client
+goes away, its place in the line is free, or its text ends with the token that is being made. Only pages of this server
+may ask: another Host (DNS rebinding) or another Origin gets an error, and there are no CORS headers.
 """
 
 import asyncio
@@ -37,6 +37,9 @@ MOST_ANSWERS = 64  # of one request: prompts times n
 MOST_WAITING = 64  # requests in the line for one model
 MOST_SHOWN = 256  # tokens of a text whose attention the page can show
 TOP = 10  # alternatives of a token
+POLICY = (
+    "default-src 'none'; script-src 'self'; style-src 'self' 'unsafe-inline'; connect-src 'self'; img-src data:"
+)
 T = TypeVar("T")
 
 
@@ -126,7 +129,7 @@ class Line:
 
 
 def app(served: Models, *, hosts: list[str], curves: Callable[[], str]) -> FastAPI:
-    """The server of some models, for the Host names in ``hosts``; ``curves`` draws SVG for the page, "" for none."""
+    """The server of some models, for the Host names in ``hosts``; ``curves`` draws SVG for the page, or gives ""."""
     api = FastAPI(
         title="Aymen-GPT", version=aymen_gpt.__version__, dependencies=[Depends(own_page)], docs_url=None
     )
@@ -247,8 +250,7 @@ def app(served: Models, *, hosts: list[str], curves: Callable[[], str]) -> FastA
         environment = Environment(loader=FileSystemLoader(HERE), autoescape=True)
         drawn = Markup(await asyncio.to_thread(curves))
         text = environment.get_template("page.html.j2").render(name=served.name, curves=drawn)
-        policy = "default-src 'none'; script-src 'self'; style-src 'self' 'unsafe-inline'; connect-src 'self'; img-src data:"
-        return HTMLResponse(text, headers={"Content-Security-Policy": policy, "X-Frame-Options": "DENY"})
+        return HTMLResponse(text, headers={"Content-Security-Policy": POLICY, "X-Frame-Options": "DENY"})
 
     @api.get("/play.js")
     async def script() -> FileResponse:
