@@ -8,6 +8,7 @@ from collections import OrderedDict
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import cast
 
 import torch
 from torch import Tensor
@@ -17,7 +18,7 @@ from aymen_gpt.errors import DataError
 from aymen_gpt.evaluation.load_model import load_model
 from aymen_gpt.model import folders
 from aymen_gpt.model.generation import draw
-from aymen_gpt.model.gpt import GPT
+from aymen_gpt.model.gpt import GPT, Block
 
 KEPT = 4  # models that stay in memory: what one looks at side by side
 ROWS = 128  # positions whose logits are in memory together
@@ -118,7 +119,7 @@ def attention(model: GPT, ids: list[int], layer: int, head: int) -> list[list[fl
     """(T, T) how much each token of a text (first) attends to those up to it (second); rows sum to 1."""
     idx = torch.tensor([ids], device=model.wte.weight.device)
     x = model.wte(idx) + model.wpe.weight[: len(ids)]
-    *before, block = model.h[: layer + 1]
+    *before, block = cast(list[Block], list(model.h)[: layer + 1])
     for earlier in before:
         x = earlier(x)
     q, k, _ = block.attn.c_attn(block.ln_1(x))[0].split(model.config.n_embd, dim=1)  # (T, C) each

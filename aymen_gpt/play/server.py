@@ -1,8 +1,8 @@
 """The page and OpenAI's completions API (https://platform.openai.com/docs/api-reference/completions) over HTTP.
 
-One thread computes; requests to one model stand in a line, those to several take turns token by token. When a client
-goes away, its place in the line is free, or its text ends with the token that is being made. Only pages of this server
-may ask: another Host (DNS rebinding) or another Origin gets an error, and there are no CORS headers.
+One thread computes; requests to one model stand in a line, those to several take turns token by token. When a
+client goes away, its place in the line is free, or its text ends with the token that is being made. Only pages of
+this server may ask: another Host (DNS rebinding) or Origin gets an error, and there are no CORS headers.
 """
 
 import asyncio
@@ -129,7 +129,7 @@ class Line:
 
 
 def app(served: Models, *, hosts: list[str], curves: Callable[[], str]) -> FastAPI:
-    """The server of some models, for the Host names in ``hosts``; ``curves`` draws SVG for the page, or gives ""."""
+    """The server of some models, for the Host names in ``hosts``; ``curves`` draws SVG for the page."""
     api = FastAPI(
         title="Aymen-GPT", version=aymen_gpt.__version__, dependencies=[Depends(own_page)], docs_url=None
     )
