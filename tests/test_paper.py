@@ -105,7 +105,12 @@ SCORED = r"accuracy by the completion protocol is 33.8 % $\pm$ 1.0"
         ({}, None, None, [OWN, "own: \\code{my_notes.txt}", "It ran in one piece.", "HellaSwag was not scored."]),
         ({}, {"n": 250, "completion": SCORE}, None, [SCORED, "on 250 of 10,042", "completion & 40 & 250 &"]),
         ({}, None, {"n": 9, "step": 20, "harness": SCORE}, ["by the harness protocol is", "harness & 20 & 9 &"]),
-        ({}, None, {"n": 9, "completion": SCORE}, [SCORED, "lies 8.8 standard errors above chance", "& -- & 9 &"]),
+        (
+            {},
+            None,
+            {"n": 9, "completion": SCORE},
+            [SCORED, "lies 8.8 standard errors above chance", "completion & 40 & 9 &"],
+        ),
         ({"data": {"source": {"repo": "a/b"}}}, None, None, ["Its text is \\code{a/b}."]),
         ({"data": {"source": {"files": [{"name": "builtin-1.parquet"}]}}}, None, None, ["It is the English"]),
         ({"history": [{"step": 0}, {"step": 7}]}, None, None, ["stopped and continued after step 7."]),

@@ -10,6 +10,7 @@ from conftest import ROOT
 from run_folders import write_run
 
 from aymen_gpt.reporting import plots
+from aymen_gpt.reporting.published_scores import neighbours
 from aymen_gpt.reporting.run_folder import read_run
 from benchmarks import five_kills
 
@@ -38,24 +39,17 @@ def lines(figure):
     return {line.get_label(): line for line in figure.axes[0].lines}
 
 
-def test_decimation_keeps_spikes_ends_and_order():
+def test_decimation_keeps_spikes_ends_order_and_gaps():
     rng = np.random.default_rng(1)
     x, y = np.arange(76_292.0), rng.normal(3, 0.1, 76_292)
-    y[41_234], y[60_001] = 99, -99
+    y[41_234], y[60_001], y[2000:4000] = 99, -99, NAN
     kept, values = plots.decimate(x, y)
     assert len(kept) <= 1000
     assert {41_234, 60_001, 0, 76_291} <= set(kept)
     assert list(kept) == sorted(kept)
-    assert all(y[int(i)] == value for i, value in zip(kept, values, strict=True))
-
-
-def test_decimation_leaves_short_series_alone_and_long_gaps_open():
-    x = np.arange(1000.0)
-    assert plots.decimate(x, x)[0] is x
-    long = np.arange(6000.0)
-    kept, values = plots.decimate(long, np.where((long >= 2000) & (long < 4000), NAN, 1.0))
+    np.testing.assert_array_equal(values, y[kept.astype(int)])
     assert np.isnan(values[(kept >= 2000) & (kept < 4000)]).any()
-    assert len(kept) <= 1000
+    assert plots.decimate(x[:1000], y)[0].shape == (1000,)
 
 
 def test_smooth_is_the_running_median_and_passes_over_gaps():
@@ -83,12 +77,8 @@ def test_the_loss_chart_has_what_the_rows_say_by_tokens(write):
     assert texts(figure)[0] == "stopped here and continued"
     assert "GPT-2 124M, validation" not in texts(figure)
     assert figure.axes[0].get_xlim() == (0, 3000)
-
-
-def test_gpt2s_loss_is_drawn_for_runs_on_its_text_only(write):
-    config = {"data": {"source": {"repo": "HuggingFaceFW/fineweb-edu"}}}
-    figure = plots.loss(write([{"step": 1, "loss": 9.0}], config))
-    assert list(lines(figure)["GPT-2 124M, validation"].get_ydata()) == [3.2924, 3.2924]
+    on_its_text = plots.loss(write(rows, {"data": {"source": {"repo": "HuggingFaceFW/fineweb-edu"}}}))
+    assert list(lines(on_its_text)["GPT-2 124M, validation"].get_ydata()) == [3.2924, 3.2924]
 
 
 def test_the_start_of_a_long_run_is_left_above_the_frame():
@@ -123,6 +113,12 @@ def test_scores_are_set_beside_anchors_of_their_own_protocol_only(write):
     assert {"harness protocol, acc_norm", "the GPT-3 paper's own, acc_norm", "GPT-3 Small", "chance"} <= set(said)
 
 
+def test_neighbours_are_the_nearest_anchors_of_one_protocol():
+    assert [a.model for a in neighbours("completion", "acc_norm", 0.26)] == ["GPT-2 124M"]
+    assert [a.model for a in neighbours("completion", "acc_norm", 0.30)] == ["GPT-2 124M", "GPT-2 355M"]
+    assert [a.model for a in neighbours("harness", "acc_norm", 0.99)] == ["GPT-2 1558M"]
+
+
 def test_labels_of_close_levels_do_not_touch(write):
     rows = [{"step": s, "hellaswag": {"n": 10, "completion": part(0.437)}} for s in (1, 2)]
     figure = plots.hellaswag(write(rows), "completion")
@@ -132,19 +128,14 @@ def test_labels_of_close_levels_do_not_touch(write):
     assert min(np.diff(places)) >= 16 * 0.99 * figure.dpi / 72
 
 
-def test_runs_are_compared_by_tokens_and_by_time(write):
-    fast = write([{"step": s, "loss": 9.0, "val_loss": 8.0, "step_seconds": 60.0} for s in (1, 2)], name="fast")
-    slow = write([{"step": s, "loss": 9.0, "val_loss": 7.0, "step_seconds": 180.0} for s in (1, 2)], name="slow")
-    untimed = write([{"step": 1, "loss": 9.0, "val_loss": 6.0}], name="untimed")
-
-    def dots(by):
-        drawn = plots.losses([fast, slow, untimed], by).axes[0].lines
-        return [list(line.get_xdata()) for line in drawn if line.get_label() == "validation"]
-
-    assert dots("tokens") == [[100, 200], [100, 200], [100]]
-    assert dots("time") == [[1, 2], [3, 6]]  # minutes
-    colours = {line.get_color() for line in plots.losses([fast, slow]).axes[0].lines}
-    assert colours == {plots.COLOURS["train"], plots.COLOURS["val"]}
+def test_runs_are_compared_by_tokens(write):
+    runs = [
+        write([{"step": s, "loss": 9.0, "val_loss": 8.0} for s in steps], name=f"{steps}")
+        for steps in ((1, 2), (1,))
+    ]
+    drawn = plots.losses(runs).axes[0].lines
+    assert [list(line.get_xdata()) for line in drawn if line.get_label() == "validation"] == [[100, 200], [100]]
+    assert {line.get_color() for line in drawn} == {plots.COLOURS["train"], plots.COLOURS["val"]}
 
 
 def test_an_svg_has_the_pages_colours_its_own_ids_and_real_text(write):

@@ -20,8 +20,8 @@ EXAMPLES = """\
 
 def parser() -> argparse.ArgumentParser:
     p = console.parser(
-        "Draw the page of a run, or one page that sets several runs beside one another: their losses by tokens "
-        "and by time, their scores, and the options in which they differ. A page is one file that loads nothing.",
+        "Draw the page of a run, or one page that sets several runs beside one another: their losses by tokens, "
+        "their scores, and the options in which they differ. A page is one file that loads nothing.",
         EXAMPLES,
         "python -m aymen_gpt report RUN ... [--out FILE]",
     )

@@ -40,36 +40,8 @@ MAX_ROWS = 400  # of the table of validations
 def write_report(run: Run, out: Path | None = None) -> Path:
     """Write the page of a run to report.html in its folder, or to ``out``, whole or not at all; its path."""
     path = out or run.folder / "report.html"
-    replace_text(path, build_page(run), follow=out is not None)
-    return path
-
-
-def write_comparison(runs: Sequence[Run], out: Path) -> Path:
-    """Write one page with the curves of several runs on shared axes, and what differs between them."""
-    replace_text(out, build_comparison(runs), follow=True)
-    return out
-
-
-def render(template: str, **values: Any) -> str:
-    """A template beside this file, filled in; every value is escaped unless it is Markup of ours."""
-    loader = FileSystemLoader(HERE)
-    environment = Environment(
-        loader=loader, autoescape=True, trim_blocks=True, lstrip_blocks=True, undefined=StrictUndefined
-    )
-    for word in (human, percent, duration, perplexity, value_text, day):
-        environment.filters[word.__name__] = word
-    environment.filters |= {"count": "{:,.0f}".format, "finite": number}
-    css = Markup((HERE / "page.css").read_text("utf-8"))
-    return environment.get_template(template).render(css=css, all_examples=HELLASWAG_EXAMPLES, **values)
-
-
-# ---- one run -----------------------------------------------------------------------------------------
-
-
-def build_page(run: Run) -> str:
-    """The document of one run as text."""
     rows = [row for row in run.rows if "val_loss" in row or "hellaswag" in row]
-    return render(
+    page = render(
         "report.html.j2",
         run=run,
         shape=shape(run.table("model"), run.get("n_params")) or "GPT",
@@ -83,6 +55,45 @@ def build_page(run: Run) -> str:
         configuration=list(configuration(run).items()),
         commands=commands(run),
     )
+    replace_text(path, page, follow=out is not None)
+    return path
+
+
+def write_comparison(runs: Sequence[Run], out: Path) -> Path:
+    """Write one page with the curves of several runs on shared axes, and what differs between them."""
+    names = [run.name for run in runs]
+    if len(set(names)) < len(names):
+        names = [run.folder.as_posix() for run in runs]
+    title = "Loss by tokens read"
+    page = render(
+        "compare.html.j2",
+        title=" · ".join(names),
+        runs=[(name, run, standing(run)) for name, run in zip(names, runs, strict=True)],
+        colours=[plots.RUNS[i % len(plots.RUNS)] for i in range(len(runs))],
+        chart=Chart(title, "nats per token", drawings("tokens", title, partial(plots.losses, runs), WHOLE)),
+        differences=differences(runs),
+    )
+    replace_text(out, page, follow=True)
+    return out
+
+
+def render(template: str, **values: Any) -> str:
+    """A template beside this file, filled in; every value is escaped unless it is Markup of ours."""
+    environment = Environment(
+        loader=FileSystemLoader(HERE),
+        autoescape=True,
+        trim_blocks=True,
+        lstrip_blocks=True,
+        undefined=StrictUndefined,
+    )
+    for word in (human, percent, duration, perplexity, value_text, day):
+        environment.filters[word.__name__] = word
+    environment.filters |= {"count": "{:,.0f}".format, "finite": number}
+    css = Markup((HERE / "page.css").read_text("utf-8"))
+    return environment.get_template(template).render(css=css, all_examples=HELLASWAG_EXAMPLES, **values)
+
+
+# ---- where a run stands ------------------------------------------------------------------------------
 
 
 def standing(run: Run) -> dict[str, Any]:
@@ -90,15 +101,15 @@ def standing(run: Run) -> dict[str, Any]:
     steps = number(run.status.get("steps")) or number(run.get("run", "steps"))
     step = max(int(number(run.status.get("step")) or 0), run.step)
     n_loss, spent, each = len(run.series("loss")), sum(run.finite("step_seconds")), recent(run, "step_seconds")
-    started, updated, wall = moment(run.get("started")), moment(run.status.get("updated")), wall_seconds(run)
+    wall = wall_seconds(run)
     left = steps - run.step if steps and run.status.get("state") == "running" else 0
     return {
         "step": step,
         "steps": int(steps) if steps else None,
         "per_step": run.tokens_per_step,
         "share": min(1.0, step / steps) if steps else 0.0,
-        "updated": updated,
-        "started": started,
+        "updated": moment(run.status.get("updated")),
+        "started": moment(run.get("started")),
         "loss": run.last("loss"),
         "n_loss": n_loss,
         "n_bad": n_loss - len(run.finite("loss")),
@@ -115,13 +126,15 @@ def standing(run: Run) -> dict[str, Any]:
 
 def wall_seconds(run: Run) -> float | None:
     """How long the parts of a run took together, without the pauses between them; None when that is not known."""
-    starts = [moment(part.get("started")) for part in run.history]
-    ends = [moment(part.get("ended")) for part in run.history[:-1]] + [moment(run.status.get("updated"))]
-    if not starts or None in starts + ends:  # as runs of earlier versions are: from the first start to now
-        starts, ends = [moment(run.get("started"))], ends[-1:]
-    pairs = zip(starts, ends, strict=True)
-    seconds = [(end - start).total_seconds() for start, end in pairs if start is not None and end is not None]
-    return sum(seconds) if seconds else None
+    parts = run.history or [{"started": run.get("started")}]
+    ends = [part.get("ended") for part in parts[:-1]] + [run.status.get("updated")]
+    seconds = 0.0
+    for part, ended in zip(parts, ends, strict=True):
+        start, end = moment(part.get("started")), moment(ended)
+        if start is None or end is None:
+            return None
+        seconds += (end - start).total_seconds()
+    return seconds
 
 
 def recent(run: Run, key: str, n: int = 50) -> float | None:
@@ -200,11 +213,12 @@ def small_charts(run: Run) -> list[Chart]:
     }
     charts, size = [], FLAT if run.last("mfu") is not None else THIRD
     for key, (title, unit) in named.items():
-        values = run.finite(key)
-        label = f"{title} by {plots.unit(run)}, now {human(values[-1])}." if values else ""
-        drawn = drawings(key, label, partial(plots.small, run, key), size) if values else ()
-        if drawn or key != "mfu":
-            charts.append(Chart(title, unit, drawn, "" if drawn else "Not measured yet."))
+        now = run.last(key)
+        if now is not None:
+            label = f"{title} by {plots.unit(run)}, now {human(now)}."
+            charts.append(Chart(title, unit, drawings(key, label, partial(plots.small, run, key), size)))
+        elif key != "mfu":
+            charts.append(Chart(title, unit, note="Not measured yet."))
     return charts
 
 
@@ -269,7 +283,9 @@ def configuration(run: Run) -> dict[str, dict[str, Any]]:
         return {key: run.config[key] for key in keys if key in run.config}
 
     train, steps, per_step = (
-        number(v) for v in (run.get("data", "train_tokens"), run.get("run", "steps"), run.tokens_per_step)
+        number(run.get("data", "train_tokens")),
+        number(run.get("run", "steps")),
+        run.tokens_per_step,
     )
     epochs = {"epochs planned": round(steps * per_step / train, 2)} if train and steps and per_step else {}
     device = {"device": run.get("device", "name"), "peak_tflops": run.get("device", "peak_tflops")}
@@ -299,9 +315,9 @@ def commands(run: Run) -> list[tuple[str, str]]:
     """What to type to go on from here. Starting a run's command again continues it."""
     folder = run.folder.resolve()
     shown = (folder.relative_to(Path.cwd()) if folder.is_relative_to(Path.cwd()) else folder).as_posix()
-    typed, preset = run.get("command"), run.get("run", "preset")
-    if not isinstance(typed, list) or not typed:
-        typed = ["python", "pretrain.py", *(["--preset", preset] if preset else []), "--run-dir", shown]
+    typed = run.get("command")
+    if not isinstance(typed, list):
+        typed = ["python", "pretrain.py", "--run-dir", shown]
     world = int(number(run.get("world_size")) or 1)
     launch = ["torchrun", "--standalone", f"--nproc_per_node={world}"] if world > 1 else ["python"]
     model, score = shlex.quote(shown), shlex.quote(f"{shown}/hellaswag.json")
@@ -311,31 +327,6 @@ def commands(run: Run) -> list[tuple[str, str]]:
         ("Score on HellaSwag", f"python hellaswag.py -m {model} --json {score}"),
         ("Draw this page anew, with the score", f"python -m aymen_gpt report {model}"),
     ]
-
-
-# ---- several runs ------------------------------------------------------------------------------------
-
-
-def build_comparison(runs: Sequence[Run]) -> str:
-    """The document that sets several runs beside one another."""
-    names = [run.name for run in runs]
-    if len(set(names)) < len(names):
-        names = [run.folder.as_posix() for run in runs]
-    by = {"tokens": "Loss by tokens read"}
-    if any(run.series("step_seconds") for run in runs):
-        by["time"] = "Loss by time spent in training steps"
-    charts = [
-        Chart(title, "nats per token", drawings(x, title, partial(plots.losses, runs, x), WHOLE))
-        for x, title in by.items()
-    ]
-    return render(
-        "compare.html.j2",
-        title=" · ".join(names),
-        runs=[(name, run, standing(run)) for name, run in zip(names, runs, strict=True)],
-        colours=[plots.RUNS[i % len(plots.RUNS)] for i in range(len(runs))],
-        charts=charts,
-        differences=differences(runs),
-    )
 
 
 def differences(runs: Sequence[Run]) -> list[tuple[str, str, list[str]]]:

@@ -16,7 +16,7 @@ import numpy as np
 from matplotlib import rc_context
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
-from matplotlib.ticker import FuncFormatter, MaxNLocator, NullLocator
+from matplotlib.ticker import MaxNLocator, NullLocator
 
 from aymen_gpt.reporting.published_scores import CHANCE, GPT2_FINEWEB_EDU, neighbours
 from aymen_gpt.reporting.run_folder import Run
@@ -49,12 +49,12 @@ def curve(run: Run, key: str) -> Curve:
     return np.array(steps, dtype=float) * (run.tokens_per_step or 1.0), np.array(values, dtype=float)
 
 
-def decimate(x: np.ndarray, y: np.ndarray, limit: int = POINTS) -> Curve:
-    """At most ``limit`` points that look like all of them: least and greatest of each stretch, and the ends."""
-    if len(x) <= limit:
+def decimate(x: np.ndarray, y: np.ndarray) -> Curve:
+    """At most POINTS that look like all of them: least and greatest of each stretch, and the ends."""
+    if len(x) <= POINTS:
         return x, y
     kept = [0]
-    for part in np.array_split(np.arange(1, len(x) - 1), limit // 2 - 1):
+    for part in np.array_split(np.arange(1, len(x) - 1), POINTS // 2 - 1):
         known = part[~np.isnan(y[part])]
         kept += sorted({known[y[known].argmin()], known[y[known].argmax()]}) if len(known) else [part[0]]
     kept.append(len(x) - 1)
@@ -66,9 +66,9 @@ def window(n: int) -> int:
     return max(9, n // 50) | 1
 
 
-def smooth(x: np.ndarray, y: np.ndarray, limit: int = POINTS // 2) -> Curve:
-    """The running median at ``limit`` places at most; it passes over gaps."""
-    places = np.unique(np.linspace(0, len(x) - 1, min(limit, len(x))).astype(int))
+def smooth(x: np.ndarray, y: np.ndarray) -> Curve:
+    """The running median at POINTS / 2 places at most; it passes over gaps."""
+    places = np.unique(np.linspace(0, len(x) - 1, min(POINTS // 2, len(x))).astype(int))
     half = window(len(x)) // 2
     near = [y[max(0, i - half) : i + half + 1] for i in places]
     return x[places], np.array([np.median(v[~np.isnan(v)]) if not np.isnan(v).all() else np.nan for v in near])
@@ -97,7 +97,7 @@ def quiet(axes: Axes, unit: str) -> None:
     axes.grid(axis="y", color=GRID, linewidth=1)
     axes.set_axisbelow(True)
     axes.xaxis.set_major_locator(MaxNLocator(8 if width > 540 else 4, steps=[1, 2, 2.5, 5, 10]))
-    axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: human(value)))
+    axes.xaxis.set_major_formatter(lambda value, _: human(value))
     axes.yaxis.set_major_locator(MaxNLocator(6 if height > 164 else 4, steps=[1, 2, 2.5, 5, 10]))
     axes.set_xlabel(unit, loc="right", labelpad=4, size=TEXT, color=SOFT)
 
@@ -126,12 +126,9 @@ def line(axes: Axes, x: np.ndarray, y: np.ndarray, **look: Any) -> None:
 def noisy(axes: Axes, x: np.ndarray, y: np.ndarray, name: str = "each step") -> None:
     """A measured series: faint as it is, strong as its running median."""
     n = window(len(x))
-    many = len(x) > n
-    px, py = decimate(x, y)
-    line(axes, px, py, linewidth=1, label=name, alpha=0.35 if many else 1)
-    if many:
-        px, py = smooth(x, y)
-        line(axes, px, py, label=f"median of {n:,} steps")
+    line(axes, *decimate(x, y), linewidth=1, label=name, alpha=0.35 if len(x) > n else 1)
+    if len(x) > n:
+        line(axes, *smooth(x, y), label=f"median of {n:,} steps")
     rug(axes, x[np.isnan(y)], "not finite")
 
 
@@ -208,14 +205,12 @@ def small(run: Run, key: str, size: Size = (326, 190)) -> Figure:
     line(axes, *decimate(x, y)) if key == "lr" else noisy(axes, x, y)
     positive = y[y > 0]
     axes.set_xlim(0, max(run.step, 1) * (run.tokens_per_step or 1.0))
-    form = (lambda v, _: f"{100 * v:.3g} %") if key == "mfu" else (lambda v, _: human(v))
-    axes.yaxis.set_major_formatter(FuncFormatter(form))
     if key == "grad_norm" and len(positive) and positive.max() >= 30 * positive.min():
         axes.set_yscale("log")
-        axes.yaxis.set_major_formatter(FuncFormatter(form))
         axes.yaxis.set_minor_locator(NullLocator())
     else:
         axes.set_ylim(0, 1.08 * positive.max() if len(positive) else 1.0)
+    axes.yaxis.set_major_formatter(lambda v, _: f"{100 * v:.3g} %" if key == "mfu" else human(v))
     return figure
 
 
@@ -223,7 +218,7 @@ def hellaswag(run: Run, protocol: str, size: Size = (508, 300)) -> Figure:
     """The scores of a run while it was trained, with one standard error, between chance and published models."""
     figure, axes = frame(size, unit(run), left=50, right=134)
     found, per_step = run.scores(protocol), run.tokens_per_step or 1.0
-    x, y = [(s.step or 0) * per_step for s in found], [100 * s.value for s in found]
+    x, y = [s.step * per_step for s in found], [100 * s.value for s in found]
     errors = [100 * (s.error or 0.0) for s in found]
     axes.errorbar(x, y, errors, fmt="o-", color=VAL, linewidth=1, elinewidth=1.3, markersize=5.5, clip_on=False)
     levels, best = [(CHANCE, "chance", (1, 0))], max(s.value for s in found)
@@ -240,15 +235,14 @@ def hellaswag(run: Run, protocol: str, size: Size = (508, 300)) -> Figure:
         place = min(100 * value, place - line_of_text)  # labels that would touch are pushed apart
         say(axes, f"{100 * value:.4g} %  {name}", 1, place, 8)
     axes.set_xlim(0, max(run.step, 1) * per_step)
-    axes.yaxis.set_major_formatter(FuncFormatter(lambda v, _: f"{v:g} %"))
+    axes.yaxis.set_major_formatter("{x:g} %")
     return figure
 
 
 def scores(run: Run, size: Size = (508, 300)) -> Figure:
     """The run's latest score by each protocol beside published ones, in groups: only rows of a group compare."""
     figure, axes = frame(size, "accuracy", left=112, right=66)
-    found = [score for protocol in PROTOCOLS if (score := run.score(protocol))]
-    place = 0.0
+    place, found = 0.0, [score for protocol in PROTOCOLS if (score := run.score(protocol))]
     title = {"bbox": {"facecolor": COLOURS["bg"], "linewidth": 0, "pad": 1}}  # on top of the line of chance
     for score in found:
         say(axes, f"{score.protocol} protocol, {score.metric}", 0, place, -110, **title)
@@ -266,7 +260,7 @@ def scores(run: Run, size: Size = (508, 300)) -> Figure:
     axes.set_ylim(place + 0.6, -0.9)
     axes.set_yticks([])
     axes.margins(x=0.08)
-    axes.xaxis.set_major_formatter(FuncFormatter(lambda v, _: f"{v:g} %"))
+    axes.xaxis.set_major_formatter("{x:g} %")
     return figure
 
 
@@ -282,37 +276,18 @@ def row(axes: Axes, place: float, name: str, value: float, error: float | None =
 # ---- several runs ------------------------------------------------------------------------------------
 
 
-def losses(runs: Sequence[Run], by: str = "tokens", size: Size = (1056, 400)) -> Figure:
-    """Validation loss of several runs, and their training loss (running median) faint, by "tokens" or by "time".
-
-    By time, a run whose steps have no seconds is left out.
-    """
-    longest = max(clock(run)[1][-1] for run in runs)
-    scale, name = (86400, "days") if longest > 172800 else (3600, "hours") if longest > 7200 else (60, "minutes")
-    figure, axes = frame(size, name if by == "time" else "tokens")
+def losses(runs: Sequence[Run], size: Size = (1056, 400)) -> Figure:
+    """Validation loss of several runs by tokens, and their training loss (running median) faint."""
+    figure, axes = frame(size, "tokens")
     curves = [(curve(run, "loss"), curve(run, "val_loss")) for run in runs]
     lo, hi = loss_limits(*(c for pair in curves for c in pair), leave_out=0.1)
-    end = 0.0
-    for i, (run, (train, measured)) in enumerate(zip(runs, curves, strict=True)):
+    for i, (train, measured) in enumerate(curves):
         look = {"color": COLOURS[RUNS[i % len(RUNS)]], "linestyle": "-" if i < len(RUNS) else "--"}
-        known, seconds = clock(run)
-        if by == "time" and len(known) < 2:
-            continue
-        (tx, ty), (vx, vy) = smooth(*train), decimate(*measured)
-        if by == "time":
-            tx, vx = (np.interp(x, known, seconds / scale) for x in (tx, vx))
-        line(axes, tx, ty, **look, linewidth=1.2, alpha=0.45)
-        validation(axes, vx, vy, hi, **look)
-        end = max([end, *tx[-1:], *vx[-1:]])
-    axes.set_xlim(0, end or 1.0)
+        line(axes, *smooth(*train), **look, linewidth=1.2, alpha=0.45)
+        validation(axes, *decimate(*measured), hi, **look)
+    axes.set_xlim(0, max((x[-1] for pair in curves for x, _ in pair if len(x)), default=1.0))
     axes.set_ylim(lo, hi)
     return figure
-
-
-def clock(run: Run) -> Curve:
-    """Tokens read, and seconds of training steps until then."""
-    x, seconds = curve(run, "step_seconds")
-    return np.array([0.0, *x]), np.array([0.0, *np.nancumsum(seconds)])
 
 
 # ---- into a page -------------------------------------------------------------------------------------

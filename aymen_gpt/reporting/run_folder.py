@@ -36,7 +36,7 @@ class Sample:
 class Score:
     """One HellaSwag measurement by one protocol; accuracies and standard errors in 0..1."""
 
-    step: int | None
+    step: int
     protocol: str
     n: int | None
     file: str  # that says so
@@ -130,27 +130,27 @@ class Run:
         With ``step`` only its own count. A hellaswag.json that does not name its step counts as the last step's,
         and one about questions of one's own does not count.
         """
-        file = _score(whole(self.hellaswag.get("step")), self.hellaswag, protocol, "hellaswag.json")
-        known = self.scores(protocol) + ([file] if file and not self.hellaswag.get("data") else [])
-        known = [s for s in known if step is None or (self.step if s.step is None else s.step) == step]
-        return max(known, key=lambda s: (self.step if s.step is None else s.step, s.n or 0), default=None)
+        known, found = self.scores(protocol), self.hellaswag
+        scored = whole(found.get("step"))
+        file = _score(self.step if scored is None else scored, found, protocol, "hellaswag.json")
+        if file is not None and not found.get("data"):
+            known.append(file)
+        return max((s for s in known if step in (None, s.step)), key=lambda s: (s.step, s.n or 0), default=None)
 
 
 def number(value: Any) -> float | None:
     """``value`` as a finite float, else None: JSON's null, NaN, text and booleans are no measurements."""
-    if type(value) is float:  # nearly always: a long run asks this half a million times
-        return value if math.isfinite(value) else None
-    if isinstance(value, bool) or not isinstance(value, int):
-        return None
-    return float(value) if abs(value) < 10**300 else None
+    if type(value) is int and abs(value) < 10**300:
+        return float(value)
+    return value if type(value) is float and math.isfinite(value) else None
 
 
 def whole(value: Any) -> int | None:
     """``value`` as a count or a step, None if it is none."""
-    return value if isinstance(value, int) and not isinstance(value, bool) and 0 <= value < 2**63 else None
+    return value if type(value) is int and 0 <= value < 2**63 else None
 
 
-def _score(step: int | None, found: Any, protocol: str, file: str = "metrics.jsonl") -> Score | None:
+def _score(step: int, found: Any, protocol: str, file: str = "metrics.jsonl") -> Score | None:
     """A part of {"n": 250, "completion": {"acc": ...}, "harness": {...}}."""
     part = found.get(protocol) if isinstance(found, dict) else None
     if not isinstance(part, dict):
@@ -172,9 +172,8 @@ def read_object(path: Path, problems: list[str]) -> dict[str, Any]:
 def read_lines(path: Path, problems: list[str]) -> list[Row]:
     """The objects with a step in a .jsonl file, in order of their step; ``problems`` is told of other lines."""
     found, n_bad = [], 0
-    # A half-written letter becomes a replacement character.
-    text = path.read_bytes().decode("utf-8", errors="replace") if path.is_file() else ""
-    for line in filter(str.strip, text.split("\n")):
+    content = path.read_bytes() if path.is_file() else b""
+    for line in filter(bytes.strip, content.split(b"\n")):
         try:
             row = json.loads(line)
         except (ValueError, RecursionError):
@@ -191,12 +190,11 @@ def read_lines(path: Path, problems: list[str]) -> list[Row]:
 
 def read_run(folder: Path) -> Run:
     """Read the run in ``folder``. DataError when there is none; anything less is a line in ``problems``."""
-    folder = Path(folder)
     if not any((folder / name).is_file() for name in ("config.json", "metrics.jsonl", "status.json")):
         raise DataError(f"no run in {folder}: expected config.json or metrics.jsonl there (python pretrain.py)")
     problems: list[str] = []
     config, status, hellaswag = (
-        read_object(folder / name, problems) for name in ("config.json", "status.json", "hellaswag.json")
+        read_object(folder / f"{n}.json", problems) for n in ("config", "status", "hellaswag")
     )
     rows: dict[int, Row] = {}
     for row in read_lines(folder / "metrics.jsonl", problems):
