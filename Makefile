@@ -32,7 +32,7 @@ setup: .venv/installed
 			$$(grep ^torch== requirements.txt) || echo "It cannot be had: pip installs PyPI's build instead"; fi
 	$(PIP) install -r requirements.txt
 	$(PIP) install --no-deps --no-build-isolation -e .
-	$(BIN)/python -m aymen_gpt.commands.setup
+	$(BIN)/python -m aymen_gpt setup
 	@touch $@
 
 .venv/installed-dev: .venv/installed requirements-dev.txt

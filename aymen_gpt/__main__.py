@@ -20,43 +20,42 @@ COMMANDS = {
 
 
 def main(name: str = "") -> None:
-    """Run a command, by default the one that the first word names, and exit."""
+    """Run a command with the words of the command line, by default the one that the first word names, and exit."""
+    words = sys.argv[1:]
     if not name:
-        name = sys.argv[1] if len(sys.argv) > 1 else "--help"
-        sys.argv[:2] = [sys.argv[0] + " " + name]
+        name, words = (words or ["--help"])[0], words[1:]
     if sys.version_info < (3, 11):  # noqa: UP036
         old = ".".join(str(part) for part in sys.version_info[:2])
         fail("Python 3.11 or newer is needed, this is " + old, "python3.12")
     try:
         console = importlib.import_module("aymen_gpt.commands.console")
-        console.run(lambda: command(name))
+        console.run(lambda: command(name, words))
     except ModuleNotFoundError as error:
         if error.name is None or "." in error.name or error.name == "aymen_gpt":
             raise
         fail("the package " + error.name + " is not installed for " + sys.executable, "python3")
 
 
-def command(name: str) -> int:
-    """Run a command; its exit code."""
+def command(name: str, words: list) -> None:
+    """Run a command: read its words, and only then import what does the work."""
+    import aymen_gpt
+    from aymen_gpt.commands import options
     from aymen_gpt.errors import UsageError, nearest
 
     if name in ("-h", "--help", "--version"):
-        import aymen_gpt
-
         print("aymen-gpt", aymen_gpt.__version__)
         if name != "--version":
-            print("usage: aymen-gpt COMMAND ... (COMMAND --help lists its options)", *lines(), sep="\n")
-        return 0
+            print("usage: aymen-gpt COMMAND ... (COMMAND --help lists its options)")
+            print(*("  " + known.ljust(10) + " " + what for known, what in COMMANDS.items()), sep="\n")
+        return
     if name not in COMMANDS:
         raise UsageError(f"there is no command {name}: expected {', '.join(COMMANDS)}{nearest(name, COMMANDS)}")
     if name == "plan":
-        sys.argv.insert(1, "--plan")
-    module = importlib.import_module("aymen_gpt.commands." + ("pretrain" if name == "plan" else name))
-    return module.main()
-
-
-def lines() -> list:
-    return ["  " + name.ljust(10) + " " + what for name, what in COMMANDS.items()]
+        name, words = "pretrain", ["--plan", *words]
+    args = getattr(options, name)().parse_args(words)
+    if name == "hellaswag" and args.compare:
+        name = "compare"
+    importlib.import_module("aymen_gpt.commands." + name).main(args)
 
 
 def fail(why: str, python: str) -> None:

@@ -14,7 +14,7 @@ if [ "${1-}" = --prepare ]; then
     $python -m pip download -q --no-deps --only-binary=:all: --python-version 3.12 --implementation cp \
         --platform manylinux_2_28_x86_64 --platform manylinux_2_17_x86_64 --platform manylinux2014_x86_64 \
         -d .whl tiktoken==0.14.0 regex==2026.7.19 tqdm==4.70.1 safetensors==0.8.0 pyarrow==26.0.1
-    AYMEN_GPT_CACHE=.cache/aymen-gpt $python -m aymen_gpt.commands.setup
+    AYMEN_GPT_CACHE=.cache/aymen-gpt $python -m aymen_gpt setup
     $python fineweb.py --source builtin --out .shards
     exit
 fi

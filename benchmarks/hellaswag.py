@@ -31,7 +31,7 @@ import torch
 import torch.nn.functional as F
 from alternating import Work, alternate, command
 
-from aymen_gpt.commands.console import whole_number
+from aymen_gpt.commands.options import whole_number
 from aymen_gpt.data import tokenizer
 from aymen_gpt.evaluation import hellaswag
 from aymen_gpt.evaluation.hellaswag import render, tokenize

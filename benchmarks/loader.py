@@ -18,7 +18,7 @@ from pathlib import Path
 
 import numpy as np
 
-from aymen_gpt.commands.console import whole_number
+from aymen_gpt.commands.options import whole_number
 from aymen_gpt.data.loader import TokenRows
 from aymen_gpt.data.shards import shard_name, write_shard
 

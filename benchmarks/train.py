@@ -28,7 +28,7 @@ import torch
 import torch.nn.functional as F
 from alternating import Timing, Work, alternate, command
 
-from aymen_gpt.commands.console import whole_number
+from aymen_gpt.commands.options import whole_number
 from aymen_gpt.model import cpu
 from aymen_gpt.model.gpt import GPT, PRESETS, GPTConfig
 from aymen_gpt.training import device as devices

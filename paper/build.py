@@ -23,6 +23,7 @@ from matplotlib import rc_context
 from matplotlib.figure import Figure
 
 from aymen_gpt.commands import console
+from aymen_gpt.commands.options import parser
 from aymen_gpt.errors import AymenError
 from aymen_gpt.files import replace_text, sha256
 from aymen_gpt.reporting import plots
@@ -40,14 +41,14 @@ EXAMPLES = """\
 
 
 def main(argv: list[str] | None = None) -> int:
-    parser = console.parser(
+    p = parser(
         "Write the paper of a run: every number and figure in research-report.tex from the run's own files, each "
         "with its file, hash and command in the appendix.",
         EXAMPLES,
     )
-    parser.add_argument("run", type=Path, metavar="RUN", help="a run folder or a digest of one")
-    parser.add_argument("--out", type=Path, default=Path("build/report"), metavar="DIR", help="[build/report]")
-    options = parser.parse_args(argv)
+    p.add_argument("run", type=Path, metavar="RUN", help="a run folder or a digest of one")
+    p.add_argument("--out", type=Path, default=Path("build/report"), metavar="DIR", help="[build/report]")
+    options = p.parse_args(argv)
     run, text = read_run(options.run), (ROOT / PAPER).read_text()
     facts = all_facts(run, ROOT)
     for name, content in parts(run, facts, text, ROOT).items():

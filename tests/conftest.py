@@ -2,6 +2,7 @@
 
 import os
 import shutil
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -94,6 +95,47 @@ def door(tmp_path):
         return done
 
     return run
+
+
+@pytest.fixture
+def call(tmp_path, monkeypatch, capsys):
+    """As door, in this process, which saves the start: call("pretrain.py", "--steps", 3)."""
+    from aymen_gpt.__main__ import main
+
+    def run(script, *words):
+        capsys.readouterr()
+        monkeypatch.chdir(tmp_path)
+        monkeypatch.setattr(sys, "argv", [str(ROOT / script), *map(str, words)])
+        monkeypatch.setenv("PATH", f"{Path(sys.executable).parent}:{os.environ['PATH']}")
+        handlers = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)}
+        try:
+            with pytest.raises(SystemExit) as ended:
+                main(script.removesuffix(".py"))
+        finally:
+            for number, handler in handlers.items():
+                signal.signal(number, handler)
+        said = (text.replace(f"python {ROOT}/", "python ") for text in capsys.readouterr())
+        return subprocess.CompletedProcess(sys.argv, ended.value.code, *said)
+
+    return run
+
+
+@pytest.fixture
+def refused(call, tmp_path):
+    """Assert that a command ends with a code and a line of error, writing nothing: refused(2, "what", *words)."""
+
+    def check(code, message, *words):
+        before = set(tmp_path.rglob("*"))
+        done = call(*words)
+        assert (done.returncode, done.stdout) == (code, ""), done.stderr
+        first, *usage = done.stderr.splitlines()
+        assert first.startswith("error: ")
+        assert message in first
+        assert len(usage) <= 1
+        assert all(line.startswith("usage: ") for line in usage)
+        assert set(tmp_path.rglob("*")) == before
+
+    return check
 
 
 def door_command(script, *words, processes=None):

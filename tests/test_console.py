@@ -16,55 +16,46 @@ from conftest import ROOT
 import aymen_gpt
 from aymen_gpt import errors
 from aymen_gpt.__main__ import COMMANDS
-from aymen_gpt.commands import console
+from aymen_gpt.commands import console, options
 from aymen_gpt.training.config import Range
 
 
-def code_of(main):
+def code_of(error=None):
+    """The exit code of a command that raises this."""
+
+    def main():
+        if error:
+            raise error
+
     with pytest.raises(SystemExit) as ended:
         console.run(main)
     return ended.value.code
 
 
-def raising(error):
-    def main():
-        raise error
-
-    return main
-
-
 @pytest.mark.parametrize(
-    ("error", "code"),
-    [(errors.UsageError("u"), 2), (errors.DataError("d"), 65), (errors.NetworkError("n"), 69),
-     (errors.CannotWrite("w"), 73), (errors.AymenError("a"), 1)],
+    ("error", "code", "line"),
+    [(errors.UsageError("u"), 2, "error: u"), (errors.DataError("d"), 65, "error: d"),
+     (errors.NetworkError("n"), 69, "error: n"), (errors.CannotWrite("w"), 73, "error: w"),
+     (errors.AymenError("a"), 1, "error: a"), (errors.Stopped("saved"), 75, "saved"),
+     (KeyboardInterrupt(), 130, "interrupted"), (None, 0, "")],
 )  # fmt: skip
-def test_errors_that_speak_to_the_user_are_one_line_and_a_code(capsys, error, code):
-    assert code_of(raising(error)) == code
-    assert capsys.readouterr().err == f"error: {error}\n"
-
-
-def test_a_run_that_stopped_and_saved_is_no_error(capsys):
-    assert code_of(raising(errors.Stopped("stopped and saved"))) == 75
-    assert capsys.readouterr().err == "stopped and saved\n"
-
-
-def test_debug_adds_the_traceback(capsys, monkeypatch):
-    monkeypatch.setenv("AYMEN_GPT_DEBUG", "1")
-    assert code_of(raising(errors.DataError("d"))) == 65
-    assert "Traceback" in capsys.readouterr().err
+def test_errors_that_speak_to_the_user_are_one_line_and_a_code(capsys, monkeypatch, error, code, line):
+    assert code_of(error) == code
+    assert capsys.readouterr().err.strip() == line
+    if line.startswith("error"):
+        monkeypatch.setenv("AYMEN_GPT_DEBUG", "1")
+        assert code_of(error) == code
+        assert "Traceback" in capsys.readouterr().err
+    if code == 2:
+        monkeypatch.setenv("RANK", "1")
+        monkeypatch.delenv("AYMEN_GPT_DEBUG")
+        assert code_of(error) == code
+        assert capsys.readouterr().err == ""
 
 
 def test_a_bug_keeps_its_traceback():
     with pytest.raises(ZeroDivisionError):
-        console.run(raising(ZeroDivisionError()))
-
-
-def test_ctrl_c_is_130(capsys):
-    assert code_of(raising(KeyboardInterrupt())) == 130
-
-
-def test_success_is_0():
-    assert code_of(lambda: 0) == 0
+        console.run(lambda: 1 / 0)
 
 
 @pytest.mark.parametrize(
@@ -72,21 +63,17 @@ def test_success_is_0():
     [("12", 12), ("524_288", 524288), ("1e8", 10**8), ("2.5e3", 2500), ("2**19", 524288), ("-1", -1)],
 )
 def test_whole_numbers_as_people_write_them(text, value):
-    assert console.whole_number(text) == value
+    assert options.whole_number(text) == value
 
 
 @pytest.mark.parametrize("text", ["", "x", "1.5", "1e-3", "2**x", "2**-1", "2**9999999999", "nan", "1e999", "0"])
 def test_other_numbers_are_refused_in_a_line(text):
-    parser = console.parser("", "")
-    parser.add_argument("-n", "--number", type=console.number(Range(1, 10**6), whole=True))
+    parser = options.parser("", "")
+    parser.add_argument("-n", "--number", **options.number(Range(1, 10**6), whole=True))
     with pytest.raises(errors.UsageError) as refused:
         parser.parse_args(["--number", text])
     assert str(refused.value) == f"--number {text}: expected a whole number from 1 to 1,000,000"
-
-
-def test_where_zero_is_a_word_of_its_own_a_refusal_says_so():
-    parser = console.parser("", "")
-    parser.add_argument("--every", type=console.number(Range(5, 9), whole=True, unset="none"))
+    parser.add_argument("--every", **options.number(Range(5, 9), whole=True, unset="none"))
     with pytest.raises(errors.UsageError, match="expected a whole number from 5 to 9, or 0$"):
         parser.parse_args(["--every", "-3"])
 
@@ -101,33 +88,12 @@ def test_where_zero_is_a_word_of_its_own_a_refusal_says_so():
      ([], "the following arguments are required: -n/--number")],
 )  # fmt: skip
 def test_an_unknown_option_is_answered_with_the_nearest_and_the_usage(words, message):
-    parser = console.parser("", "", "python x.py [--number N] ...")
+    parser = options.parser("", "", "python x.py [--number N] ...")
     parser.add_argument("-n", "--number", required=not words)
     parser.add_argument("--number-of-rows")
     with pytest.raises(errors.UsageError) as refused:
         parser.parse_args(words)
     assert str(refused.value) == f"{message}\nusage: python x.py [--number N] ... (--help lists all)"
-
-
-def test_only_the_first_rank_speaks_of_a_wrong_option(capsys, monkeypatch):
-    monkeypatch.setenv("RANK", "1")
-    assert code_of(raising(errors.UsageError("u"))) == 2
-    assert capsys.readouterr().err == ""
-
-
-@pytest.mark.parametrize("door", console.DOORS)
-def test_every_door_tells_its_version(door_run, door):
-    done = door_run([sys.executable, ROOT / f"{door}.py", "--version"])
-    assert done.stdout == f"aymen-gpt {aymen_gpt.__version__}\n", done.stderr
-
-
-@pytest.fixture
-def door_run(tmp_path):
-    def run(command, **environment):
-        environment = {"PYTHONPATH": str(ROOT)} | environment
-        return subprocess.run(command, cwd=tmp_path, env=os.environ | environment, capture_output=True, text=True)
-
-    return run
 
 
 def test_a_secret_is_hidden_and_a_path_is_not(monkeypatch):
@@ -158,11 +124,22 @@ def test_only_a_terminal_is_protected_from_control_characters(monkeypatch):
         assert set(controls).isdisjoint(said) is printable
 
 
+def test_progress_is_a_bar_on_a_terminal_and_else_a_line_now_and_then(monkeypatch):
+    for stream in (Terminal(), io.StringIO()):
+        monkeypatch.setattr(sys, "stderr", stream)
+        with console.Progress() as progress:
+            progress.move(0.25, "a quarter")
+            progress.say("an event")
+            progress.move(1.0, "all", last=True)
+    assert stream.getvalue() == "an event\n100%  all\n"
+    monkeypatch.undo()
+
+
 @pytest.mark.parametrize(
     ("argv0", "path", "typed"),
-    [("/x/bin/aymen-gpt pretrain", "/x/bin", "aymen-gpt generate -m x"),
-     (".venv/bin/aymen-gpt pretrain", "/x/bin", ".venv/bin/aymen-gpt generate -m x"),
-     ("/y/aymen_gpt/__main__.py pretrain", "{bin}", "python -m aymen_gpt generate -m x"),
+    [("/x/bin/aymen-gpt", "/x/bin", "aymen-gpt generate -m x"),
+     (".venv/bin/aymen-gpt", "/x/bin", ".venv/bin/aymen-gpt generate -m x"),
+     ("/y/aymen_gpt/__main__.py", "{bin}", "python -m aymen_gpt generate -m x"),
      ("pretrain.py", "{bin}", "python generate.py -m x"),
      ("/my dir/pretrain.py", "{bin}", "python generate.py -m x"),
      ("pretrain.py", "/x/bin", "{bin}/python generate.py -m x")],
@@ -181,33 +158,47 @@ def test_from_another_folder_the_doors_have_their_path(monkeypatch, tmp_path):
     assert console.as_typed("run python fineweb.py first") == f"run python {ROOT}/fineweb.py first"
 
 
+@pytest.mark.parametrize("command", COMMANDS)
+def test_every_command_answers_a_wrong_option(refused, command):
+    name = "pretrain" if command == "plan" else command
+    refused(2, "there is no option --no-such-option", f"{name}.py", "--no-such-option")
+
+
+# ---- in processes of their own -----------------------------------------------------------------------
+
+
+@pytest.fixture
+def start(tmp_path):
+    def run(command, **environment):
+        environment = {"PYTHONPATH": str(ROOT)} | environment
+        return subprocess.run(command, cwd=tmp_path, env=os.environ | environment, capture_output=True, text=True)
+
+    return run
+
+
+@pytest.mark.parametrize("door", console.DOORS)
+def test_every_door_tells_its_version(start, door):
+    done = start([sys.executable, ROOT / f"{door}.py", "--version"])
+    assert done.stdout == f"aymen-gpt {aymen_gpt.__version__}\n", done.stderr
+
+
 @pytest.mark.slow
-def test_one_command_leads_to_all_others(door_run):
+def test_one_command_leads_to_all_others(start):
     entry = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["scripts"]["aymen-gpt"]
     module, _, name = entry.partition(":")
     assert callable(getattr(importlib.import_module(module), name))
     code = f"import sys; from {module} import {name}; sys.argv[0] = '/usr/bin/aymen-gpt'; {name}()"
-    for start in ([sys.executable, "-c", code], [sys.executable, "-m", "aymen_gpt"]):
-        assert all(f"\n  {command} " in door_run(start).stdout for command in COMMANDS)
-        done = door_run([*start, "plan", "--preset", "tiny"])
-        assert done.stdout.startswith("model     tiny: 1,635,744 parameters"), done.stderr
-        done = door_run([*start, "generat"])
+    for how in ([sys.executable, "-c", code], [sys.executable, "-m", "aymen_gpt"]):
+        assert all(f"\n  {command} " in start(how).stdout for command in COMMANDS)
+        done = start([*how, "generat"])
         assert (done.returncode, done.stdout) == (2, "")
         assert done.stderr.endswith("; did you mean generate?\n")
-    done = door_run([sys.executable, "-c", code, "generate", "-n", "0"])
-    assert done.stderr == "error: --samples 0: expected a whole number from 1 to 1,000,000,000\n"
+        done = start([*how, "plan", "--preset", "tiny"])
+        assert done.stdout.startswith("model     tiny: 1,635,744 parameters"), done.stderr
 
 
-@pytest.mark.parametrize("command", COMMANDS)
-def test_every_command_is_a_module_that_runs(door_run, command):
-    done = door_run([sys.executable, "-m", f"aymen_gpt.commands.{command}", "--no-such-option"])
-    assert (done.returncode, done.stdout) == (2, "")
-    assert done.stderr.startswith("error: there is no option --no-such-option")
-
-
-@pytest.mark.parametrize("venv", [False, True])
-@pytest.mark.parametrize("missing", ["torch", "safetensors"])
-def test_without_its_packages_a_door_says_what_to_type(door_run, tmp_path, venv, missing):
+@pytest.mark.parametrize(("venv", "missing"), [(False, "torch"), (True, "safetensors")])
+def test_without_its_packages_a_door_says_what_to_type(start, tmp_path, venv, missing):
     (tmp_path / "aymen_gpt").symlink_to(ROOT / "aymen_gpt")
     (tmp_path / "requirements.txt").touch()
     (tmp_path / "generate.py").write_bytes((ROOT / "generate.py").read_bytes())
@@ -216,18 +207,18 @@ def test_without_its_packages_a_door_says_what_to_type(door_run, tmp_path, venv,
     if venv:
         (tmp_path / ".venv/bin").mkdir(parents=True)
         (tmp_path / ".venv/bin/activate").touch()
-    done = door_run([sys.executable, "generate.py", "-m", "runs/x"], PYTHONPATH="hidden")
+    done = start([sys.executable, "generate.py", "-m", "runs/x"], PYTHONPATH="hidden")
     install = "python3 -m venv .venv && . .venv/bin/activate && pip install -r requirements.txt -e ."
     advice = ". .venv/bin/activate" if venv else install
     assert done.stderr == f"error: the package {missing} is not installed for {sys.executable}: type {advice}\n"
     assert done.returncode == 1
 
 
-def test_an_old_python_can_read_the_doors_and_is_told_of_a_newer(door_run):
+def test_an_old_python_can_read_the_doors_and_is_told_of_a_newer(start):
     for path in (*(ROOT / f"{name}.py" for name in console.DOORS), *(ROOT / "aymen_gpt").glob("__*__.py")):
         ast.parse(path.read_text(), feature_version=(3, 6))
     code = "import sys; sys.version_info = (3, 8, 0); from aymen_gpt.__main__ import main; main('pretrain')"
-    done = door_run([sys.executable, "-c", code])
+    done = start([sys.executable, "-c", code])
     assert done.returncode == 1
     assert done.stderr.startswith("error: Python 3.11 or newer is needed, this is 3.8: type ")
     assert done.stderr.count("\n") == 1

@@ -10,7 +10,7 @@ from html.parser import HTMLParser
 import pytest
 from run_folders import write_run
 
-from aymen_gpt.commands import report
+from aymen_gpt.__main__ import command
 from aymen_gpt.errors import CannotWrite
 from aymen_gpt.reporting.page import commands, value_text, wall_seconds, write_comparison, write_report
 from aymen_gpt.reporting.run_folder import read_run
@@ -308,10 +308,10 @@ def test_the_command_draws_one_run_or_compares_several(tmp_path, monkeypatch, ca
     monkeypatch.chdir(tmp_path)
     for name in names:
         make_run(tmp_path / name, [row(1)])
-    assert report.main(names) == 0
+    command("report", names)
     assert capsys.readouterr().out == f"{out}\n"
     assert (tmp_path / out).read_text().endswith("</html>\n")
-    assert report.main([*names, "--out", "my/page.html"]) == 0
+    command("report", [*names, "--out", "my/page.html"])
     assert (tmp_path / "my/page.html").is_file()
 
 

@@ -15,7 +15,8 @@ import pytest
 import torch
 from conftest import make_shards
 
-from aymen_gpt.commands import play, pretrain
+from aymen_gpt.__main__ import command
+from aymen_gpt.commands import play
 from aymen_gpt.data import tokenizer
 from aymen_gpt.errors import CannotWrite, DataError, UsageError
 from aymen_gpt.model.generation import generate
@@ -33,7 +34,7 @@ def run(tmp_path_factory):
     folder = tmp_path_factory.mktemp("play")
     words = ["--preset", "tiny", "--data", make_shards(folder / "shards"), "--run-dir", folder / "little run"]
     words += ["--steps", 6, "--checkpoint-every", 2, "--keep-last", 3, "--device", "cpu"]
-    pretrain.main(list(map(str, words)))
+    command("pretrain", list(map(str, words)))
     return folder / "little run"
 
 
@@ -229,7 +230,7 @@ def test_play_listens_on_this_machine_alone_unless_it_is_told_otherwise(monkeypa
         with pytest.raises(
             CannotWrite, match="cannot listen at .*:8000: Address already in use; try another --port"
         ):
-            play.main(["-m", str(run), *words])
+            command("play", ["-m", str(run), *words])
     assert bound == ["127.0.0.1", "0.0.0.0"]
     assert capsys.readouterr().err.startswith("warning: anybody who can reach 0.0.0.0 may use this model")
 
@@ -237,7 +238,7 @@ def test_play_listens_on_this_machine_alone_unless_it_is_told_otherwise(monkeypa
 def test_without_its_packages_one_line_says_what_to_install(monkeypatch):
     monkeypatch.setitem(__import__("sys").modules, "uvicorn", None)
     with pytest.raises(UsageError, match=r"play needs uvicorn: type pip install 'aymen-gpt\[play\]'"):
-        play.main(["-m", "runs/none"])
+        command("play", ["-m", "runs/none"])
 
 
 def raw(port, **body):

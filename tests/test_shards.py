@@ -11,7 +11,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from aymen_gpt import files
-from aymen_gpt.commands import fineweb
+from aymen_gpt.__main__ import command
 from aymen_gpt.data import prepare, shards, tokenizer
 from aymen_gpt.data.loader import TokenRows
 from aymen_gpt.errors import CannotWrite, DataError, UsageError
@@ -340,15 +340,15 @@ def test_tokens_of_other_programs_get_a_manifest_when_they_are_read_first(tmp_pa
     with monkeypatch.context() as patch:
         patch.setattr(shards, "_read_through", None)  # nothing is read again
         assert shards.check_shards(tmp_path) == identity
-    assert fineweb.main(["--out", str(tmp_path), "--verify"]) == 0
+    command("fineweb", ["--out", str(tmp_path), "--verify"])
     victim = tmp_path / records[-1]["file"]
     flip(victim, -300)
     again = f"get it again, or delete {tmp_path / 'manifest.json'} if it was changed on purpose"
-    for check in (shards.check_shards, lambda folder: fineweb.main(["--out", str(folder), "--verify"])):
+    for check in (shards.check_shards, lambda folder: command("fineweb", ["--out", str(folder), "--verify"])):
         with pytest.raises(DataError, match=rf"{victim.name}.* sha256 .*: {again}"):
             check(tmp_path)
     with pytest.raises(DataError, match=rf"cannot be repaired, {victim.name}: get its files again"):
-        fineweb.main(["--out", str(tmp_path), "--repair"])
+        command("fineweb", ["--out", str(tmp_path), "--repair"])
     (tmp_path / "manifest.json").unlink()
     with pytest.warns(UserWarning, match="has no manifest.json"):
         assert shards.check_shards(tmp_path) != identity

@@ -28,7 +28,7 @@ from test_prepare import (
 )
 
 from aymen_gpt import files
-from aymen_gpt.commands import fineweb
+from aymen_gpt.__main__ import command
 from aymen_gpt.data import prepare, shards, slices
 from aymen_gpt.data.prepare import PrepareOptions
 from aymen_gpt.data.shares import Merge, SharePreparation, share_folder
@@ -272,7 +272,7 @@ def test_shares_of_the_hub_download_only_their_files(tmp_path, monkeypatch):
 @pytest.mark.parametrize("text", ["0/2", "3/2", "1", "1/0", "-1/2", "a/b", "1/2/3", ""])
 def test_a_part_is_i_of_n(text):
     with pytest.raises(UsageError, match=f"--part {text or repr('')}: expected I/N, the I-th of N"):
-        fineweb.main([f"--part={text}"])
+        command("fineweb", [f"--part={text}"])
 
 
 @pytest.mark.fault(49)

@@ -1,31 +1,29 @@
-"""What every command does at its edges: words in, errors out as one line and an exit code."""
+"""What every command does at its edges: errors as one line and an exit code, progress, what to type next."""
 
-import argparse
 import atexit
 import errno
 import io
-import math
 import os
 import re
 import shlex
 import shutil
 import sys
+import time
 import traceback
 import warnings
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 from typing import Any, NoReturn
 
-import aymen_gpt
-from aymen_gpt.errors import AymenError, CannotWrite, Stopped, UsageError, nearest, printable, redact
-from aymen_gpt.training.config import Range
+from aymen_gpt.errors import AymenError, CannotWrite, Stopped, UsageError, printable, redact
 
-ROOT = Path(aymen_gpt.__file__).absolute().parent.parent
+ROOT = Path(__file__).absolute().parents[2]
 OUTPUT_ENDS = (errno.EPIPE, errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO)
 DOORS = ("fineweb", "pretrain", "hellaswag", "generate")
 
 
-def run(main: Callable[[], int]) -> NoReturn:
+def run(main: Callable[[], object]) -> NoReturn:
     """Run a command to its exit code: errors that speak to the user print one line, bugs keep their traceback.
 
     AYMEN_GPT_DEBUG=1 shows the traceback of the former too.
@@ -39,8 +37,11 @@ def run(main: Callable[[], int]) -> NoReturn:
             setattr(sys, name, open(os.devnull, "w"))  # noqa: SIM115
     if isinstance(sys.stdout, io.TextIOWrapper):  # a terminal or file that cannot show a letter gets its number
         sys.stdout.reconfigure(errors="backslashreplace")
+    code = 0
     try:
-        code = finish(main)
+        with suppress(SystemExit):  # of --help
+            main()
+        sys.stdout.flush()
     except AymenError as error:
         if os.environ.get("AYMEN_GPT_DEBUG"):
             traceback.print_exc()
@@ -57,16 +58,6 @@ def run(main: Callable[[], int]) -> NoReturn:
         traceback.print_exc()  # now: at its end Python would wait for the other ranks first
         code = 1
     leave(code)
-
-
-def finish(main: Callable[[], int]) -> int:
-    """The exit code of a command whose output is all written."""
-    try:
-        code = main()
-    except SystemExit as ended:  # of --help
-        code = int(ended.code or 0)
-    sys.stdout.flush()
-    return code
 
 
 def output_failed(error: OSError) -> int:
@@ -109,157 +100,72 @@ def show(text: str, end: str = "\n") -> None:
     print(printable(text) if sys.stdout.isatty() else text, end=end, flush=True)
 
 
+class Progress:
+    """Shows on stderr how far a work is: a bar on a terminal, else a line every ten seconds."""
+
+    def __init__(self) -> None:
+        self.shown = time.monotonic()
+        self.bar: Any = None
+
+    def __enter__(self) -> "Progress":
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        if self.bar is not None:
+            self.bar.close()
+
+    def say(self, line: str) -> None:
+        """Print a line, above the bar."""
+        if self.bar is not None:
+            self.bar.write(printable(line), file=sys.stderr)
+        else:
+            print(printable(line), file=sys.stderr, flush=True)
+
+    def move(self, share: float, line: str, *, last: bool = False) -> None:
+        """Show that a share of the work (0 to 1) is done, and a line about it; the last one is always shown."""
+        if sys.stderr.isatty():
+            from tqdm import tqdm
+
+            self.bar = self.bar or tqdm(total=1.0, bar_format="{percentage:3.0f}%|{bar:20}| {desc}", leave=False)
+            self.bar.set_description_str(line, refresh=False)
+            self.bar.update(min(share, 1) - self.bar.n)
+        elif last or time.monotonic() - self.shown >= 10:
+            self.shown = time.monotonic()
+            self.say(f"{share:4.0%}  {line}")
+
+
+# ---- commands as one would type them -----------------------------------------------------------------
+
+
 def below(path: Path) -> str:
     """A path as one would type it: from here on where it lies below this folder."""
     return shlex.quote(str(path.relative_to(Path.cwd()) if path.is_relative_to(Path.cwd()) else path))
 
 
-def python() -> str:
-    """How to type the interpreter that runs this."""
-    found = shutil.which("python")
-    same = found is not None and Path(found).parent == Path(sys.executable).parent
-    return "python" if same else below(Path(sys.executable))
-
-
-def as_script() -> tuple[str, str]:
-    """(script, command) of "aymen-gpt COMMAND" or "python -m aymen_gpt COMMAND": sys.argv[0] holds both then."""
-    started, _, name = sys.argv[0].rpartition(" ")
-    return (started, name) if name.isidentifier() else ("", "")
+def started() -> list[str]:
+    """How this was started, where that is as "aymen-gpt COMMAND" or "python -m aymen_gpt COMMAND", else []."""
+    path = Path(sys.argv[0])
+    if path.parts[-2:] == ("aymen_gpt", "__main__.py"):
+        return ["python", "-m", "aymen_gpt"]
+    return [path.name] if path.name == "aymen-gpt" else []
 
 
 def program(name: str) -> str:
     """How to type another of our commands, in the way that this one was started."""
-    started, _ = as_script()
-    if started and not started.endswith(".py"):
-        short = os.path.basename(started)
-        return f"{short if shutil.which(short) == started else below(Path(started))} {name}"
-    door = ROOT / f"{name}.py"
-    return f"{python()} -m aymen_gpt {name}" if started or not door.is_file() else f"{python()} {below(door)}"
+    how, door = started(), ROOT / f"{name}.py"
+    if how == ["aymen-gpt"]:
+        return f"{how[0] if shutil.which(how[0]) == sys.argv[0] else below(Path(sys.argv[0]))} {name}"
+    found = shutil.which("python")
+    same = found is not None and Path(found).parent == Path(sys.executable).parent
+    python = "python" if same else below(Path(sys.executable))
+    return f"{python} {below(door)}" if door.is_file() and not how else f"{python} -m aymen_gpt {name}"
 
 
 def command_line() -> list[str]:
     """The words of this command, for a record of what was typed."""
-    started, name = as_script()
-    if not started:
-        return ["python", *sys.argv]
-    first = ["python", "-m", "aymen_gpt"] if started.endswith(".py") else [os.path.basename(started)]
-    return [*first, name, *sys.argv[1:]]
+    return [*started(), *sys.argv[1:]] if started() else ["python", *sys.argv]
 
 
 def as_typed(text: str) -> str:
     """A text with its commands, written as README does ("python generate.py"), as they work here."""
     return re.sub(rf"\bpython ({'|'.join(DOORS)})\.py\b", lambda found: program(found[1]), text)
-
-
-class Parser(argparse.ArgumentParser):
-    """Says in one line what is wrong with an argument; for an unknown one the nearest, and the usage."""
-
-    def parse_known_args(self, args: Any = None, namespace: Any = None) -> Any:
-        """As argparse does it, but what nobody knows is said before what is missing: it may be what is missing."""
-        for word in sys.argv[1:] if args is None else args:
-            if word == "--":
-                break
-            name = word.partition("=")[0]
-            like_an_option = word.startswith("--") and " " not in word
-            if like_an_option and not any(known.startswith(name) for known in self._option_string_actions):
-                self.error(f"unrecognized arguments: {word}")
-        return super().parse_known_args(args, namespace)
-
-    def _print_message(self, message: str, file: Any = None) -> None:
-        print(message, end="", file=file)  # argparse's own keeps silent about a full disk
-
-    def error(self, message: str) -> NoReturn:
-        of_one = re.match(r"argument (?:\S+/)?(-[\w-]+): (.*)", message, re.DOTALL)
-        if of_one:
-            raise UsageError(f"{of_one[1]} {of_one[2]}")
-        unknown = re.match(r"unrecognized arguments: (\S+)", message)
-        if unknown:
-            word, _, _ = unknown[1].partition("=")
-            options = {initials(option): option for option in self._option_string_actions}
-            near = (
-                f"; did you mean {options[word]}?"
-                if word in options
-                else nearest(word, self._option_string_actions)
-            )
-            is_option = word.startswith("-")
-            message = (
-                f"there is no option {unknown[1]}{near}" if is_option else f"{unknown[1]} belongs to no option"
-            )
-        raise UsageError(f"{message}\nusage: {self.usage or self.prog} (--help lists all)")
-
-
-def initials(option: str) -> str:
-    """
-    >>> initials("--learning-rate")
-    '--lr'
-    """
-    return "--" + "".join(part[:1] for part in option.strip("-").split("-"))
-
-
-def parser(description: str, examples: str, usage: str = "") -> argparse.ArgumentParser:
-    """An argument parser whose help ends with examples; ``usage`` is what is typed most, after the command."""
-    p = Parser(
-        usage=as_typed(usage) or None,
-        description=description,
-        epilog=f"examples:\n{as_typed(examples)}" if examples else None,
-        formatter_class=lambda prog: argparse.RawDescriptionHelpFormatter(prog, max_help_position=30, width=110),
-    )
-    p.add_argument("--version", action="version", version=f"aymen-gpt {aymen_gpt.__version__}")
-    return p
-
-
-def number(range: Range, *, whole: bool = False, unset: str = "") -> Callable[[str], Any]:
-    """For argparse: text -> a number in the range, or None for 0 and the word ``unset``."""
-
-    def read(text: str) -> float | None:
-        if unset and text in ("0", unset):
-            return None
-        try:
-            value = whole_number(text) if whole else float(text)
-        except (ValueError, OverflowError):
-            value = math.nan
-        if value in range:
-            return value
-        zero = ", or 0" if unset and 0 not in range else ""
-        raise argparse.ArgumentTypeError(f"{text}: expected a {'whole ' if whole else ''}number {range}{zero}")
-
-    return read
-
-
-def choice(words: Iterable[str]) -> Callable[[str], str]:
-    """For argparse: one of some words."""
-    known = list(words)
-
-    def read(text: str) -> str:
-        if text in known:
-            return text
-        raise argparse.ArgumentTypeError(f"{text}: expected {', '.join(known)}{nearest(text, known)}")
-
-    return read
-
-
-def name(text: str) -> str:
-    """For argparse: text that is not empty."""
-    if not text.strip():
-        raise argparse.ArgumentTypeError("'': expected a name")
-    return text
-
-
-def path(text: str) -> Path:
-    """For argparse: a path, which "" is not."""
-    return Path(name(text))
-
-
-def whole_number(text: str) -> int:
-    """A whole number as people write large ones: 524288, 524_288, 5e5, 2**19.
-
-    >>> [whole_number(t) for t in ("12", "524_288", "1e8", "2**19")]
-    [12, 524288, 100000000, 524288]
-    """
-    base, power, exponent = text.partition("**")
-    if power and not 0 <= int(exponent) <= 64:
-        raise ValueError(f"{text} is out of all ranges")
-    value = int(base) ** int(exponent) if power else float(text) if "e" in text.lower() else int(text)
-    if not math.isfinite(value) or value != int(value):
-        raise ValueError(f"{text} is not a whole number")
-    return int(value)
