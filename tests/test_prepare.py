@@ -58,6 +58,10 @@ def prepared(options, report=quiet):
     return Preparation(options, report).run()
 
 
+def repaired(out):
+    return Preparation(PrepareOptions(out=out, workers=0), quiet).repair()
+
+
 def make_texts(n, seed=0, longest=60):
     rng = np.random.default_rng(seed)
     return [" ".join(rng.choice(WORDS, rng.integers(1, longest))) + f" {i}" for i in range(n)]
@@ -223,9 +227,11 @@ def test_a_corpus_too_small_for_two_splits_is_an_error(tmp_path, texts):
         prepared(PrepareOptions((str(tmp_path / "a.jsonl"),), tmp_path / "out", workers=0))
 
 
-def test_validation_is_a_twentieth_of_a_middling_corpus_and_one_shard_of_a_large_one(tmp_path):
+def test_validation_is_a_twentieth_of_a_middling_corpus_and_one_shard_of_a_large_one(monkeypatch):
     def val_tokens(n_bytes, shard_tokens=1000_000, max_tokens=None):
-        return prepare.val_tokens(PrepareOptions(shard_tokens=shard_tokens, max_tokens=max_tokens), n_bytes)
+        monkeypatch.setattr(slices, "estimated_bytes", lambda source: n_bytes)
+        options = PrepareOptions(shard_tokens=shard_tokens, max_tokens=max_tokens)
+        return Preparation(options, quiet).val_tokens()
 
     assert val_tokens(4 * 10**9) == 1000_000
     assert val_tokens(4 * 10**6) == 50_000
@@ -422,7 +428,7 @@ def test_an_output_folder_inside_the_source_is_no_source(options, tmp_path):
     stop_after(inside, 3)
     prepared(inside)
     sorted(inside.out.glob("*.bin"))[2].unlink()
-    prepare.repair(inside.out, quiet, workers=0)
+    repaired(inside.out)
     assert digest(inside.out) == digest(options.out)
     prepared(replace(inside, out=tmp_path / "in/more"))  # the shards in tokens/all are no text
     with pytest.raises(
@@ -715,10 +721,10 @@ def test_repair_rebuilds_only_what_is_damaged(options, tmp_path):
     paths[3].write_bytes(flipped)
     paths[-1].unlink()
     others = {path.name: path.stat().st_mtime_ns for path in paths if path not in (paths[3], paths[-1])}
-    assert sorted(prepare.repair(options.out, quiet, workers=0)) == sorted([paths[3].name, paths[-1].name])
+    assert sorted(repaired(options.out)) == sorted([paths[3].name, paths[-1].name])
     assert digest(options.out) == expected
     assert others.items() <= {path.name: path.stat().st_mtime_ns for path in paths}.items()
-    assert prepare.repair(options.out, quiet, workers=0) == []
+    assert repaired(options.out) == []
 
 
 @pytest.mark.fault(34)
@@ -733,7 +739,7 @@ def test_a_damaged_table_of_documents_is_found_and_repaired(options):
     tables[2].unlink()
     names = [path.name for path in tables]
     assert sorted(shards.verify(options.out)) == names
-    assert sorted(prepare.repair(options.out, quiet, workers=0)) == names
+    assert sorted(repaired(options.out)) == names
     assert digest(options.out) == expected
 
 
@@ -742,7 +748,7 @@ def test_a_table_that_another_pyarrow_writes_otherwise_is_repaired_too(options, 
     prepared(options)
     next(options.out.glob("*_000002.documents.parquet")).unlink()
     monkeypatch.setattr(pq, "write_table", lambda table, file, compression: REAL_WRITE(table, file))
-    assert prepare.repair(options.out, quiet, workers=0) == ["shard_train_000002.documents.parquet"]
+    assert repaired(options.out) == ["shard_train_000002.documents.parquet"]
     assert shards.verify(options.out) == {}
     record = shards.read_manifest(options.out)["shards"][2]
     assert shards.read_document_sources(options.out / record["file"], record["documents"])
@@ -760,11 +766,11 @@ def test_repair_killed_again_and_again_keeps_what_it_repaired_and_leaves_no_pile
     live.touch()
     there = []
     for point in ["before:1:os.replace"] * 3 + ["before:4:os.replace"] * 3:  # the shard's, its table's, both moved
-        assert killed(point, lambda: prepare.repair(options.out, quiet, workers=0))
+        assert killed(point, lambda: repaired(options.out))
         assert len(list((options.out / prepare.REBUILT).iterdir())) == 1
         there.append([path.exists() for path in paths].count(True))
     assert there == [0, 0, 0, 1, 2, 3]
-    prepare.repair(options.out, quiet, workers=0)
+    repaired(options.out)
     assert foreign.exists()
     assert live.exists()
     foreign.unlink()
@@ -782,7 +788,7 @@ def test_repair_from_a_source_with_other_content_changes_nothing(options, damage
     victim.write_bytes(victim.read_bytes()[:-1])
     before = digest(options.out)
     with pytest.raises(DataError, match=f"{shard.name} cannot be rebuilt"):
-        prepare.repair(options.out, quiet, workers=0)
+        repaired(options.out)
     assert digest(options.out) == before
 
 
@@ -903,7 +909,7 @@ def test_repair_downloads_what_it_needs_and_cleans_up(hub, tmp_path):
     hub.requests.clear()
     victim = sorted(options.out.glob("*.bin"))[-2]
     victim.write_bytes(b"")
-    prepare.repair(options.out, quiet, workers=0)
+    repaired(options.out)
     assert digest(options.out) == expected
     assert hub.count("GET", "000_00000.parquet") == 0
     assert not (options.out / ".source").exists()
@@ -947,7 +953,7 @@ def test_links_in_the_folder_never_make_us_write_or_delete_outside(hub, tmp_path
     expected = digest(options.out)
     shard.unlink()
     shard.symlink_to(victim)
-    assert prepare.repair(options.out, quiet, workers=0) == [shard.name]
+    assert repaired(options.out) == [shard.name]
     assert not shard.is_symlink()
     assert digest(options.out) == expected
     assert [(path.name, path.read_bytes()) for path in outside.rglob("*.*")] == [(victim.name, b"mine")]
@@ -1018,7 +1024,7 @@ def test_an_encoder_that_errs_ends_the_command_with_the_document_and_the_way_out
 
 
 def test_the_sample_is_one_document_in_a_hundred_and_some_of_every_slice(tmp_path):
-    slice = slices.Slice(3, 8, tmp_path, 0, 0, None, 0)
+    slice = slices.Slice(3, 8, tmp_path, 0, 0, None, (0, 0))
     chosen = [row for row in range(100_000) if workers._sampled(slice, row)]
     assert chosen[:2] == [0, 1]
     assert 900 < len(chosen) < 1100
@@ -1058,5 +1064,5 @@ def test_repair_uses_the_encoder_of_the_folder(options, monkeypatch):
     expected = digest(options.out)
     sorted(options.out.glob("*.bin"))[2].unlink()
     monkeypatch.setattr(encoder, "_gigatoken", None)
-    assert len(prepare.repair(options.out, quiet, workers=0)) == 1
+    assert len(repaired(options.out)) == 1
     assert digest(options.out) == expected

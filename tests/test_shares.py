@@ -22,6 +22,7 @@ from test_prepare import (
     make_texts,
     prepared,
     quiet,
+    repaired,
     tokens_of,
     write_jsonl,
     write_parquet,
@@ -29,7 +30,7 @@ from test_prepare import (
 
 from aymen_gpt import files
 from aymen_gpt.__main__ import command
-from aymen_gpt.data import prepare, shards, slices
+from aymen_gpt.data import shards, slices
 from aymen_gpt.data.prepare import PrepareOptions
 from aymen_gpt.data.shares import Merge, SharePreparation, share_folder
 from aymen_gpt.errors import CannotWrite, DataError, NetworkError, UsageError
@@ -117,7 +118,7 @@ def test_repair_of_a_merged_folder_works_from_the_source(options):
     merged(options)
     expected = digest(options.out)
     (options.out / "shard_train_000003.bin").unlink()
-    assert prepare.repair(options.out, quiet, workers=0) == ["shard_train_000003.bin"]
+    assert repaired(options.out) == ["shard_train_000003.bin"]
     assert digest(options.out) == expected
 
 

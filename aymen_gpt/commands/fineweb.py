@@ -9,7 +9,7 @@ from pathlib import Path
 
 from aymen_gpt.commands import console
 from aymen_gpt.data import shards
-from aymen_gpt.data.prepare import Preparation, PrepareOptions, Progress, Report, Summary, repair
+from aymen_gpt.data.prepare import Preparation, PrepareOptions, Progress, Report, Summary
 from aymen_gpt.data.shares import Merge, SharePreparation
 from aymen_gpt.errors import DataError, UsageError
 from aymen_gpt.training.config import fitting
@@ -26,9 +26,7 @@ def main(args: argparse.Namespace) -> None:
     options = PrepareOptions(**given | {"source": tuple(args.source or ["hub"])})
     with reporter() as report:
         if args.repair:
-            rebuilt = repair(
-                args.out, report, workers=args.workers, keep_source=args.keep_source, encoder=args.encoder
-            )
+            rebuilt = Preparation(options, report).repair()
             done = f"{args.out}: {plural(len(rebuilt), 'file')} rebuilt, all are as the manifest says"
         elif args.part:
             number, count = args.part

@@ -26,8 +26,7 @@ from aymen_gpt import files
 from aymen_gpt.data import encoder, shards, slices, sources, tokenizer, workers
 from aymen_gpt.data.encoder import EncoderName
 from aymen_gpt.data.fetch import check_name
-from aymen_gpt.data.slices import Slice
-from aymen_gpt.data.sources import RESTART, Source
+from aymen_gpt.data.slices import RESTART, Slice, Source
 from aymen_gpt.data.stream import Position, TokenStream, Totals
 from aymen_gpt.data.workers import Batch
 from aymen_gpt.errors import DataError, UsageError
@@ -61,10 +60,6 @@ class PrepareOptions:
         words = [str(Path(word)) for word in self.source]
         return {"source": words} | {name: getattr(self, name) for name in names}
 
-    @classmethod
-    def of(cls, record: dict[str, Any], out: Path) -> "PrepareOptions":
-        return cls(**record | {"source": tuple(record["source"])}, out=out)
-
 
 @dataclass(frozen=True)
 class Progress:
@@ -82,29 +77,6 @@ class Summary:
     shards: int
     totals: Totals
     already: bool  # nothing had to be done
-
-
-def repair(
-    out: Path,
-    report: Report,
-    *,
-    workers: int | None = None,
-    keep_source: bool = False,
-    encoder: EncoderName = "gigatoken",
-) -> list[str]:
-    """Rebuild the damaged files of a folder from their source rows; returns their names."""
-    with held(out):
-        files.sweep(out)
-        damaged = shards.verify(out)
-        manifest = shards.read_manifest(out)
-        if not damaged or manifest is None:
-            return []
-        if "options" not in manifest or not all("begin" in record for record in manifest["shards"]):
-            raise DataError(f"{out} cannot be repaired, {', '.join(damaged)}: get its files again")
-        options = PrepareOptions.of(manifest["options"], out)
-        options = replace(options, workers=workers, keep_source=keep_source, encoder=encoder)
-        Preparation(options, report).repair(manifest, damaged)
-        return list(damaged)
 
 
 class Preparation:
@@ -130,24 +102,21 @@ class Preparation:
         with held(self.out):
             if self.options.restart:
                 set_aside(self.out, self.report)
-            known = shards.read_manifest(self.out)
-            if known is not None:
-                check_options(self.options, known)
-                self.manifest = known
-            if known is not None and known["complete"]:
+            self.manifest = shards.read_manifest(self.out) or {}
+            if self.manifest:
+                check_options(self.options, self.manifest)
+            already = self.manifest.get("complete", False)
+            if already:
                 self.check_complete()
-                return self.summary(already=True)
-            self.source = self.open_source()
-            files.sweep(self.out)
-            self.manifest = self.manifest or self.new_manifest(self.val_tokens())
-            self.choose_encoder()
-            self.write()
-            self.manifest["complete"] = True
-            self.save()
-            self.drop_downloads(len(self.source.files))
-            return self.summary(already=False)
-
-    def summary(self, *, already: bool) -> Summary:
+            else:
+                self.source = self.open_source()
+                files.sweep(self.out)
+                self.manifest = self.manifest or self.new_manifest(self.val_tokens())
+                self.choose_encoder()
+                self.write()
+                self.manifest["complete"] = True
+                self.save()
+                self.drop_downloads(len(self.source.files))
         return Summary(self.out, len(self.manifest["shards"]), Totals(**self.manifest["totals"]), already)
 
     def check_complete(self) -> None:
@@ -169,14 +138,14 @@ class Preparation:
 
         To repair, files of the same names and sizes are enough: the hash of the shard is what decides.
         """
-        record = self.manifest.get("source")
-        known = record and sources.from_record(record, self.options.text_column or "text")
-        if known and known.repo:
+        if not self.manifest:
+            return self.find_source(self.options.source)
+        known = sources.from_record(self.manifest["source"], self.options.text_column or "text")
+        if known.repo:
             return known
         source = self.find_source(self.options.source)
-        if known:
-            changed = sources.difference(known.files, source.files, times=not to_repair)
-            self._refuse_if(changed, "put back what it was made from" if to_repair else RESTART)
+        changed = sources.difference(known.files, source.files, times=not to_repair)
+        self._refuse_if(changed, "put back what it was made from" if to_repair else RESTART)
         return source
 
     def check_source(self) -> None:
@@ -229,7 +198,9 @@ class Preparation:
 
     def val_tokens(self) -> int:
         """The tokens of shard 0."""
-        return val_tokens(self.options, sources_bytes=slices.estimated_bytes(self.source))
+        limit = self.options.max_tokens or 2**63
+        estimate = min(slices.estimated_bytes(self.source) // BYTES_PER_TOKEN, limit)
+        return max(1, min(self.options.shard_tokens, max(estimate // 20, min(estimate // 4, SMALL_VAL))))
 
     def save(self) -> None:
         shards.write_manifest(self.out, self.manifest)
@@ -321,17 +292,27 @@ class Preparation:
                 if (number, slice.part) >= (position.file, position.part):
                     yield slice
 
-    def repair(self, manifest: dict[str, Any], damaged: dict[str, str]) -> None:
-        """Rebuild the files that are damaged, {name: why}, of a folder that is held."""
-        self.manifest = manifest
-        self.source = self.open_source(to_repair=True)
-        self.choose_encoder()
-        for record in manifest["shards"]:
-            names = {record["file"], shards.sources_path(Path(record["file"])).name} & damaged.keys()
-            if names:
-                self.report("rebuilding " + ", ".join(f"{name} ({damaged[name]})" for name in sorted(names)))
-                self._rebuild(record)
-        self.drop_downloads(len(self.source.files))
+    def repair(self) -> list[str]:
+        """Rebuild the damaged files of the folder from their source rows; returns their names."""
+        with held(self.out):
+            files.sweep(self.out)
+            damaged = shards.verify(self.out)
+            self.manifest = shards.read_manifest(self.out) or {}
+            records = self.manifest["shards"]
+            if damaged and not ("options" in self.manifest and all("begin" in record for record in records)):
+                raise DataError(f"{self.out} cannot be repaired, {', '.join(damaged)}: get its files again")
+            if damaged:
+                options = self.manifest["options"]
+                self.options = replace(self.options, **options | {"source": tuple(options["source"])})
+                self.source = self.open_source(to_repair=True)
+                self.choose_encoder()
+            for record in records:
+                names = {record["file"], shards.sources_path(Path(record["file"])).name} & damaged.keys()
+                if names:
+                    self.report("rebuilding " + ", ".join(f"{name} ({damaged[name]})" for name in sorted(names)))
+                    self._rebuild(record)
+            self.drop_downloads(len(self.source.files))
+            return list(damaged)
 
     def _rebuild(self, record: dict[str, Any]) -> None:
         """Write a shard and its table anew. They replace what is there only if the manifest knows their tokens."""
@@ -382,20 +363,14 @@ def check_options(options: PrepareOptions, manifest: dict[str, Any]) -> None:
     """UsageError unless the folder was begun with these options."""
     if "options" not in manifest:
         raise UsageError(f"{options.out} holds tokens that fineweb.py did not make: take another --out")
-    known = PrepareOptions.of(manifest["options"], options.out).record()
     for name, wanted in options.record().items():
-        if known[name] != wanted:
-            before, now = (" ".join(v) if name == "source" else v or "unset" for v in (known[name], wanted))
+        known = manifest["options"][name]
+        if known != wanted:
+            before, now = (" ".join(v) if name == "source" else v or "unset" for v in (known, wanted))
             raise UsageError(
                 f"{options.out} was prepared with --{name.replace('_', '-')} {before}, not {now}: "
                 f"give the same options, or another --out"
             )
-
-
-def val_tokens(options: PrepareOptions, sources_bytes: int) -> int:
-    """The tokens of shard 0 for about so many bytes of text."""
-    estimate = min(sources_bytes // BYTES_PER_TOKEN, options.max_tokens or 2**63)
-    return max(1, min(options.shard_tokens, max(estimate // 20, min(estimate // 4, SMALL_VAL))))
 
 
 @contextmanager
@@ -415,7 +390,7 @@ def held(out: Path) -> Iterator[None]:
 
 def set_aside(out: Path, report: Report) -> None:
     """Move all that a preparation left in a folder into ``out``/earlier-1, or -2, ...; nothing is deleted."""
-    shard = r"(\w[\w.-]*_(train|val)|tokens)_\d{6}\.(bin|documents\.parquet|arrow|rows\.parquet)"
+    shard = r"(\w[\w.-]*_(train|val)|tokens)_\d{6}\.(bin|arrow|(documents|rows)\.parquet)"
     known = (shards.MANIFEST, shards.CHECKED)
     ours = [path for path in out.iterdir() if path.name in known or re.fullmatch(shard, path.name)]
     if not ours:

@@ -22,8 +22,7 @@ import numpy as np
 from aymen_gpt import files
 from aymen_gpt.data import shards, sources
 from aymen_gpt.data.prepare import Preparation, PrepareOptions, Progress, Report, check_options
-from aymen_gpt.data.slices import COMPRESSED, Slice, slices_of
-from aymen_gpt.data.sources import Source
+from aymen_gpt.data.slices import COMPRESSED, Slice, Source, slices_of
 from aymen_gpt.data.stream import Position, Totals
 from aymen_gpt.data.workers import Batch
 from aymen_gpt.errors import DataError, UsageError

@@ -1,4 +1,4 @@
-"""Files of a source become slices, and slices become documents.
+"""A source is a list of files; they become slices, and slices become documents.
 
 A slice (one row group of a parquet file, 8 MiB of a jsonl file, one txt file) is small to describe, can be sent to
 another process, and can be read there alone; what cannot be entered half-way (a compressed file, a very large row
@@ -11,15 +11,15 @@ import gzip
 import io
 import json
 import os
+import re
 import zlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from aymen_gpt.data import fetch
-from aymen_gpt.data.sources import RESTART, WHOLE, Source, SourceFile, status_of
 from aymen_gpt.data.tokenizer import utf8
 from aymen_gpt.errors import AymenError, DataError, UsageError
 
@@ -30,6 +30,34 @@ if TYPE_CHECKING:
 SLICE_BYTES = 2**23  # of a jsonl file
 LARGE = 2**25  # bytes of a row group that is cut up
 COMPRESSED = (".gz", ".zst")
+RESTART = "type the same command with --restart to prepare what is there now"
+
+
+@dataclass(frozen=True)
+class SourceFile:
+    """One file of the source. ``path`` is where it lies, None while it is still on the Hub."""
+
+    name: str  # what the manifest calls it
+    bytes: int
+    sha256: str | None = None
+    path: Path | None = None
+    modified_ns: int | None = None  # None where its name already says what is in it
+
+
+@dataclass(frozen=True)
+class Source:
+    """An ordered list of files, and where they come from."""
+
+    files: tuple[SourceFile, ...]
+    text_column: str | None = None
+    repo: str | None = None  # of the Hub, when the files come from there
+    revision: str | None = None  # the commit that the files belong to
+
+    def record(self) -> dict[str, Any]:
+        """The source as a manifest keeps it."""
+        names = ("name", "bytes", "sha256", "modified_ns")
+        listed = [{name: getattr(file, name) for name in names} for file in self.files]
+        return {"repo": self.repo, "revision": self.revision, "files": listed}
 
 
 @dataclass(frozen=True)
@@ -42,8 +70,8 @@ class Slice:
     start: int
     stop: int
     text_column: str | None
-    fraction: float  # of the file that is read when this slice is
-    version: tuple[int, int] = (0, 0)  # bytes and modification time (ns) that the file must still have
+    version: tuple[int, int]  # bytes and modification time (ns) that the file must still have
+    fraction: float = 1  # of the file that is read when this slice is
     content: Any = None  # the slice's rows, when they travel with it: bytes, or an arrow RecordBatch
 
 
@@ -60,82 +88,40 @@ class Document:
 
 def estimated_bytes(source: Source) -> int:
     """About how many bytes of text the source has: a function of its files, cheap to find out."""
-    return sum(_estimated_bytes(file) for file in source.files)
-
-
-def _estimated_bytes(file: SourceFile) -> int:
-    if file.path is not None and file.name.endswith(".parquet"):
-        with _readable(file.path):
-            groups = _parquet(file.path).metadata
-            return sum(groups.row_group(i).total_byte_size for i in range(groups.num_row_groups))
-    return file.bytes * (2 if file.name.endswith((".parquet", *COMPRESSED)) else 1)
+    total = 0
+    for file in source.files:
+        if file.path is not None and file.name.endswith(".parquet"):
+            with _readable(file.path):
+                groups = _parquet(file.path).metadata
+                total += sum(groups.row_group(i).total_byte_size for i in range(groups.num_row_groups))
+        else:
+            total += file.bytes * (2 if file.name.endswith((".parquet", *COMPRESSED)) else 1)
+    return total
 
 
 def slices_of(source: Source, number: int, path: Path) -> Iterator[Slice]:
     """The slices of one file, in order. DataError when it is not what its name says, or changes meanwhile."""
     file = source.files[number]
-    kind = file.name
     modified = status_of(path).st_mtime_ns if file.modified_ns is None else file.modified_ns
-    version = file.bytes, modified
-    with _readable(path, version):
-        if kind.endswith(".parquet"):
-            found = _parquet_slices(path, source.text_column)
-        elif kind.endswith(COMPRESSED):
-            found = _compressed_slices(path, source.text_column)
-        else:
-            found = _jsonl_slices(path, source.text_column, file.bytes)
-        for part, slice in enumerate(found):
-            yield replace(slice, file=number, part=part, version=version)
-
-
-def _parquet_slices(path: Path, text_column: str | None) -> Iterator[Slice]:
-    column = _text_column(path, text_column)
-    file = _parquet(path)
-    groups = [file.metadata.row_group(i) for i in range(file.num_row_groups)]
-    total = sum(group.num_rows for group in groups)
-    done = 0
-    for i, group in enumerate(groups):
-        done += group.num_rows
-        slice = Slice(0, 0, path, i, i + 1, column, done / max(total, 1))
-        if group.total_byte_size <= LARGE:
-            yield slice
-        else:
-            rows = max(group.num_rows * SLICE_BYTES // group.total_byte_size, 1)
-            for batch in _batches(file, slice, rows):
-                yield replace(slice, content=batch)
-
-
-def _compressed_slices(path: Path, text_column: str | None) -> Iterator[Slice]:
-    import pyarrow as pa
-
-    with (
-        path.open("rb") as packed,
-        gzip.open(packed) if path.suffix == ".gz" else pa.input_stream(packed, compression="zstd") as stream,
-    ):
-        file = io.BufferedReader(stream, 2**20)
-        while lines := file.readlines(SLICE_BYTES):
-            content = b"".join(lines)
-            yield Slice(
-                0, 0, path, 0, len(content), text_column, packed.tell() / path.stat().st_size, content=content
-            )
-
-
-def _jsonl_slices(path: Path, text_column: str | None, size: int) -> Iterator[Slice]:
-    step = size if path.suffix in WHOLE else SLICE_BYTES
-    for start in range(0, size, step or 1):
-        stop = min(start + step, size)
-        yield Slice(0, 0, path, start, stop, text_column, stop / size)
+    whole = Slice(number, 0, path, 0, file.bytes, source.text_column, (file.bytes, modified))
+    with _readable(path, whole.version):
+        cut = _format(file.name)[0]
+        for part, slice in enumerate(cut(whole)):
+            yield replace(slice, part=part)
 
 
 def read(slice: Slice) -> Iterator[Document]:
     """The rows of a slice. DataError when the file is damaged or has changed."""
     with _readable(slice.path, slice.version if slice.content is None else None):
-        if slice.path.name.endswith(".parquet"):
-            yield from _read_parquet(slice)
-        elif slice.path.suffix in WHOLE:
-            yield from _read_txt(slice)
-        else:
-            yield from _read_jsonl(slice)
+        yield from _format(slice.path.name)[1](slice)
+
+
+def status_of(path: Path) -> os.stat_result:
+    """What the system says of a file. DataError when it says nothing."""
+    try:
+        return path.stat()
+    except OSError as error:
+        raise DataError(f"cannot read {path}: {error.strerror}") from None
 
 
 @contextmanager
@@ -195,6 +181,11 @@ def _name(value: object) -> str | None:
     return None if value is None else utf8(str(value)).decode()
 
 
+def _text_names(strings: list[str], wanted: str | None) -> list[str]:
+    """Where text may be, best first: under the wanted name, else text, else content, else in the only strings."""
+    return [wanted] if wanted else ["text", "content", *(strings if len(strings) == 1 else [])]
+
+
 def _parquet(path: Path) -> "pq.ParquetFile":
     """The file opened so that it reads no more than it must."""
     import pyarrow.parquet as pq
@@ -211,18 +202,27 @@ def _metadata(path: Path, changed_ns: int) -> "pq.FileMetaData":
     return pq.read_metadata(path)
 
 
-def _batches(file: "pq.ParquetFile", slice: Slice, rows: int) -> Iterator["pa.RecordBatch"]:
-    names = [n for n in ("id", "url") if file.schema_arrow.names.count(n) == 1 and n != slice.text_column]
-    columns = [slice.text_column, *names]
-    return file.iter_batches(rows, row_groups=[slice.start], columns=columns, use_threads=False)
+def _cut_parquet(whole: Slice) -> Iterator[Slice]:
+    file = _parquet(whole.path)
+    column = _text_column(whole.path, file.schema_arrow, whole.text_column)
+    groups = [file.metadata.row_group(i) for i in range(file.num_row_groups)]
+    done, total = 0, sum(group.num_rows for group in groups)
+    for i, group in enumerate(groups):
+        done += group.num_rows
+        slice = replace(whole, start=i, stop=i + 1, text_column=column, fraction=done / max(total, 1))
+        if group.total_byte_size <= LARGE:
+            yield slice
+        else:
+            rows = max(group.num_rows * SLICE_BYTES // group.total_byte_size, 1)
+            for batch in _batches(file, slice, rows):
+                yield replace(slice, content=batch)
 
 
-def _text_column(path: Path, wanted: str | None) -> str:
-    """The column that holds the text: the wanted one, else text, else content, else the only one of strings."""
-    schema = _parquet(path).schema_arrow
-    strings = [field.name for field in schema if _holds_text(field.type)]
-    names = [wanted] if wanted else ["text", "content", *(strings if len(strings) == 1 else [])]
-    found = next((name for name in names if name in strings), None)
+def _text_column(path: Path, schema: "pa.Schema", wanted: str | None) -> str:
+    """The column that holds the text. UsageError, with all columns, when there is none or it is there twice."""
+    kinds = re.compile(r"(dictionary<values=)?(large_)?(string|binary)(_view)?\b")
+    strings = [field.name for field in schema if kinds.match(str(field.type))]
+    found = next((name for name in _text_names(strings, wanted) if name in strings), None)
     if found and schema.names.count(found) == 1:
         return found
     columns = ", ".join(f"{field.name} ({field.type})" for field in schema)
@@ -230,13 +230,10 @@ def _text_column(path: Path, wanted: str | None) -> str:
     raise UsageError(f"{path} has {lack}; its columns: {columns}; use --text-column NAME")
 
 
-def _holds_text(kind: "pa.DataType") -> bool:
-    import pyarrow as pa
-
-    if pa.types.is_dictionary(kind):
-        kind = kind.value_type
-    names = ("is_string", "is_large_string", "is_string_view", "is_binary", "is_large_binary")
-    return any(getattr(pa.types, name)(kind) for name in names)
+def _batches(file: "pq.ParquetFile", slice: Slice, rows: int) -> Iterator["pa.RecordBatch"]:
+    names = [n for n in ("id", "url") if file.schema_arrow.names.count(n) == 1 and n != slice.text_column]
+    columns = [slice.text_column, *names]
+    return file.iter_batches(rows, row_groups=[slice.start], columns=columns, use_threads=False)
 
 
 def _read_parquet(slice: Slice) -> Iterator[Document]:
@@ -261,18 +258,41 @@ def _values(column: "pa.Array") -> list[Any]:
     return [None] * len(column)
 
 
+def _cut_jsonl(whole: Slice) -> Iterator[Slice]:
+    for start in range(0, whole.stop, SLICE_BYTES):
+        stop = min(start + SLICE_BYTES, whole.stop)
+        yield replace(whole, start=start, stop=stop, fraction=stop / whole.stop)
+
+
+def _cut_compressed(whole: Slice) -> Iterator[Slice]:
+    import pyarrow as pa
+
+    with whole.path.open("rb") as packed:
+        unzipped = gzip.GzipFile(fileobj=packed) if whole.path.suffix == ".gz" else pa.input_stream(packed, "zstd")
+        file = io.BufferedReader(unzipped, 2**20)
+        while lines := file.readlines(SLICE_BYTES):
+            content = b"".join(lines)
+            yield replace(whole, stop=len(content), fraction=packed.tell() / whole.stop, content=content)
+
+
 def _read_jsonl(slice: Slice) -> Iterator[Document]:
     for row, line in enumerate(_lines(slice)):
         if line.isspace():
             continue
         try:
-            yield _record(row, json.loads(line.decode("utf-8-sig")), slice.text_column)
+            record = json.loads(line.decode("utf-8-sig"))
         except UnicodeDecodeError:
             yield Document(row, "", skipped="not UTF-8")
         except ValueError:
             yield Document(row, "", skipped="not JSON")
         except RecursionError:
             yield Document(row, "", skipped="nested too deep")
+        else:
+            known = record if isinstance(record, dict) else {"text": record}
+            strings = [name for name, value in known.items() if isinstance(value, str)]
+            names = _text_names(strings, slice.text_column if known is record else None)
+            text = next((known[name] for name in names if name in known), None)
+            yield _document(row, text, known.get("id"), known.get("url"))
 
 
 def _lines(slice: Slice) -> Iterator[bytes]:
@@ -285,18 +305,25 @@ def _lines(slice: Slice) -> Iterator[bytes]:
             yield line
 
 
-def _record(row: int, record: object, text_column: str | None) -> Document:
-    known = record if isinstance(record, dict) else {}
-    return _document(row, _text_of(record, text_column), known.get("id"), known.get("url"))
+def _cut_text(whole: Slice) -> Iterator[Slice]:
+    if whole.stop:
+        yield whole
 
 
-def _text_of(record: object, key: str | None) -> object:
-    if not isinstance(record, dict):
-        return record
-    strings = [name for name, value in record.items() if isinstance(value, str)]
-    names = [key] if key else ["text", "content", *(strings if len(strings) == 1 else [])]
-    return next((record[name] for name in names if name in record), None)
-
-
-def _read_txt(slice: Slice) -> Iterator[Document]:
+def _read_text(slice: Slice) -> Iterator[Document]:
     yield _document(0, slice.path.read_bytes(), None, slice.path.name)
+
+
+# How files are cut into slices and how these are read, by the ends of their names.
+FORMATS = {
+    ".parquet": (_cut_parquet, _read_parquet),
+    ".jsonl": (_cut_jsonl, _read_jsonl),
+    ".jsonl.gz": (_cut_compressed, _read_jsonl),
+    ".jsonl.zst": (_cut_compressed, _read_jsonl),
+    ".txt": (_cut_text, _read_text),
+    ".md": (_cut_text, _read_text),
+}
+
+
+def _format(name: str) -> tuple[Callable[[Slice], Iterator[Slice]], Callable[[Slice], Iterator[Document]]]:
+    return next(FORMATS[ending] for ending in FORMATS if name.endswith(ending))

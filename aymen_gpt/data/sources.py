@@ -10,47 +10,18 @@ import stat
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from aymen_gpt.data import builtin, fetch, shards
+from aymen_gpt.data.slices import FORMATS, Source, SourceFile, status_of
 from aymen_gpt.errors import DataError, NetworkError, UsageError
 
 DATASET, DATASET_FOLDER = "HuggingFaceFW/fineweb-edu", "sample/10BT"
 # The commit that public training code of 2025 and 2026 pins: 14 files, 28.5 GB, 9,672,101 documents.
 REVISION = "87f09149ef4734204d70ed1d046ddc9ca3f2b8f9"
-WHOLE = (".txt", ".md")  # files that are one document
-SUFFIXES = (".parquet", ".jsonl", ".jsonl.gz", ".jsonl.zst", *WHOLE)
-RESTART = "type the same command with --restart to prepare what is there now"
+SUFFIXES = tuple(FORMATS)
 NAMED = 5  # files that an error names at most
-
-
-@dataclass(frozen=True)
-class SourceFile:
-    """One file of the source. ``path`` is where it lies, None while it is still on the Hub."""
-
-    name: str  # what the manifest calls it
-    bytes: int
-    sha256: str | None = None
-    path: Path | None = None
-    modified_ns: int | None = None  # None where its name already says what is in it
-
-
-@dataclass(frozen=True)
-class Source:
-    """An ordered list of files, and where they come from."""
-
-    files: tuple[SourceFile, ...]
-    text_column: str | None = None
-    repo: str | None = None  # of the Hub, when the files come from there
-    revision: str | None = None  # the commit that the files belong to
-
-    def record(self) -> dict[str, Any]:
-        """The source as a manifest keeps it."""
-        names = ("name", "bytes", "sha256", "modified_ns")
-        listed = [{name: getattr(file, name) for name in names} for file in self.files]
-        return {"repo": self.repo, "revision": self.revision, "files": listed}
 
 
 def from_record(record: dict[str, Any], text_column: str | None = None) -> Source:
@@ -155,14 +126,6 @@ def _file(name: str, path: Path) -> SourceFile:
     if not stat.S_ISREG(status.st_mode):
         raise UsageError(f"--source {path}: a pipe or a device, no file; write its text into a file first")
     return SourceFile(name, status.st_size, path=path, modified_ns=status.st_mtime_ns)
-
-
-def status_of(path: Path) -> os.stat_result:
-    """What the system says of a file. DataError when it says nothing."""
-    try:
-        return path.stat()
-    except OSError as error:
-        raise DataError(f"cannot read {path}: {error.strerror}") from None
 
 
 def bring(source: Source, number: int, folder: Path) -> Path:

@@ -6,7 +6,8 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
-from aymen_gpt.data.sources import NAMED, Source
+from aymen_gpt.data.slices import Source
+from aymen_gpt.data.sources import NAMED
 from aymen_gpt.data.workers import Batch
 
 
