@@ -1,8 +1,9 @@
 """make demo: what is done already, and what is shown."""
 
-import json
 import os
 import subprocess
+
+from run_folders import write_run
 
 from aymen_gpt.commands import demo
 
@@ -20,26 +21,21 @@ Return a list of ( , ) = .
 """
 
 
-def test_the_least_broken_sample_is_shown_without_blank_lines_and_as_picked():
-    shown = demo.least_broken(WRITTEN)
-    assert shown == "--- sample 2 of 3, picked as the least broken\nReturn a list of\nthe names of each file"
-
-
 def test_a_second_demo_does_not_stop_and_leaves_no_stage_empty(tmp_path, monkeypatch, capsys):
-    run = tmp_path / "run"
+    score = {"step": 1000, "n": 1000, "completion": {"acc_norm": 0.25, "acc_norm_stderr": 0.01}}
+    run = write_run(tmp_path / "run", [{"step": demo.CONFIG.steps, "val_loss": 5.0}], hellaswag=score)
     checkpoint = run / "checkpoints" / "step-000001000"
     checkpoint.mkdir(parents=True)
-    (run / "metrics.jsonl").write_text(json.dumps({"step": demo.CONFIG.steps, "val_loss": 5.0}) + "\n")
-    score = {"step": 1000, "n": 1000, "completion": {"acc_norm": 0.25, "acc_norm_stderr": 0.01}}
-    (run / "hellaswag.json").write_text(json.dumps(score))
     os.utime(checkpoint, (2**31, 2**31))  # its card was renewed after the score
     monkeypatch.setattr(demo, "RUN", run)
     monkeypatch.setattr(demo, "call", lambda *words: print("$", *words))
     monkeypatch.setattr(subprocess, "run", lambda *_, **__: subprocess.CompletedProcess([], 0, WRITTEN))
-    assert demo.main() == 0
+    demo.main()
     stages = capsys.readouterr().out.split("===")[1:]
     assert len(stages) == 5
     assert all(len(stage.strip().splitlines()) > 1 for stage in stages)
     assert f"{demo.CONFIG.steps} of them done before" in stages[1]
     assert "stopped" not in stages[1]
     assert "already scored" in stages[2]
+    picked = "--- sample 2 of 3, picked as the least broken\nReturn a list of\nthe names of each file\n"
+    assert picked in stages[3]

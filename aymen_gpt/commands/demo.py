@@ -4,7 +4,6 @@ Prepares the built-in corpus, trains a small GPT, stops it half way with SIGTERM
 HellaSwag and lets it write. What is already done is not done again.
 """
 
-import json
 import os
 import re
 import shlex
@@ -12,24 +11,24 @@ import signal
 import subprocess
 import sys
 import time
-from contextlib import suppress
 from pathlib import Path
+from typing import Any
 
 from aymen_gpt.commands import console
-from aymen_gpt.errors import AymenError, DataError
+from aymen_gpt.errors import AymenError
 from aymen_gpt.files import read_json
 from aymen_gpt.model.folders import checkpoints, step_of
+from aymen_gpt.reporting.run_folder import read_lines
 from aymen_gpt.training.config import resolve
 from aymen_gpt.wording import percent
 
 CONFIG = resolve({"preset": "demo"})
 RUN = Path(CONFIG.run)
 EXAMPLES = 1000  # of HellaSwag's 10,042
-PROMPT = "Return a list of"
 SAMPLES = 5  # texts of which one is shown
 
 
-def main() -> int:
+def main() -> None:
     began = time.monotonic()
     stage(1, "text -> tokens: the documentation that comes with Python and our packages")
     call("fineweb.py", "--source", "builtin", "--out", CONFIG.data)
@@ -37,27 +36,20 @@ def main() -> int:
     how = "stopped half way and continued" if done < half else f"{done} of them done before"
     stage(2, f"tokens -> a GPT: {CONFIG.steps} steps, {how}")
     if done < half:
-        train_until(half)
+        call("pretrain.py", "--preset", "demo", stop_at=half)
+        print("--- exit code 75: stopped and saved. The same command again continues:", flush=True)
     call("pretrain.py", "--preset", "demo")
     stage(3, f"the GPT -> its score on {EXAMPLES:,} real HellaSwag examples")
     score = RUN / "hellaswag.json"
-    if not is_scored(score):
-        call("hellaswag.py", "-m", str(RUN), "--limit", str(EXAMPLES), "--json", str(score))
-    else:
+    if score.exists() and read_json(score).get("step") == step_of(checkpoints(RUN)[0]):
         print(f"already scored: {score}")
+    else:
+        call("hellaswag.py", "-m", str(RUN), "--limit", str(EXAMPLES), "--json", str(score))
     stage(4, "the GPT writes")
-    words = command("generate.py", "-m", str(RUN), PROMPT, "--max-tokens", "60", "-n", str(SAMPLES))
-    written = subprocess.run(words, stdout=subprocess.PIPE, check=True, encoding="utf-8").stdout
-    console.show(least_broken(written))
-    print(console.as_typed(closing(json.loads(score.read_text()), time.monotonic() - began)))
-    return 0
-
-
-def is_scored(score: Path) -> bool:
-    """Whether the file has a score of the newest checkpoint."""
-    with suppress(DataError):
-        return read_json(score).get("step") == step_of(newest_checkpoint())
-    return False
+    words = ["-m", str(RUN), "Return a list of", "--max-tokens", "60", "-n", str(SAMPLES)]
+    written = subprocess.run(command("generate.py", *words), stdout=subprocess.PIPE, check=True, encoding="utf-8")
+    console.show(least_broken(written.stdout))
+    print(console.as_typed(closing(read_json(score), time.monotonic() - began)))
 
 
 def stage(number: int, title: str) -> None:
@@ -69,38 +61,30 @@ def command(*words: str) -> list[str]:
     return [sys.executable, *words]
 
 
-def call(*words: str) -> None:
-    """Run one of the doors to its end."""
-    code = subprocess.run(command(*words)).returncode
-    if code:
-        raise AymenError(f"python {' '.join(words)} ended with exit code {code}")
+def call(*words: str, stop_at: int | None = None) -> None:
+    """Run one of the doors to its end, or until it has trained ``stop_at`` steps.
+
+    It is stopped with SIGTERM, as a scheduler would that wants its machine back.
+    """
+    process = subprocess.Popen(command(*words))
+    if stop_at is not None:
+        while process.poll() is None and steps_done() < stop_at:
+            time.sleep(0.2)
+        if process.poll() is None:
+            print(f"--- SIGTERM to process {process.pid}: it will finish its step, save and leave", flush=True)
+            process.send_signal(signal.SIGTERM)
+    code, expected = process.wait(), 0 if stop_at is None else 75
+    if code != expected:
+        raise AymenError(f"python {' '.join(words)} ended with exit code {code}, not {expected}")
+
+
+def rows() -> list[dict[str, Any]]:
+    return read_lines(RUN / "metrics.jsonl", [])
 
 
 def steps_done() -> int:
     """The last step in the run's metrics, 0 before there is one."""
-    try:
-        lines = (RUN / "metrics.jsonl").read_text().splitlines()
-        return json.loads(lines[-1])["step"]
-    except (OSError, IndexError, ValueError):
-        return 0
-
-
-def train_until(step: int) -> None:
-    """Train, and send SIGTERM once ``step`` is reached, as a scheduler would that wants its machine back."""
-    process = subprocess.Popen(command("pretrain.py", "--preset", "demo"))
-    while process.poll() is None and steps_done() < step:
-        time.sleep(0.2)
-    if process.poll() is None:
-        print(f"--- SIGTERM to process {process.pid}: it will finish its step, save and leave", flush=True)
-        process.send_signal(signal.SIGTERM)
-    code = process.wait()
-    if code != 75:
-        raise AymenError(f"the stopped training ended with exit code {code}, not 75 (stopped and saved)")
-    print("--- exit code 75: stopped and saved. The same command again continues:", flush=True)
-
-
-def newest_checkpoint() -> Path:
-    return checkpoints(RUN)[0]
+    return rows()[-1]["step"] if rows() else 0
 
 
 def least_broken(written: str) -> str:
@@ -115,9 +99,8 @@ def least_broken(written: str) -> str:
     return f"--- sample {best + 1} of {len(samples)}, picked as the least broken\n{text}"
 
 
-def closing(score: dict, seconds: float) -> str:
-    rows = [json.loads(line) for line in (RUN / "metrics.jsonl").read_text().splitlines()]
-    vals = [row["val_loss"] for row in rows if "val_loss" in row]
+def closing(score: dict[str, Any], seconds: float) -> str:
+    vals = [row["val_loss"] for row in rows() if "val_loss" in row]
     found = score["completion"]
     share = percent(found["acc_norm"], found["acc_norm_stderr"], digits=1)
     return f"""
@@ -127,7 +110,7 @@ HellaSwag   {share} of {score["n"]:,} examples, where chance is 25 % and GPT-2 1
             a model this small and young cannot do better than chance, and should not do worse
 curve       {RUN}/report.html (open it in a browser)
 samples     {RUN}/samples.jsonl
-checkpoint  {newest_checkpoint()} (opens in transformers as it is)
+checkpoint  {checkpoints(RUN)[0]} (opens in transformers as it is)
 next        python generate.py -m {RUN} "Raised when"
             python fineweb.py --source YOUR.txt --out data/mine && \\
             python pretrain.py --preset demo --data data/mine --run-dir runs/mine"""
