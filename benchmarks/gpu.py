@@ -27,13 +27,13 @@ import tempfile
 import threading
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
@@ -69,15 +69,12 @@ class Setting:
 
     def seconds(self, work: Callable[[], object]) -> float:
         """Seconds of one call, the device waited for."""
-        self.sync()
+        wait = torch.cuda.synchronize if self.device.place.type == "cuda" else lambda: None
+        wait()
         began = time.perf_counter()
         work()
-        self.sync()
+        wait()
         return time.perf_counter() - began
-
-    def sync(self) -> None:
-        if self.device.place.type == "cuda":
-            torch.cuda.synchronize()
 
 
 def correct(s: Setting) -> Iterator[Row]:
@@ -169,16 +166,6 @@ def metrics(run: Path) -> list[Row]:
     return [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
 
 
-def full_logits(trainer: Trainer) -> None:
-    """The textbook's loss, which holds all logits of a micro-batch in float32."""
-
-    def loss(x: Tensor, y: Tensor) -> Tensor:
-        with trainer.device.autocast():
-            return F.cross_entropy(trainer.model(x).float().flatten(0, 1), y.flatten(), reduction="sum")
-
-    trainer.loss = torch.compile(loss, dynamic=False) if trainer.compiled else loss
-
-
 def blocks_one_by_one(trainer: Trainer) -> None:
     """Each block is compiled alone, as a sharded model needs, and the loss alone."""
     for block in trainer.model.h:
@@ -192,59 +179,52 @@ def blocks_one_by_one(trainer: Trainer) -> None:
     trainer.loss = loss
 
 
-@dataclass(frozen=True)
-class Variant:
-    """One way to make the update; the defaults are what pretrain.py does."""
-
-    name: str
-    options: dict[str, Any] = field(default_factory=dict)  # of pretrain.py
-    change: Callable[[Trainer], None] | None = None
-    attention: SDPBackend | None = None
-
-
-VARIANTS = [
-    Variant("flash attention", attention=SDPBackend.FLASH_ATTENTION),
-    Variant("bfloat16 residual", {"residual": "bfloat16"}),
-    Variant("blocks compiled one by one", change=blocks_one_by_one),
-    Variant("micro-batch 32", {"micro_batch": 32}),
-    Variant("full logits, micro-batch 32", {"micro_batch": 32}, full_logits),
-    Variant("eager", {"compile": False}),
-]
+Variant = tuple[dict[str, Any], Callable[[Trainer], None] | None, SDPBackend | None]  # options, change, attention
+VARIANTS: dict[str, Variant] = {
+    "flash attention": ({}, None, SDPBackend.FLASH_ATTENTION),
+    "bfloat16 residual": ({"residual": "bfloat16"}, None, None),
+    "blocks compiled one by one": ({}, blocks_one_by_one, None),
+    "micro-batch 32": ({"micro_batch": 32}, None, None),
+    "eager": ({"compile": False}, None, None),
+}
 
 
 def step(s: Setting) -> Iterator[Row]:
-    yield one_variant(s, Variant("as pretrain.py does"))
+    yield update_of(s, "as pretrain.py does", ({}, None, None))
 
 
 def variants(s: Setting) -> Iterator[Row]:
-    for variant in VARIANTS[1:2] if s.quick else VARIANTS:
+    for name, variant in VARIANTS.items():
         try:
-            yield one_variant(s, variant)
+            yield update_of(s, name, variant)
         except RuntimeError as error:  # a kernel this device or torch does not have
-            yield {"variant": variant.name, "error": " ".join(str(error).split())[:100]}
+            yield {"variant": name, "error": " ".join(str(error).split())[:100]}
         torch._dynamo.reset()
+        if s.quick:
+            return
 
 
-def one_variant(s: Setting, v: Variant) -> Row:
+def update_of(s: Setting, name: str, variant: Variant) -> Row:
     """Median of 5 whole updates after 2, data ready in host memory; the first one compiles."""
+    changed, change, attention = variant
     small = {"preset": "tiny", "tokens_per_step": 64 * 8, "micro_batch": 4, "compile": False}
     large = {"preset": "gpt2", "tokens_per_step": 2**19, "micro_batch": 64, "compile": True}
     with tempfile.TemporaryDirectory() as temporary:
         data = random_shards(Path(temporary), 2 * 2**19)
         options = (small if s.quick else large) | {"data": str(data), "hellaswag_every": 0, "steps": 100}
-        trainer = build(resolve(options | ({} if s.quick else v.options)), s.device, Ranks())
-        if v.change:
-            v.change(trainer)
+        trainer = build(resolve(options | ({} if s.quick else changed)), s.device, Ranks())
+        if change and not s.quick:
+            change(trainer)
         if s.device.place.type == "cuda":
             torch.cuda.reset_peak_memory_stats()
         found = []
-        with sdpa_kernel(v.attention) if v.attention else contextlib.nullcontext():
+        with sdpa_kernel(attention) if attention and not s.quick else contextlib.nullcontext():
             for number in range(3 if s.quick else 7):
                 batches = trainer.batches_of(number)
-                found.append(s.seconds(lambda n=number, b=batches: trainer.train_step(n, b)))  # type: ignore[misc]
+                found.append(s.seconds(partial(trainer.train_step, number, batches)))
     speed, peak = trainer.config.tokens_per_step / statistics.median(found[2:]), s.device.peak_flops
     return {
-        "variant": v.name,
+        "variant": name,
         "tokens_per_second": speed,
         "mfu": speed * trainer.config.model.flops_per_token / peak if peak else None,
         "peak_gb": torch.cuda.max_memory_allocated() / 1e9 if s.device.place.type == "cuda" else None,
@@ -256,16 +236,10 @@ def score(s: Setting) -> Iterator[Row]:
     """Seconds for HellaSwag, by one and by both protocols; the first call warms up."""
     config = GPTConfig(block_size=256, n_layer=2, n_head=2, n_embd=64) if s.quick else PRESETS["gpt2"]
     model = GPT(config, torch.Generator().manual_seed(1)).to(s.device.place).eval()
-    examples = evenly_spaced(load_examples(), 20) if s.quick else load_examples()
+    examples = evenly_spaced(load_examples(), 20 if s.quick else None)
     for protocols in (("completion",), ("completion",), ("completion", "harness")):
-        result: list[Any] = []
-        seconds = s.seconds(
-            lambda p=protocols, r=result: r.append(  # type: ignore[misc]
-                hellaswag.evaluate(model, examples, protocols=p, dtype=torch.bfloat16)
-            )
-        )
-        accuracy = result[0].scores("completion")["acc_norm"]
-        yield {"protocols": " + ".join(protocols), "n": len(examples), "seconds": seconds, "acc_norm": accuracy}
+        work = partial(hellaswag.evaluate, model, examples, protocols=protocols, dtype=torch.bfloat16)
+        yield {"protocols": " + ".join(protocols), "n": len(examples), "seconds": s.seconds(work)}
 
 
 def curve(s: Setting) -> Iterator[Row]:
@@ -302,7 +276,7 @@ def matrix(s: Setting) -> Iterator[Row]:
     for m, k, cols in ((n, n, n), (tokens, 768, 3072), (tokens, 3072, 768), (tokens, 768, 50304)):
         a = torch.randn(m, k, device=s.device.place, dtype=torch.bfloat16)
         b = torch.randn(k, cols, device=s.device.place, dtype=torch.bfloat16)
-        seconds = [s.seconds(lambda a=a, b=b: a @ b) for _ in range(22)]  # type: ignore[misc]
+        seconds = [s.seconds(partial(torch.matmul, a, b)) for _ in range(22)]
         rate = 2 * m * k * cols / statistics.median(seconds[2:]) / 1e12
         yield {"product": f"{m:,} x {k:,} x {cols:,}", "tflops": rate}
 
@@ -324,15 +298,9 @@ def table(rows: list[Row]) -> Iterator[str]:
     yield "| " + " | ".join(columns) + " |"
     yield "|" + "---|" * len(columns)
     for row in rows:
-        yield "| " + " | ".join(cell(row.get(column)) for column in columns) + " |"
-
-
-def cell(value: Any) -> str:
-    if value is None:
-        return ""
-    if isinstance(value, float):
-        return f"{value:,.0f}" if value >= 1000 else f"{value:.3g}"
-    return str(value)
+        values = (row.get(column, "") for column in columns)
+        shown = (f"{v:.4g}" if isinstance(v, float) else str(v) for v in values)
+        yield "| " + " | ".join(shown) + " |"
 
 
 def main() -> int:

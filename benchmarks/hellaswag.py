@@ -9,7 +9,6 @@ All score the harness protocol, tokenizing included. Scorers, each in float32 an
     naive       our GPT, one example at a time, as build-nanogpt does in training: four padded rows, autocast,
                 all logits, cross-entropy (here in float32)
     lm-eval     lm-evaluation-harness's HFLM on transformers' model of the same weights, by batch size
-    DIR         with --against DIR: this project at another commit (git worktree add DIR COMMIT)
 
 MODEL is what hellaswag.py -m takes; without it GPT-2 124M with random weights. --agreement N counts the examples
 of N that get the same choices from ours in bfloat16 and in float32. lm-eval: pip install 'aymen-gpt[lm-eval]'.
@@ -19,10 +18,7 @@ import argparse
 import importlib.util
 import json
 import os
-import subprocess
-import sys
 import tempfile
-from dataclasses import asdict
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -61,50 +57,6 @@ def ours(name: str | None, dtype: str) -> Work:
     def work(examples: list[Example]) -> float:
         found = hellaswag.evaluate(model, examples, protocols=("harness",), dtype=DTYPES[dtype])
         return round(found.scores("harness")["acc_norm"] * len(examples))
-
-    return work
-
-
-OTHER = """
-import json, sys, torch
-from aymen_gpt.evaluation import hellaswag
-from aymen_gpt.model.gpt import GPT, PRESETS
-from aymen_gpt.training.device import choose_device
-try:  # modules and their names before 25 November 2026
-    from aymen_gpt.evaluation.loading import load_model
-    from aymen_gpt.training.device import keep_freed_memory
-except ImportError:
-    from aymen_gpt.evaluation.load_model import load_model
-    from aymen_gpt.model.cpu import keep_freed_memory
-_, name, dtype, threads = sys.argv
-torch.set_num_threads(int(threads))
-place = choose_device("auto").place
-if place.type == "cpu":
-    keep_freed_memory()
-random = GPT(PRESETS["gpt2"], torch.Generator().manual_seed(0)).to(place).eval()
-model = load_model(name, place)[0] if name else random
-for line in sys.stdin:
-    examples = [hellaswag.Example(**row) for row in json.loads(line)]
-    found = hellaswag.evaluate(model, examples, protocols=("harness",), dtype=getattr(torch, dtype))
-    right = [a.choice_norm == e.label for a, e in zip(found.answers["harness"], examples)]
-    print(sum(right), flush=True)
-"""
-
-
-def other(folder: Path, name: str | None, dtype: str) -> Work:
-    """The scorer of another checkout; its memory is not measured."""
-    process = subprocess.Popen(
-        [sys.executable, "-c", OTHER, name or "", dtype, str(torch.get_num_threads())],
-        cwd=folder,
-        env=os.environ | {"PYTHONPATH": str(folder)},
-        stdin=subprocess.PIPE,
-        stdout=subprocess.PIPE,
-        text=True,
-    )
-
-    def work(examples: list[Example]) -> float:
-        print(json.dumps([asdict(example) for example in examples]), file=process.stdin, flush=True)
-        return float(process.stdout.readline())
 
     return work
 
@@ -169,12 +121,10 @@ def lm_eval(name: str | None, dtype: str, batch_size: int) -> Work:
     return work
 
 
-def speed(name: str | None, count: int, rounds: int, against: Path | None) -> list[dict[str, Any]]:
+def speed(name: str | None, count: int, rounds: int) -> list[dict[str, Any]]:
     scorers: dict[str, Any] = {}
     for dtype in DTYPES:
         scorers[f"ours, {dtype}"] = partial(ours, name, dtype)
-        if against:
-            scorers[f"{against.name}, {dtype}"] = partial(other, against.absolute(), name, dtype)
         scorers[f"naive, {dtype}"] = partial(naive, name, dtype)
         if importlib.util.find_spec("lm_eval"):
             for size in BATCH_SIZES:
@@ -218,7 +168,6 @@ def main() -> None:
     parser.add_argument("--examples", type=whole_number, default=24, help="of a round [24]")
     parser.add_argument("--rounds", type=whole_number, default=5)
     parser.add_argument("--agreement", type=whole_number, default=0, metavar="N")
-    parser.add_argument("--against", type=Path, metavar="DIR", help="a checkout of another commit")
     parser.add_argument("--json", type=Path, metavar="FILE")
     args = parser.parse_args()
     os.environ.setdefault("HF_HUB_OFFLINE", "1")
@@ -228,7 +177,7 @@ def main() -> None:
     print(f"{machine}, {args.rounds} rounds of {args.examples} examples\n")
     record: dict[str, Any] = {"command": command(), "machine": machine}
     if args.rounds:
-        record["speed"] = speed(args.model, args.examples, args.rounds, args.against)
+        record["speed"] = speed(args.model, args.examples, args.rounds)
         print("| scorer | examples/s (best) | ours, float32, is | ours, bfloat16, is | peak GB |")
         print("|---|---|---|---|---|")
     for r in record.get("speed", []):

@@ -22,6 +22,7 @@ import json
 import multiprocessing
 import os
 import platform
+import resource
 import shutil
 import statistics
 import subprocess
@@ -108,32 +109,20 @@ def tokens_of(out: Path) -> tuple[int, str]:
     return n_tokens, digest.hexdigest()
 
 
-def run(method: str, text: Path, out: Path) -> tuple[float, float]:
-    """Seconds that a fresh process takes for it, on the clock and of all processors together."""
-    began = time.perf_counter()
-    process = start(method, text, out)
-    _, status, used = os.wait4(process.pid, 0)
-    seconds = time.perf_counter() - began
-    process.returncode = status
-    if status:
-        sys.exit(f"{method} failed")
-    return seconds, used.ru_utime + used.ru_stime
+def run(method: str, text: Path, out: Path, *, watch: bool = False) -> tuple[float, float, float]:
+    """Seconds that a fresh process takes for it, on the clock and of all processors together, and its peak MB.
 
-
-def peak_mb(method: str, text: Path, out: Path) -> float:
-    """The most memory that a fresh process and its workers take together while they do it."""
-    process = start(method, text, out)
-    peak = 0
-    while process.poll() is None:
+    The last, of it and its workers together, is 0 unless they are watched, which takes time.
+    """
+    before, began, peak = resource.getrusage(resource.RUSAGE_CHILDREN), time.perf_counter(), 0
+    process = subprocess.Popen([sys.executable, __file__, "--run", method, str(text), str(out)])
+    while watch and process.poll() is None:
         peak = max(peak, sum(map(memory, family(process.pid))))
         time.sleep(0.02)
-    if process.returncode:
+    if process.wait():
         sys.exit(f"{method} failed")
-    return peak / 1e6
-
-
-def start(method: str, text: Path, out: Path) -> subprocess.Popen[bytes]:
-    return subprocess.Popen([sys.executable, __file__, "--run", method, str(text), str(out)])
+    seconds, after = time.perf_counter() - began, resource.getrusage(resource.RUSAGE_CHILDREN)
+    return seconds, after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime, peak / 1e6
 
 
 def family(pid: int) -> list[int]:
@@ -162,11 +151,11 @@ def measure(source: Path, megabytes: float, rounds: int) -> dict[str, Any]:
         text, out = Path(folder) / "text.parquet", Path(folder) / "out"
         n_bytes = take(source, megabytes, text)
         for method in METHODS:  # not timed; the files come into memory
-            peaks[method] = peak_mb(method, text, out)
+            *_, peaks[method] = run(method, text, out, watch=True)
             found[method] = tokens_of(out)
             shutil.rmtree(out)
         for round, method in itertools.product(range(rounds), METHODS):
-            seconds[method].append(run(method, text, out))
+            seconds[method].append(run(method, text, out)[:2])
             shutil.rmtree(out)
             print(f"round {round + 1}: {method}, {seconds[method][-1][0]:.2f} s", file=sys.stderr)
     assert len(set(found.values())) == 1, f"the methods disagree: {found}"

@@ -18,15 +18,15 @@ import argparse
 import json
 import math
 import os
-from collections.abc import Callable
-from dataclasses import asdict, dataclass, replace
+from collections.abc import Callable, Iterator
+from dataclasses import asdict, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 import torch.nn.functional as F
-from alternating import Timing, Work, alternate, command
+from alternating import Work, alternate, command
 
 from aymen_gpt.commands.options import whole_number
 from aymen_gpt.model import cpu
@@ -37,39 +37,23 @@ from aymen_gpt.training.config import resolve
 from aymen_gpt.training.distributed import Ranks
 from aymen_gpt.training.trainer import Trainer
 
-
-@dataclass(frozen=True)
-class Shape:
-    """One model and one micro-batch, which is the whole step here."""
-
-    config: GPTConfig
-    rows: int
-
-    @property
-    def tokens(self) -> int:
-        return self.rows * self.config.block_size
-
-
-SHAPES = {
-    "gpt2-256": Shape(replace(PRESETS["gpt2"], block_size=256), 4),
-    "gpt2-1024": Shape(PRESETS["gpt2"], 1),
-    "gpu": Shape(PRESETS["gpt2"], 64),  # a GPU's own size: with the others it measures launches
-    "small": Shape(GPTConfig(block_size=256, n_layer=4, n_head=4, n_embd=256), 16),
-    "tiny": Shape(GPTConfig(block_size=32, n_layer=2, n_head=2, n_embd=32), 4),
+Shape = tuple[GPTConfig, int]  # a model and the rows of one micro-batch, which is the whole step here
+SHAPES: dict[str, Shape] = {
+    "gpt2-256": (replace(PRESETS["gpt2"], block_size=256), 4),
+    "gpt2-1024": (PRESETS["gpt2"], 1),
+    "gpu": (PRESETS["gpt2"], 64),  # a GPU's own size: with the others it measures launches
+    "small": (GPTConfig(block_size=256, n_layer=4, n_head=4, n_embd=256), 16),
+    "tiny": (GPTConfig(block_size=32, n_layer=2, n_head=2, n_embd=32), 4),
 }
 Step = Callable[[torch.Tensor], float]  # tokens (rows, T + 1) -> the mean loss before the update
 
 
 def ours(shape: Shape, device: devices.Device) -> Step:
     """The trainer itself, without data and run folder."""
-    c = resolve(
-        {
-            **{name: size for name, size in asdict(shape.config).items() if name != "vocab_size"},
-            "tokens_per_step": shape.tokens,
-            "micro_batch": shape.rows,
-            "device": device.place.type,
-        }
-    )
+    config, rows = shape
+    sizes = {name: size for name, size in asdict(config).items() if name != "vocab_size"}
+    step = {"tokens_per_step": rows * config.block_size, "micro_batch": rows, "device": device.place.type}
+    c = resolve(sizes | step)
     trainer = Trainer(c, device, Ranks(), None, None, "")  # type: ignore[arg-type]
     steps = iter(range(10**9))
 
@@ -80,7 +64,7 @@ def ours(shape: Shape, device: devices.Device) -> Step:
 
 
 def textbook(shape: Shape, device: devices.Device) -> Step:
-    model = GPT(shape.config, torch.Generator().manual_seed(1337)).to(device.place)
+    model = GPT(shape[0], torch.Generator().manual_seed(1337)).to(device.place)
 
     def loss(tokens: torch.Tensor) -> torch.Tensor:
         logits = model(tokens[:, :-1])  # (B, T, V)
@@ -92,7 +76,7 @@ def textbook(shape: Shape, device: devices.Device) -> Step:
 def transformers(shape: Shape, device: devices.Device, compiled: bool = False) -> Step:
     from transformers import GPT2Config, GPT2LMHeadModel
 
-    c = shape.config
+    c, _ = shape
     model = GPT2LMHeadModel(
         GPT2Config(
             vocab_size=c.padded_vocab_size,  # a multiple of 128: the kinder case
@@ -114,10 +98,6 @@ def transformers(shape: Shape, device: devices.Device, compiled: bool = False) -
         return forward(input_ids=x, labels=y, shift_labels=y).loss
 
     return _plain_step(model, loss, device)
-
-
-def transformers_compiled(shape: Shape, device: devices.Device) -> Step:
-    return transformers(shape, device, compiled=True)
 
 
 def _plain_step(
@@ -146,7 +126,7 @@ def _plain_step(
 VARIANTS = {
     "ours": ours,
     "transformers": transformers,
-    "transformers compiled": transformers_compiled,
+    "transformers compiled": partial(transformers, compiled=True),
     "textbook": textbook,
 }
 
@@ -158,42 +138,35 @@ def build(variant: str, shape: Shape, dtype: str) -> Work:
         cpu.keep_freed_memory()  # as pretrain.py does
     step = VARIANTS[variant](shape, device)
 
+    config, rows = shape
+
     def once(number: int) -> float:
         draw = torch.Generator().manual_seed(number)
-        return step(
-            torch.randint(shape.config.vocab_size, (shape.rows, shape.config.block_size + 1), generator=draw)
-        )
+        return step(torch.randint(config.vocab_size, (rows, config.block_size + 1), generator=draw))
 
     return once
 
 
-def measure(name: str, rounds: int, dtype: str, variants: list[str]) -> list[dict[str, Any]]:
+def measure(name: str, rounds: int, dtype: str, variants: list[str]) -> Iterator[dict[str, Any]]:
     """Step the variants in turn; one result a variant."""
-    shape = SHAPES[name]
-    builds = {variant: partial(build, variant, shape, dtype) for variant in variants}
+    config, rows = SHAPES[name]
+    builds = {variant: partial(build, variant, SHAPES[name], dtype) for variant in variants}
     timings = alternate(builds, range(2, 2 + rounds), warm_up=range(2))
-    device = devices.choose_device("auto", dtype)
-    return [result(name, variant, shape, timings, device) for variant in variants]
-
-
-def result(
-    name: str, variant: str, shape: Shape, timings: dict[str, Timing], device: devices.Device
-) -> dict[str, Any]:
-    timing = timings[variant]
-    speed = shape.tokens / timing.median
-    flops = speed * shape.config.flops_per_token
-    return {
-        "shape": name,
-        "variant": variant,
-        "tokens_per_second": speed,
-        "best": shape.tokens / min(timing.seconds),
-        "ours_is_times": timing.times_slower(timings["ours"]),
-        "gflops": flops / 1e9,
-        "mfu": flops / device.peak_flops if device.peak_flops else None,
-        "peak_gb": timing.peak_gb,
-        "last_loss": timing.value,
-        "seconds": timing.seconds,
-    }
+    peak = devices.choose_device("auto", dtype).peak_flops
+    for variant, timing in timings.items():
+        speed = rows * config.block_size / timing.median
+        yield {
+            "shape": name,
+            "variant": variant,
+            "tokens_per_second": speed,
+            "best": rows * config.block_size / min(timing.seconds),
+            "ours_is_times": timing.times_slower(timings["ours"]),
+            "gflops": speed * config.flops_per_token / 1e9,
+            "mfu": speed * config.flops_per_token / peak if peak else None,
+            "peak_gb": timing.peak_gb,
+            "last_loss": timing.value,
+            "seconds": timing.seconds,
+        }
 
 
 def main() -> None:
@@ -208,9 +181,8 @@ def main() -> None:
     device = devices.choose_device("auto", args.dtype)
     machine = f"{device.name}, {torch.get_num_threads()} threads, {device.dtype}, torch {torch.__version__}"
     print(f"{machine}, {args.rounds} rounds\n")
-    print(
-        "| shape | variant | tokens/s (best) | ours is | GFLOP/s | MFU | peak GB |\n|---|---|---|---|---|---|---|"
-    )
+    print("| shape | variant | tokens/s (best) | ours is | GFLOP/s | MFU | peak GB |")
+    print("|---|---|---|---|---|---|---|")
     results = []
     usual = ["gpu"] if device.place.type == "cuda" else ["gpt2-256", "gpt2-1024", "small"]
     for name in args.shape or usual:
@@ -224,9 +196,8 @@ def main() -> None:
             )
             assert math.isfinite(r["last_loss"])
     if args.json:
-        args.json.write_text(
-            json.dumps({"command": command(), "machine": machine, "results": results}, indent=2) + "\n"
-        )
+        record = {"command": command(), "machine": machine, "results": results}
+        args.json.write_text(json.dumps(record, indent=2) + "\n")
 
 
 if __name__ == "__main__":

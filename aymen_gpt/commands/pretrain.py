@@ -20,7 +20,6 @@ import torch
 import aymen_gpt
 from aymen_gpt.commands import console
 from aymen_gpt.commands.plan import model_line, show_plan
-from aymen_gpt.commands.report import refresh
 from aymen_gpt.data.loader import TokenRows
 from aymen_gpt.data.shards import check_shards, read_manifest
 from aymen_gpt.errors import AymenError, DataError, UsageError, redact
@@ -139,6 +138,8 @@ def initial_model(config: TrainConfig, ranks: Ranks) -> Callable[[], GPT]:
 def draw_report(folder: Path) -> None:
     """Draw report.html and the model cards anew; a picture that fails must not end the training it shows."""
     try:
+        from aymen_gpt.commands.report import refresh  # here, as training needs no matplotlib
+
         refresh(folder)
     except Exception as error:
         print(f"warning: no report.html: {type(error).__name__}: {error}", file=sys.stderr)
