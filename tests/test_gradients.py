@@ -9,6 +9,7 @@ import torch.multiprocessing
 from torch import nn
 
 from aymen_gpt.errors import AymenError
+from aymen_gpt.training import distributed
 from aymen_gpt.training.distributed import Ranks
 from aymen_gpt.training.gradients import GradientSum
 
@@ -139,11 +140,12 @@ def test_a_lost_rank_is_an_error_of_ours_after_backward(monkeypatch):
         raise RuntimeError("Connection closed by peer")
 
     monkeypatch.setattr(dist, "all_reduce", lost)
+    monkeypatch.setattr(distributed, "PATIENCE", 0.1)
     model = network()
     total = GradientSum(Ranks(0, 2), list(model.parameters()), bucket_bytes=288)
     total.coming()
     model(data(0)).sum().backward()
-    with pytest.raises(AymenError, match="connection to another rank.*Connection closed by peer"):
+    with pytest.raises(AymenError, match="rank 1 did not answer.*Connection closed by peer"):
         total.complete()
 
 

@@ -12,7 +12,7 @@ from typing import Any, NoReturn
 import aymen_gpt
 from aymen_gpt.commands.console import as_typed
 from aymen_gpt.errors import UsageError, nearest
-from aymen_gpt.training.config import COUNT, RECIPES, SEEDS, Range, TrainConfig, flag, kind
+from aymen_gpt.training.config import COUNT, OVERRIDABLE, RECIPES, SEEDS, Range, TrainConfig, flag, kind
 
 
 class Parser(argparse.ArgumentParser):
@@ -219,9 +219,9 @@ def pretrain() -> argparse.ArgumentParser:
         "auto: continue the run if it has a checkpoint; must: only continue; none: start anew, what is there is "
         "set aside [auto]"
     )
-    p.add_argument("--resume", default="auto", metavar="MODE", help=help)
-    help = "continue although these differ from the run's: seed, data, tokens_per_step"
-    p.add_argument("--override-resume", default=[], nargs="+", metavar="KEY", help=help)
+    p.add_argument("--resume", default="auto", choices=("auto", "must", "none"), help=help)
+    help = "continue although these differ from the run's"
+    p.add_argument("--override-resume", default=[], nargs="+", choices=OVERRIDABLE, help=help)
     plan = p.add_argument_group("planning", "do not train: print what the run would take").add_argument
     plan("--plan", action="store_true", help="parameters, FLOPs, memory by part, steps, disk")
     plan("--probe", action="store_true", help="with --plan: measure 20 updates, for hours and cost")

@@ -32,7 +32,6 @@ from aymen_gpt.model.gpt import GPT
 from aymen_gpt.training.config import TrainConfig, doubts, flag, read_options, resolve
 from aymen_gpt.training.device import Device, be_deterministic, choose_device, memory_gb, memory_there
 from aymen_gpt.training.distributed import Ranks, process_group, ranks_from_environment
-from aymen_gpt.training.resume import Resume
 from aymen_gpt.training.runlog import RunLog
 from aymen_gpt.training.signals import StopSignal
 from aymen_gpt.training.trackers import tracker
@@ -51,7 +50,7 @@ def main(args: argparse.Namespace) -> None:
     for key in ("on", "gpus", "mfu", "dollars_per_gpu_hour"):
         if getattr(args, key):
             raise UsageError(f"{flag(key)} {getattr(args, key)} is for planning, and this would train: add --plan")
-    how, stop, ranks = Resume(args.resume, tuple(args.override_resume)), StopSignal(), ranks_from_environment()
+    stop, ranks = StopSignal(), ranks_from_environment()
     device = choose_device(config.device, config.dtype, ranks.local_rank)
     there, needed = memory_there(device), 16 * config.model.n_params / 1e9
     if there and needed > there:
@@ -74,7 +73,7 @@ def main(args: argparse.Namespace) -> None:
         if log:
             told = [introduction(trainer), *doubts(config, trainer.train_rows.n_tokens)]
             log.say(console.as_typed("\n".join(told)))
-        trainer.fit(folder, log, stop, lambda: describe(trainer), how)
+        trainer.fit(folder, log, stop, lambda: describe(trainer), args.resume, args.override_resume)
     if ranks.is_first:
         console.show(console.as_typed(closing(folder)))
 

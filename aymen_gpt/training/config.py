@@ -40,6 +40,7 @@ class Range:
         return f"from {self.low:,} to {'below ' if self.high in self.without else ''}{self.high:,}"
 
 
+OVERRIDABLE = ("seed", "data", "tokens_per_step")  # of what makes a run, with --override-resume
 OPTIMIZERS, SCHEDULES = ("adamw", "muon"), ("cosine", "linear")
 COUNT = Range(1, 10**9)
 SEEDS = Range(0, 2**63 - 1)

@@ -4,7 +4,7 @@ import os
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from datetime import timedelta
 from typing import Any, TypeVar
 
@@ -31,7 +31,7 @@ class Ranks:
     rank: int = 0
     world_size: int = 1
     local_rank: int = 0
-    store: dist.Store | None = None
+    store: dist.Store = field(default_factory=dist.HashStore)
     arrivals: int = 0
     timeout: float | None = None  # seconds to look for a sum, where waiting for it does not stop the host (NCCL)
 
@@ -41,9 +41,7 @@ class Ranks:
 
     def sum(self, values: Tensor) -> Tensor:
         """Sum of ``values`` over all ranks, in place."""
-        if self.world_size > 1:
-            with self.meeting():
-                self._finish(dist.all_reduce(values, async_op=True))
+        self._together(dist.all_reduce, values, async_op=True)
         return values
 
     def share(self, mine: Tensor) -> Tensor:
@@ -51,36 +49,24 @@ class Ranks:
         if self.world_size == 1:
             return mine
         whole = mine.new_empty(self.world_size * mine.size(0), *mine.shape[1:])
-        with self.meeting():
-            self._finish(dist.all_gather_into_tensor(whole, mine.contiguous(), async_op=True))
+        self._together(dist.all_gather_into_tensor, whole, mine.contiguous(), async_op=True)
         return whole
 
-    def _finish(self, work: dist.Work) -> None:
-        """Return when a collective is done.
-
-        With NCCL ``wait`` only puts the wait into the GPU's queue, and whoever reads the result next hangs where
-        no signal and no timeout reaches it, if a rank is missing. So look, and see in the store who failed.
-        """
-        if self.timeout is not None:
-            deadline, look = time.monotonic() + self.timeout, 0.0
-            while not work.is_completed():
-                time.sleep(0.0005)
-                if time.monotonic() > deadline:
-                    raise RuntimeError(f"nothing for {self.timeout:g} s")
-                if time.monotonic() > look:
-                    look = time.monotonic() + 1
-                    if self._failures():
-                        raise RuntimeError("the sum cannot be finished")
-        work.wait()
+    def gather(self, value: T) -> list[T]:
+        """Every rank's value (anything that can be pickled), in order of rank, on every rank."""
+        values = [value] * self.world_size
+        self._together(dist.all_gather_object, values, value)
+        return values
 
     def broadcast(self, value: T) -> T:
-        """The first rank's value (anything JSON could hold) on every rank."""
-        if self.world_size == 1:
-            return value
-        box: list[Any] = [value]
-        with self.meeting():
-            dist.broadcast_object_list(box, src=0)
+        """The first rank's value on every rank."""
+        box = [value]
+        self._together(dist.broadcast_object_list, box, src=0)
         return box[0]
+
+    def all(self, condition: bool) -> bool:
+        """Whether the condition holds on every rank."""
+        return all(self.gather(condition))
 
     def first(self, make: Callable[[], T]) -> T:
         """What ``make`` returns on the first rank, on every rank; its AymenError too."""
@@ -95,25 +81,35 @@ class Ranks:
             raise result
         return result
 
-    def all(self, condition: bool) -> bool:
-        """Whether the condition holds on every rank."""
-        return all(self.gather(condition))
+    def _together(self, collective: Callable[..., dist.Work | None], *values: Any, **options: Any) -> None:
+        """Return when a collective of torch.distributed is done. It is not begun where there is one rank.
 
-    def gather(self, value: T) -> list[T]:
-        """Every rank's value, in order of rank, on every rank."""
+        With NCCL ``wait`` only puts the wait into the GPU's queue, and whoever reads the result next hangs where
+        no signal and no timeout reaches it, if a rank is missing. So look, and see in the store who failed.
+        """
         if self.world_size == 1:
-            return [value]
-        values: list[Any] = [None] * self.world_size
+            return
         with self.meeting():
-            dist.all_gather_object(values, value)
-        return values
+            work = collective(*values, **options)
+            if work is None:  # of Python objects: it is done
+                return
+            began = looked = time.monotonic()
+            while self.timeout is not None and not work.is_completed():
+                time.sleep(0.0005)
+                now = time.monotonic()
+                if now > began + self.timeout:
+                    raise RuntimeError(f"nothing for {self.timeout:g} s")
+                if now > looked + 1:
+                    looked = now
+                    if self._failures():
+                        raise RuntimeError("the sum cannot be finished")
+            work.wait()
 
     @contextmanager
     def meeting(self) -> Iterator[None]:
         """Around what every rank must come to: says which rank is missing, if it fails."""
         self.arrivals += 1
-        if self.store is not None:
-            self.store.set(str(self.rank), str(self.arrivals))
+        self.store.set(str(self.rank), str(self.arrivals))
         try:
             yield
         except RuntimeError as error:
@@ -124,22 +120,24 @@ class Ranks:
     def say_failed(self, why: str) -> None:
         """Tell the other ranks, at most once, that this one has failed."""
         with suppress(RuntimeError):  # the store is gone too
-            if self.store is not None and not self.store.check([f"failed {self.rank}"]):
+            if not self.store.check([f"failed {self.rank}"]):
                 self.store.set(f"failed {self.rank}", why)
 
     def _missing(self) -> str:
         """In words, who failed, or else who did not go through the collective that this rank waited in."""
-        with suppress(RuntimeError):
-            deadline = time.monotonic() + PATIENCE
-            while (silent := self._silent()) and time.monotonic() < deadline:
-                if any(self._failures().values()):
+        deadline = time.monotonic() + PATIENCE
+        with suppress(RuntimeError):  # the store is gone too
+            while True:
+                failures = self._failures()
+                for rank, why in failures.items():
+                    if why:
+                        return f"rank {rank} failed: {why}"
+                silent = [name for name in self._others() if name not in failures and not self._is_ahead(name)]
+                if not silent:
                     break
+                if time.monotonic() > deadline:
+                    return f"rank{'s'[: len(silent) > 1]} {', '.join(silent)} did not answer: dead or hanging"
                 time.sleep(0.1)
-            for rank, why in self._failures().items():
-                if why:
-                    return f"rank {rank} failed: {why}"
-            if silent:
-                return f"rank{'s'[: len(silent) > 1]} {', '.join(silent)} did not answer: dead or hanging"
         return "the connection to another rank was lost"
 
     def _others(self) -> list[str]:
@@ -147,30 +145,20 @@ class Ranks:
 
     def _failures(self) -> dict[str, str]:
         """Of each other rank that said it failed: why, empty where that is another rank's failure."""
-        if self.store is None:
-            return {}
-        return {
-            name: self.store.get(f"failed {name}").decode()
-            for name in self._others()
-            if self.store.check([f"failed {name}"])
-        }
+        told = [name for name in self._others() if self.store.check([f"failed {name}"])]
+        return {name: self.store.get(f"failed {name}").decode() for name in told}
 
-    def _silent(self) -> list[str]:
-        """The ranks that have neither come further than this one nor told the store that they failed."""
-        if self.store is None:
-            return []
-        known = [name for name in self._others() if self.store.check([name])]
-        ahead = [name for name in known if int(self.store.get(name)) > self.arrivals]
-        return [name for name in self._others() if name not in ahead and name not in self._failures()]
+    def _is_ahead(self, name: str) -> bool:
+        """Whether a rank has come to a collective behind the one that this rank is in."""
+        return self.store.check([name]) and int(self.store.get(name)) > self.arrivals
 
 
 def ranks_from_environment() -> Ranks:
     """What torchrun says in RANK, WORLD_SIZE and LOCAL_RANK; one process without them."""
-    return Ranks(
-        rank=int(os.environ.get("RANK", 0)),
-        world_size=int(os.environ.get("WORLD_SIZE", 1)),
-        local_rank=int(os.environ.get("LOCAL_RANK", 0)),
+    rank, world_size, local_rank = (
+        int(os.environ.get(name, alone)) for name, alone in (("RANK", 0), ("WORLD_SIZE", 1), ("LOCAL_RANK", 0))
     )
+    return Ranks(rank, world_size, local_rank)
 
 
 def attempt() -> str:

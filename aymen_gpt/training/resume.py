@@ -1,7 +1,8 @@
 """Which checkpoint a start continues from, and what may have changed since it was taken."""
 
 import json
-from dataclasses import asdict, dataclass
+from collections.abc import Sequence
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -9,28 +10,10 @@ from aymen_gpt.errors import DataError, UsageError
 from aymen_gpt.files import move_to_earlier, read_json
 from aymen_gpt.model.folders import checkpoints, latest_valid
 from aymen_gpt.training import checkpoint
-from aymen_gpt.training.config import TrainConfig, flag
+from aymen_gpt.training.config import OVERRIDABLE, TrainConfig, flag
 from aymen_gpt.training.runlog import FILES
 
-MODES = ("auto", "must", "none")
-SURE = ["metrics.jsonl", "status.json"]  # a folder with one of them is a run
-RECORDS = ["checkpoints", "tensorboard", "wandb", "hellaswag.json", *sorted(FILES, key=SURE.__contains__)]
-OVERRIDABLE = ("seed", "data", "tokens_per_step")
-
-
-@dataclass(frozen=True)
-class Resume:
-    """What the user said about continuing: --resume and --override-resume."""
-
-    mode: str = "auto"
-    override: tuple[str, ...] = ()
-
-    def __post_init__(self) -> None:
-        if self.mode not in MODES:
-            raise UsageError(f"--resume {self.mode}: expected {', '.join(MODES)}")
-        for key in self.override:
-            if key not in OVERRIDABLE:
-                raise UsageError(f"--override-resume {key}: expected any of {', '.join(OVERRIDABLE)}")
+RECORDS = ["checkpoints", "tensorboard", "wandb", "hellaswag.json", *FILES]
 
 
 def find_checkpoint(run: Path, mode: str) -> tuple[Path | None, list[str]]:
@@ -69,13 +52,13 @@ def set_aside(run: Path) -> None:
 
     What is no record of a run stays where it is. UsageError for a folder that holds such things and no run.
     """
-    found = {p.name: p for p in sorted(run.glob("*")) if not p.name.startswith((".", "earlier-"))}
-    if found and not (found.keys() & SURE or checkpoints(run)):
-        some = ", ".join([*found][:3]) + f" and {len(found) - 3} more" * (len(found) > 3)
+    found = sorted(p for p in run.glob("*") if not p.name.startswith((".", "earlier-")))
+    records = [p for record in RECORDS for p in found if p.name.split(".damaged-")[0] == record]
+    if found and not any(p.name in FILES[-2:] for p in records) and not checkpoints(run):
+        some = ", ".join(p.name for p in found[:3]) + f" and {len(found) - 3} more" * (len(found) > 3)
         raise UsageError(
             f"{run} is no run, it holds {some}: --resume none moves nothing there; choose another {flag('run')}"
         )
-    records = [p for record in RECORDS for name, p in found.items() if name.split(".damaged-")[0] == record]
     if records:
         move_to_earlier(run, records)
 
@@ -103,27 +86,16 @@ def changes(before: dict[str, Any], now: dict[str, Any]) -> dict[str, list[Any]]
     return {key: [before.get(key), value] for key, value in now.items() if before.get(key) != value}
 
 
-def in_words(changed: dict[str, list[Any]]) -> str:
-    """
-    >>> in_words({"learning_rate": [0.003, 0.001], "world_size": [2, 4]})
-    'learning_rate 0.003 -> 0.001, world_size 2 -> 4'
-    """
-    return ", ".join(f"{key} {short(before)} -> {short(now)}" for key, (before, now) in changed.items())
-
-
-def short(value: Any) -> str:
-    return f"{value[:12]}..." if isinstance(value, str) and len(value) == 64 else str(value)
-
-
-def check_identity(saved: dict[str, Any], now: dict[str, Any], run: Path, resume: Resume) -> dict[str, list[Any]]:
+def check_identity(
+    saved: dict[str, Any], now: dict[str, Any], run: Path, override: Sequence[str]
+) -> dict[str, list[Any]]:
     """What differs and was overridden; UsageError with the difference when any of it was not."""
     changed = changes({"optimizer": "adamw"} | saved, now)  # the only one until November 2026
-    refused = {key: values for key, values in changed.items() if key not in resume.override}
+    refused = {key: values for key, values in changed.items() if key not in override}
     if refused:
-        keys = [key for key in refused if key in OVERRIDABLE]
-        override = f", or go on all the same with --override-resume {' '.join(keys)}"
-        raise UsageError(
-            f"{run} holds another run ({in_words(refused)}): choose a new {flag('run')}"
-            + (override if len(keys) == len(refused) else "")
-        )
+        words = ", ".join(f"{key} {before!s:.12} -> {now!s:.12}" for key, (before, now) in refused.items())
+        way_out = ""
+        if refused.keys() <= set(OVERRIDABLE):
+            way_out = f", or go on all the same with --override-resume {' '.join(refused)}"
+        raise UsageError(f"{run} holds another run ({words}): choose a new {flag('run')}{way_out}")
     return changed

@@ -23,22 +23,24 @@ from threading import Thread
 from types import TracebackType
 from typing import Any
 
-from tqdm import tqdm
-
-from aymen_gpt.errors import CannotWrite, DataError, Stopped, printable, redact
-from aymen_gpt.files import free_name, json_object, lock, read_json, replace_text, set_aside, write_whole
+from aymen_gpt.errors import DataError, Stopped, printable, redact
+from aymen_gpt.files import free_name, json_object, lock, read_json, replace_text, write_whole
 from aymen_gpt.wording import duration, percent
 
 FILES = ["config.json", "samples.jsonl", "failure.json", "report.html", "metrics.jsonl", "status.json"]
+PAUSE = 5.0  # seconds between two lines on the console, where nothing rare happens
 
-Tracker = Callable[[dict[str, Any]], object]  # is given every row of metrics.jsonl
+
+def now() -> str:
+    return datetime.now(UTC).isoformat(timespec="seconds")
 
 
 class RunLog:
     """Writes the run folder and the console. ``with`` holds the folder's lock and ends with a last status.
 
     A disk that is full does not stop a run for the sake of its log: lines wait in memory until they can be
-    written.
+    written. ``refresh`` is told of the folder after each validation and at the end, ``track`` of every row of
+    metrics.jsonl.
     """
 
     def __init__(
@@ -46,19 +48,14 @@ class RunLog:
         folder: Path,
         steps: int,
         refresh: Callable[[Path], object] = lambda folder: None,
-        track: Tracker | None = None,
+        track: Callable[[dict[str, Any]], object] | None = None,
     ) -> None:
-        self.folder = folder
-        self.refresh = refresh  # told of the folder after each validation and at the end
-        self.track = track
-        self.steps = steps
+        self.folder, self.steps, self.refresh, self.track = folder, steps, refresh, track
         self.step = 0
-        self.bar: tqdm[Any] | None = None
-        self._started = False
+        self._started: tuple[float, int] | None = None  # when, and after which step
         self._waiting: dict[str, str] = {}  # text by file that could not be appended yet
         self._warned = False
         self._last_line = 0.0
-        self._began = (0.0, 0)  # when, and after which step
         self._drawing: Thread | None = None
 
     def __enter__(self) -> "RunLog":
@@ -67,12 +64,10 @@ class RunLog:
         return self
 
     def __exit__(self, kind: type | None, error: BaseException | None, trace: TracebackType | None) -> None:
-        if self.bar is not None:
-            self.bar.close()
         if self._started:
-            state = "done" if kind is None else "stopped" if kind is Stopped else "failed"
-            self.status(state, str(error or ""))
-            self._append_waiting()
+            self.status("done" if kind is None else "stopped" if kind is Stopped else "failed", str(error or ""))
+            for name in self._waiting:
+                self._append(name, "")
             if self._drawing:
                 self._drawing.join()
             self.refresh(self.folder)
@@ -84,22 +79,15 @@ class RunLog:
 
     def say(self, text: str) -> None:
         """A line for the person who watches; standard error, so that output can be piped."""
-        text = printable(text)
-        tqdm.write(text, file=sys.stderr) if self.bar is not None else print(text, file=sys.stderr, flush=True)
+        print(printable(text), file=sys.stderr, flush=True)
 
     def status(self, state: str, message: str = "") -> None:
-        value = {
-            "state": state,
-            "step": self.step,
-            "steps": self.steps,
-            "message": message,
-            "updated": datetime.now(UTC).isoformat(timespec="seconds"),
-        }
-        self._replace("status.json", json.dumps(redact(value), indent=2) + "\n")
+        found = {"state": state, "step": self.step, "steps": self.steps, "message": message, "updated": now()}
+        self._replace("status.json", found)
 
     def failure(self, found: dict[str, Any]) -> None:
         """Keep what is known of the step that ended the run."""
-        self._replace("failure.json", json.dumps(found, indent=2) + "\n")
+        self._replace("failure.json", found)
 
     def start(self, config: dict[str, Any], step: int | None, changed: dict[str, list[Any]] | None = None) -> None:
         """Begin (None), or go on after ``step``: what was logged past it will be done, and logged, again.
@@ -107,87 +95,53 @@ class RunLog:
         ``changed`` is what is not as it was when the checkpoint was taken; config.json keeps it, start by start.
         """
         self.step = step or 0
-        self._began = time.monotonic(), self.step
-        self._started = True
-        self._tell_start(step, changed or {})
-        for name in FILES:
-            path = self.folder / name
-            if path.exists() and not path.is_file():
-                self._set_aside(name, f"{path} is a folder or a pipe, not a file")
-        history = self._history()
-        if step is None:
-            history = []
-        if history:
-            history[-1].setdefault("ended", self._last_updated())
-        now = {key: config.get(key) for key in ("started", "command")}
-        history.append({"step": self.step, **now, "changed": changed or {}})
-        first = history[0].get("started") or config.get("started")
-        config = config | {"started": first, "history": history}
-        self._replace("config.json", json.dumps(redact(config), indent=2) + "\n")
-        last = -1 if step is None else step
-        self._keep_up_to("metrics.jsonl", last, lambda line: json_object(line)["step"])
-        self._keep_up_to("samples.jsonl", self.last_step(), lambda line: json_object(line)["step"])
-        self.status("running")
-        if sys.stderr.isatty():
-            self.bar = tqdm(total=self.steps, initial=self.step, unit="step", dynamic_ncols=True)
-
-    def _tell_start(self, step: int | None, changed: dict[str, list[Any]]) -> None:
-        if step is None:
-            return self.say(f"starting at step 0 of {self.steps}")
-        self.say(f"resuming from step {step}")
-        for key, (before, now) in changed.items():
+        self._started = time.monotonic(), self.step
+        self.say(f"starting at step 0 of {self.steps}" if step is None else f"resuming from step {step}")
+        for key, (before, after) in (changed or {}).items():
             note = ", same data order" if key == "world_size" else ""
-            self.say(f"changed since then: {key} {before} -> {now}{note}")
+            self.say(f"changed since then: {key} {before} -> {after}{note}")
+        history = [] if step is None else self._history()
+        history.append({"step": self.step, "changed": changed or {}})
+        history[-1] |= {key: config.get(key) for key in ("started", "command")}
+        started = history[0].get("started") or config.get("started")
+        self._replace("config.json", config | {"started": started, "history": history})
+        self._keep_up_to("metrics.jsonl", -1 if step is None else step)
+        self._keep_up_to("samples.jsonl", self.last_step())  # a kill can come between a step's samples and its row
+        self.status("running")
 
     def _history(self) -> list[dict[str, Any]]:
-        """The starts that config.json tells of."""
+        """The starts that config.json tells of, the last one with the last sign of life since."""
         path = self.folder / "config.json"
-        if not path.exists():
-            return []
         try:
-            history = read_json(path).get("history")
-            if not isinstance(history, list) or not all(
-                isinstance(start, dict) and isinstance(start.get("started"), str | None) for start in history
-            ):
-                raise DataError(f"{path} does not have the starts of a run")
+            history = read_json(path).get("history") or []
         except DataError as error:
-            self._set_aside(path.name, error)
+            if path.exists():
+                self._set_aside(path, str(error))
             return []
+        if history:
+            with suppress(DataError):
+                history[-1].setdefault("ended", read_json(self.folder / "status.json").get("updated"))
         return history
 
-    def _last_updated(self) -> Any:
-        """When the part of the run before this one gave its last sign of life."""
-        with suppress(DataError):
-            return read_json(self.folder / "status.json").get("updated")
-
-    def _set_aside(self, name: str, why: object, content: bytes | None = None) -> None:
-        """Keep what cannot be used under another name: the file itself, or its ``content`` beside it."""
-        path = self.folder / name
-        if content is None:
-            kept = set_aside(path)
-        else:
-            kept = free_name(path.with_name(f"{name}.damaged"))
-            write_whole(kept, content)
+    def _set_aside(self, path: Path, why: str) -> None:
+        """Keep a copy of a file that is damaged, and so about to be replaced."""
+        kept = free_name(path.with_name(f"{path.name}.damaged"))
+        write_whole(kept, path.read_bytes())
         self.say(f"warning: {why}; set aside as {kept.name}")
 
-    def _keep_up_to(self, name: str, step: int, step_of: Callable[[bytes], int]) -> None:
+    def _keep_up_to(self, name: str, step: int) -> None:
         """Drop the lines of a log past ``step``, a last one that a kill cut short, and those that are damaged."""
-        path = self.folder / name
-        try:
-            content = path.read_bytes()
-        except FileNotFoundError:
+        path, kept, n_bad = self.folder / name, [], 0
+        if not path.exists():
             return
-        except OSError as error:
-            return self._set_aside(name, f"cannot read {path}: {error.strerror}")
-        kept, n_bad = [], 0
-        for line in content.split(b"\n")[:-1]:
+        for line in path.read_bytes().split(b"\n")[:-1]:
             try:
-                if step_of(line) <= step:
+                if json_object(line)["step"] <= step:
                     kept.append(line + b"\n")
-            except (ValueError, KeyError, IndexError, TypeError):
+            except (ValueError, KeyError, TypeError):
                 n_bad += 1
         if n_bad:
-            self._set_aside(name, f"{path} has damaged lines ({n_bad:,}), the others stay", content)
+            self._set_aside(path, f"{path} has damaged lines ({n_bad:,}), the others stay")
         write_whole(path, b"".join(kept))
 
     def last_step(self) -> int:
@@ -204,38 +158,35 @@ class RunLog:
         self._append("metrics.jsonl", json.dumps(row, allow_nan=False) + "\n")
         if self.track:
             self.track(row)
-        self._show(row)
+        rare = row.keys() & {"val_loss", "hellaswag", "skipped"} or self.step == self.steps
+        if rare or time.monotonic() - self._last_line >= PAUSE:
+            self._last_line = time.monotonic()
+            self.say(console_line(row, self.steps) + self._time_left())
+        if "skipped" in row:
+            self.say(skipped_line(row))
         if "val_loss" in row:
             self.status("running")
-            self._draw()
+            if self._drawing is None or not self._drawing.is_alive():  # beside the training
+                self._drawing = Thread(target=self.refresh, args=(self.folder,), name="report")
+                self._drawing.start()
 
     def samples(self, written: list[dict[str, Any]]) -> None:
         """Log what the model wrote after a step; the row of that step is written next."""
         self._append("samples.jsonl", "".join(json.dumps(sample) + "\n" for sample in written))
 
-    def _draw(self) -> None:
-        """Have the report drawn beside the training, unless the last drawing is still under way."""
-        if self._drawing is None or not self._drawing.is_alive():
-            self._drawing = Thread(target=self.refresh, args=(self.folder,), name="report")
-            self._drawing.start()
-
     def _append(self, name: str, text: str) -> None:
+        """Add text to a file, with all that could not be added before."""
         self._waiting[name] = self._waiting.get(name, "") + text
-        self._append_waiting()
-
-    def _append_waiting(self) -> None:
-        for name, text in self._waiting.items():
-            try:
-                append(self.folder / name, text)
-            except OSError as error:
-                self._warn(name, error)
-            else:
-                self._waiting[name] = ""
-
-    def _replace(self, name: str, text: str) -> None:
         try:
-            replace_text(self.folder / name, text)
-        except CannotWrite as error:
+            append(self.folder / name, self._waiting[name])
+            self._waiting[name] = ""
+        except OSError as error:
+            self._warn(name, error)
+
+    def _replace(self, name: str, value: dict[str, Any]) -> None:
+        try:
+            replace_text(self.folder / name, json.dumps(redact(value), indent=2) + "\n")
+        except OSError as error:
             self._warn(name, error)
 
     def _warn(self, name: str, error: OSError) -> None:
@@ -244,22 +195,10 @@ class RunLog:
             why = error.strerror or error
             self.say(f"warning: cannot write {name}: {why}; training goes on, the log waits in memory")
 
-    def _show(self, row: dict[str, Any]) -> None:
-        rare = "val_loss" in row or "hellaswag" in row or "skipped" in row or self.step == self.steps
-        if self.bar is not None:
-            self.bar.update(self.step - self.bar.n)
-            if "loss" in row:
-                self.bar.set_postfix_str(console_line(row, self.steps).partition(" | ")[2], refresh=False)
-        if rare or (self.bar is None and time.monotonic() - self._last_line >= 5.0):
-            self._last_line = time.monotonic()
-            self.say(console_line(row, self.steps) + self._time_left())
-        if "skipped" in row:
-            self.say(skipped_line(row))
-
     def _time_left(self) -> str:
         """How long the rest of the run takes at this start's pace, validation and scores included, or nothing."""
-        began, first = self._began
-        if self.bar is not None or not first < self.step < self.steps:  # a bar says it itself
+        began, first = self._started or (0.0, self.step)
+        if not first < self.step < self.steps:
             return ""
         return f" | {duration((time.monotonic() - began) / (self.step - first) * (self.steps - self.step))} left"
 

@@ -9,7 +9,7 @@ import gc
 import math
 import time
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -37,7 +37,6 @@ from aymen_gpt.training.guard import Guard
 from aymen_gpt.training.muon import Muon, zero_residual_projections
 from aymen_gpt.training.plan import dealt
 from aymen_gpt.training.resume import (
-    Resume,
     changes,
     check_identity,
     find_checkpoint,
@@ -268,9 +267,11 @@ class Trainer:
             written.append({"step": step, "prompt": encoding.decode(prompt), "text": text})
         return written
 
-    def resume(self, folder: Path, log: RunLog | None, how: Resume) -> tuple[Row | None, dict[str, Any]]:
+    def resume(
+        self, folder: Path, log: RunLog | None, mode: str, override: Sequence[str]
+    ) -> tuple[Row | None, dict[str, Any]]:
         """Go to the newest checkpoint that verifies: its row (None: a new start), and what changed."""
-        newest, notices = self.ranks.first(lambda: find_checkpoint(folder, how.mode))
+        newest, notices = self.ranks.first(lambda: find_checkpoint(folder, mode))
         if newest is None and self.initial is not None:
             self.model.load_state_dict(self.initial().state_dict())
             notices.append(f"weights of {self.config.init_from}; no optimizer state: the schedule begins anew")
@@ -279,7 +280,7 @@ class Trainer:
         if newest is None:
             return None, {}
         saved = checkpoint.read_snapshot(newest)
-        changed = check_identity(saved.identity, self.identity, folder, how)
+        changed = check_identity(saved.identity, self.identity, folder, override)
         checkpoint.restore(newest, self.model, self.optimizer)
         self.guard.restore(saved.guard)
         if saved.scaler:  # none where the steps before were not in float16
@@ -305,7 +306,8 @@ class Trainer:
         log: RunLog | None,
         stop: StopSignal,
         describe: Callable[[], dict[str, Any]] = dict,
-        how: Resume | None = None,
+        mode: str = "auto",
+        override: Sequence[str] = (),
     ) -> None:
         """Train to ``config.steps``, from wherever the folder's newest checkpoint is. ``log`` is the first rank's.
 
@@ -314,7 +316,7 @@ class Trainer:
         checkpoint could be saved.
         """
         c = self.config
-        row, changed = self.resume(folder, log, how or Resume())
+        row, changed = self.resume(folder, log, mode, override)
         step = row["step"] if row else 0
         if step >= c.steps and self.ranks.first(lambda: is_finished(folder, step)):
             if log:
@@ -332,7 +334,7 @@ class Trainer:
             self.report(log, row)  # killed between the checkpoint and its row
         warn = log.say if log else print
         with (
-            checkpoint.Saver(folder, keep_last=c.keep_last, keep_every=c.keep_every, warn=warn) as saver,
+            checkpoint.Saver(folder, warn, keep_last=c.keep_last, keep_every=c.keep_every) as saver,
             ThreadPoolExecutor(1, "batches") as reader,
             no_garbage_collection(),
         ):
