@@ -43,10 +43,10 @@ def trained(seed=0, updates=2):
     return model, optimizer
 
 
-def save(run, step=2, model_and_optimizer=None, keep_last=3, keep_every=0):
+def save(run, step=2, model_and_optimizer=None, keep_last=3, keep=lambda step: False):
     model, optimizer = model_and_optimizer or trained(updates=0)
     captured = checkpoint.capture(model, optimizer)
-    return checkpoint.publish(run, captured, snapshot(step), keep_last=keep_last, keep_every=keep_every)
+    return checkpoint.publish(run, captured, snapshot(step), keep_last=keep_last, keep=keep)
 
 
 def snapshot(step=2):
@@ -78,7 +78,7 @@ def test_restoring_gives_back_every_bit_of_the_moment_of_start_whatever_training
     """The weights are changed right after start returns, while the files are being written."""
     model, optimizer = trained()
     before, befores_optimizer = trained()
-    with checkpoint.Saver(tmp_path, print, keep_last=3, keep_every=0) as saver:
+    with checkpoint.Saver(tmp_path, print, keep_last=3, keep=lambda step: False) as saver:
         saver.start(model, optimizer, snapshot(2))
         with torch.no_grad():
             for p in model.parameters():
@@ -98,7 +98,7 @@ def test_the_newest_whole_ones_are_kept_and_milestones_and_later_ones_too(tmp_pa
     read = []
     monkeypatch.setattr(folders, "sha256", lambda path: read.append(path) or sha256(path))
     for step in range(1, 8):
-        save(tmp_path / "a", step, keep_last=2, keep_every=3)
+        save(tmp_path / "a", step, keep_last=2, keep=lambda step: step in (3, 6))
     assert steps(tmp_path / "a") == [7, 6, 3]
     assert len(read) == 7 * len(TRAINING)  # each is read back once in a process
     for step in (10, 20, 30):
@@ -186,7 +186,7 @@ def test_a_save_that_fails_in_the_middle_of_a_file_leaves_nothing_and_harms_noth
 def test_a_failed_save_is_told_counted_and_forgotten_by_the_next_good_one(tmp_path, monkeypatch):
     told = []
     model, optimizer = trained()
-    with checkpoint.Saver(tmp_path, told.append, keep_last=3, keep_every=0) as saver:
+    with checkpoint.Saver(tmp_path, told.append, keep_last=3, keep=lambda step: False) as saver:
         with monkeypatch.context() as full:
             full.setattr(checkpoint.shutil, "disk_usage", lambda path: SimpleNamespace(free=1_000_000))
             for step in (1, 2):

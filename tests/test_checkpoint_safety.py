@@ -24,7 +24,7 @@ from aymen_gpt.training.guard import Guard
 from aymen_gpt.training.resume import find_checkpoint
 
 CONFIG = GPTConfig(block_size=4, vocab_size=50, n_layer=1, n_head=1, n_embd=4)
-KEEP = {"keep_last": 2, "keep_every": 5}
+KEEP = {"keep_last": 2, "keep": lambda step: step % 5 == 0}
 FILES = ("config.json", "state.json", "model.safetensors", "optimizer.safetensors", "manifest.json")
 SAVE = "aymen_gpt.training.checkpoint"
 FUNCTIONS = [f"{SAVE}:{name}" for name in ("write_json", "save_file", "sync", "_write_manifest", "_drop_old")]
@@ -60,7 +60,7 @@ def save(run, step, **keep):
 def reference(step):
     """The bytes of a checkpoint that nothing ever happened to."""
     with tempfile.TemporaryDirectory() as folder:
-        saved = save(Path(folder), step, keep_last=2)
+        saved = save(Path(folder), step, keep_last=2, keep=KEEP["keep"])
         return {name: (saved / name).read_bytes() for name in FILES}
 
 
@@ -108,7 +108,7 @@ class Story:
             assert before[-1:] == [s for s in after if s in before][-1:], "the newest whole checkpoint is gone"
             return self.start()
         earlier = [s for s in before if s < step]
-        kept = {*earlier[-KEEP["keep_last"] + 1 :], *(s for s in earlier if s % KEEP["keep_every"] == 0)}
+        kept = {*earlier[-KEEP["keep_last"] + 1 :], *(s for s in earlier if KEEP["keep"](s))}
         assert after == sorted({*kept, step, *(s for s in before if s > step)})
 
     def start(self):

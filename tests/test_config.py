@@ -120,6 +120,13 @@ def test_a_number_out_of_its_range_is_refused_and_its_ends_are_not(f):
         check(f, value)
 
 
+def test_steps_to_keep_are_whole_numbers_with_commas_between():
+    assert resolve({"keep_also": "20, 100,5"}).kept_steps == {5, 20, 100}
+    for wrong in ("a", "1;2", "1,,2", "-1", "1.5"):
+        with pytest.raises(UsageError, match=f"--keep-also {wrong}: expected steps with commas between them"):
+            resolve({"keep_also": wrong})
+
+
 @pytest.mark.parametrize(
     ("name", "word"),
     [("micro_batch", "auto"), ("grad_clip", "off"), ("val_every", "end"), ("hellaswag_every", "never"),

@@ -130,7 +130,7 @@ def test_the_real_set_stands_beside_anchors_of_its_own_protocol(score, model):
 MISTAKES = [
     (2, "--limit -1: expected a whole number from 1", "--limit -1"),
     (2, "--batch-tokens -4: expected a whole number from 1", "--batch-tokens -4"),
-    (2, "--protocol invalid choice: 'mean' (choose from", "--protocol mean"),
+    (2, "--protocol mean: expected completion, harness, both", "--protocol mean"),
     (2, "there is no option --modle; did you mean --model?", "--modle x"),
     (2, "--model '': expected a name", "-m ''"),
     (2, "--json '': expected a name", "--json="),

@@ -33,7 +33,7 @@ def run(tmp_path_factory):
     """A run with checkpoints of three steps."""
     folder = tmp_path_factory.mktemp("play")
     words = ["--preset", "tiny", "--data", make_shards(folder / "shards"), "--run-dir", folder / "little run"]
-    words += ["--steps", 6, "--checkpoint-every", 2, "--keep-last", 3, "--device", "cpu"]
+    words += ["--steps", 6, "--checkpoint-every", 3, "--keep-last", 2, "--keep-also", 1, "--device", "cpu"]
     command("pretrain", list(map(str, words)))
     return folder / "little run"
 
@@ -74,7 +74,7 @@ def ask(port, path="/v1/completions", headers={}, **body):  # noqa: B006
 def test_completions_are_what_generate_writes_and_openais_client_reads_them(served, port):
     openai = pytest.importorskip("openai")
     client = openai.OpenAI(base_url=f"http://127.0.0.1:{port}/v1", api_key="none", max_retries=0)
-    assert [model.id for model in client.models.list()] == [NAME, *(f"{NAME}:{step}" for step in (2, 4, 6))]
+    assert [model.id for model in client.models.list()] == [NAME, *(f"{NAME}:{step}" for step in (1, 3, 6))]
     options = {"model": NAME, "prompt": "The function", "max_tokens": 20, "temperature": 0.9, "seed": 7}
     whole = client.completions.create(**options, n=2, logprobs=3)
     ids = tokenizer.encode("The function").tolist()
@@ -87,7 +87,7 @@ def test_completions_are_what_generate_writes_and_openais_client_reads_them(serv
     streamed = list(client.completions.create(**options, stream=True))
     assert "".join(part.choices[0].text for part in streamed) == whole.choices[0].text
     assert [part.choices[0].finish_reason for part in streamed if part.choices[0].finish_reason] == ["length"]
-    earlier = client.completions.create(**options | {"model": f"{NAME}:2"}, logprobs=3)
+    earlier = client.completions.create(**options | {"model": f"{NAME}:1"}, logprobs=3)
     assert earlier.choices[0].logprobs.token_logprobs[0] != whole.choices[0].logprobs.token_logprobs[0]
     with pytest.raises(openai.BadRequestError, match="the prompt has 65 tokens, the model reads 64"):
         client.completions.create(**options | {"prompt": [1] * 65})
@@ -185,7 +185,7 @@ def test_attention_and_losses_of_a_text(served, port):
         ),
         (b'{"model": "little run", "temperature": -1}', 400, "temperature: "),
         (b'{"model": "../../etc", "prompt": "a"}', 404, "there is no model '../../etc'"),
-        (b'{"model": "little run:3", "prompt": "a"}', 404, "there is no model 'little run:3'"),
+        (b'{"model": "little run:2", "prompt": "a"}', 404, "there is no model 'little run:2'"),
         (b'{"prompt": "' + b"a" * 2**20 + b'"}', 413, "a request may have 1,048,576 bytes"),
         (b'{"model": "little run", "prompt": "' + b"ab " * 300_000 + b'"}', 400, "the model reads 64"),
     ],
@@ -301,7 +301,7 @@ def test_a_client_that_goes_away_stops_its_text_and_leaves_the_line(run, monkeyp
         read_until(clients[2], b"data: {")
         clients[2].close()
         until(lambda: waiting(port) == 0 and len(closed) == 2)
-        other = f"{NAME}:2"
+        other = f"{NAME}:3"
         answer = [raw(port, model=name) for name in (NAME, other)]  # two models take turns
         for client in answer:
             read_until(client, b"data: {")
@@ -318,14 +318,14 @@ def test_few_models_stay_in_memory_and_a_training_is_followed(run, tmp_path):
     (tmp_path / "later").rename(newest)
     assert models.read(served.load("copy"), [1, 2], 0) != before
     assert served.load("copy") is served.load("copy:6")
-    for step in (2, 4, 6):
+    for step in (1, 3, 6):
         served.load(f"copy:{step}")
     assert len(served._loaded) == 3
     (newest / "model.safetensors").write_bytes(b"")
     served._loaded.clear()
     with pytest.raises(DataError, match="step-000000006 is damaged"):
         served.load("copy:6")
-    assert served.load("copy") is served.load("copy:4")
+    assert served.load("copy") is served.load("copy:3")
 
 
 @pytest.fixture(scope="module")
@@ -372,7 +372,7 @@ def test_the_page_writes_tells_probabilities_travels_and_stops(browser, port, wi
     page.locator("#step").press("Home")
     expect(page.locator("#answers article")).to_have_count(1)
     page.click("#all")
-    expect(page.locator("#answers h3")).to_have_text(["step 2", "step 4", "step 6"])
+    expect(page.locator("#answers h3")).to_have_text(["step 1", "step 3", "step 6"])
     for i in range(3):
         expect(page.locator("#answers .tokens").nth(i)).to_have_text(re.compile("^The list.{20}", re.DOTALL))
 

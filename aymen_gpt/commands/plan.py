@@ -89,7 +89,7 @@ def data_lines(c: TrainConfig) -> list[str]:
 
 def disk_lines(c: TrainConfig) -> list[str]:
     one = plan.checkpoint_bytes(c.model)
-    n = c.keep_last + 1 + (c.steps // c.keep_every if c.keep_every else 0)
+    n = c.keep_last + 1 + (c.steps // c.keep_every if c.keep_every else 0) + len(c.kept_steps)
     return [f"disk      {gb(one)} a checkpoint, {gb(n * one)} for the {n} that are kept or being written"]
 
 

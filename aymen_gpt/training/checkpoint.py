@@ -96,11 +96,11 @@ def first_not_finite(tensors: Tensors) -> str | None:
 
 
 def publish(
-    run: Path, captured: Capture, snapshot: Snapshot, *, keep_last: int, keep_every: int | None = None
+    run: Path, captured: Capture, snapshot: Snapshot, *, keep_last: int, keep: Callable[[int], bool]
 ) -> Path:
     """Write the checkpoint of ``snapshot.step``, then drop old ones; its folder.
 
-    The newest ``keep_last`` stay, and those whose step is a multiple of ``keep_every``. What is written is read
+    The newest ``keep_last`` stay, and those whose step ``keep`` says yes to. What is written is read
     back before it gets its name. Raises CannotWrite when that fails, the disk is full or read-only; older
     checkpoints are untouched then. A whole checkpoint of this step stays, anything else there is set aside.
     """
@@ -118,7 +118,7 @@ def publish(
         raise CannotWrite(f"cannot save step {snapshot.step} in {final.parent}: {reason}") from error
     finally:
         shutil.rmtree(partial, ignore_errors=True)
-    _drop_old(run, snapshot.step, keep_last, keep_every)
+    _drop_old(run, snapshot.step, keep_last, keep)
     return final
 
 
@@ -152,8 +152,8 @@ def _write_folder(folder: Path, captured: Capture, snapshot: Snapshot) -> None:
         raise OSError(errno.EIO, f"what was written reads otherwise ({wrong})")
 
 
-def _drop_old(run: Path, step: int, keep_last: int, keep_every: int | None) -> None:
-    """Delete what is older than the newest ``keep_last`` whole checkpoints up to ``step``, milestones excepted.
+def _drop_old(run: Path, step: int, keep_last: int, keep: Callable[[int], bool]) -> None:
+    """Delete what is older than the newest ``keep_last`` whole checkpoints up to ``step``, but for those to keep.
 
     To count the whole ones costs little: the newest was hashed a moment ago, the others once in this process.
     Damaged ones and folders of others do not count, and stay if their manifest does not have their step.
@@ -164,7 +164,7 @@ def _drop_old(run: Path, step: int, keep_last: int, keep_every: int | None) -> N
             continue
         if kept < keep_last:
             kept += unusable(old, remember=True) is None
-        elif not (keep_every and step_of(old) % keep_every == 0) and problem(old, needed=()) is None:
+        elif not keep(step_of(old)) and problem(old, needed=()) is None:
             gone = old.with_name(f".tmp-{old.name}-{os.getpid()}")
             with suppress(OSError):
                 old.rename(gone)  # at once, however long the deletion takes
@@ -243,8 +243,10 @@ def restore(folder: Path, model: GPT, optimizer: torch.optim.Optimizer) -> Snaps
 class Saver:
     """Publishes checkpoints in a thread while training goes on; leaving the ``with`` waits for the last one."""
 
-    def __init__(self, run: Path, warn: Callable[[str], None], **keep: int | None) -> None:
-        self.run, self.warn, self.keep = run, warn, keep  # keep_last and keep_every, as publish has them
+    def __init__(
+        self, run: Path, warn: Callable[[str], None], keep_last: int, keep: Callable[[int], bool]
+    ) -> None:
+        self.run, self.warn, self.keep_last, self.keep = run, warn, keep_last, keep  # as publish has them
         self.failures = 0  # in a row
         self.error: Exception | None = None  # of the newest save
         self._thread = Thread()
@@ -269,7 +271,7 @@ class Saver:
 
     def _publish(self, captured: Capture, snapshot: Snapshot) -> None:
         try:
-            publish(self.run, captured, snapshot, **self.keep)  # type: ignore[arg-type]
+            publish(self.run, captured, snapshot, keep_last=self.keep_last, keep=self.keep)
             self.error, self.failures = None, 0
         except Exception as error:  # a thread has nobody to raise to
             self.error = error

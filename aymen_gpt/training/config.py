@@ -157,6 +157,11 @@ class TrainConfig:
         "none",
         default=None,
     )
+    keep_also: str | None = option(
+        "write a checkpoint at these steps too and keep it, as 20,100,500: play shows what it wrote then",
+        "watching",
+        default=None,
+    )
     track: str | None = option("also send the numbers to tensorboard, wandb or trackio", "watching", default=None)
 
     def __post_init__(self) -> None:
@@ -165,6 +170,7 @@ class TrainConfig:
         for name, known in (("optimizer", OPTIMIZERS), ("schedule", SCHEDULES)):
             if (value := getattr(self, name)) not in known:
                 raise UsageError(f"{flag(name)} {value}: expected {' or '.join(known)}{nearest(value, known)}")
+        self.kept_steps  # noqa: B018  # or its UsageError
         for name, divisor in (("tokens_per_step", "block_size"), ("n_embd", "n_head")):
             value, unit = getattr(self, name), getattr(self, divisor)
             if value % unit:
@@ -179,6 +185,20 @@ class TrainConfig:
         from aymen_gpt.model.gpt import GPTConfig
 
         return GPTConfig(block_size=self.block_size, n_layer=self.n_layer, n_head=self.n_head, n_embd=self.n_embd)
+
+    @property
+    def kept_steps(self) -> frozenset[int]:
+        """The steps of --keep-also. UsageError when they are no whole numbers with commas between them."""
+        words = self.keep_also.split(",") if self.keep_also else []
+        if not all(word.strip().isdecimal() for word in words):
+            raise UsageError(
+                f"--keep-also {self.keep_also}: expected steps with commas between them, as 20,100,500"
+            )
+        return frozenset(map(int, words))
+
+    def is_milestone(self, step: int) -> bool:
+        """Whether the checkpoint of a step is kept for good."""
+        return step in self.kept_steps or bool(self.keep_every and step % self.keep_every == 0)
 
     @property
     def rows_per_step(self) -> int:
@@ -276,6 +296,7 @@ RECIPES: dict[str, dict[str, Any]] = {
         "hellaswag_every": 500,
         "hellaswag_limit": 250,
         "checkpoint_every": 100,
+        "keep_also": "30,100,300",
     },
     "tiny": {
         "data": "data/builtin",

@@ -334,7 +334,7 @@ class Trainer:
             self.report(log, row)  # killed between the checkpoint and its row
         warn = log.say if log else print
         with (
-            checkpoint.Saver(folder, warn, keep_last=c.keep_last, keep_every=c.keep_every) as saver,
+            checkpoint.Saver(folder, warn, keep_last=c.keep_last, keep=c.is_milestone) as saver,
             ThreadPoolExecutor(1, "batches") as reader,
             no_garbage_collection(),
         ):
@@ -354,7 +354,8 @@ class Trainer:
                 last = step == c.steps
                 if last or (c.val_every and step % c.val_every == 0):
                     row["val_loss"] = finite(self.validation_loss())
-                if self.ranks.is_first and (last or stopping or step % c.checkpoint_every == 0):
+                due = step % c.checkpoint_every == 0 or step in c.kept_steps
+                if self.ranks.is_first and (last or stopping or due):
                     saver.start(self.model, self.optimizer, self.snapshot(row))
                 if step % c.checkpoint_every == 0:
                     gc.collect()  # now, and on all ranks at once
