@@ -32,6 +32,7 @@ HEADER_BYTES = 256 * 4
 CHECKED = ".checked.json"  # in a folder of shards: which files check_shards has read and found right
 CHUNK = 2**22  # tokens of a shard that are looked at together
 READERS = 4  # shards that are read at the same time to be checked
+_warn_once = functools.cache(warnings.warn)
 
 
 def shard_name(split: str, index: int, corpus: str = "edufineweb") -> str:
@@ -115,18 +116,15 @@ def _open_bin(path: Path) -> np.ndarray:
     return np.memmap(path, "<u2", "r", offset=offset, shape=(n_tokens,))
 
 
-def _map_npy(path: Path) -> np.ndarray:
-    """The tokens as the file has them: (n_tokens,) of any integer type; no pickle, no archive.
+def _open_npy(path: Path) -> np.ndarray:
+    """A row of integers of any type; no pickle, no archive.
 
     numpy reads only the header: asked to map a file itself, it crashes with some headers.
     """
     with path.open("rb") as file:
         try:
-            version = np.lib.format.read_magic(file)
-            read = {(1, 0): np.lib.format.read_array_header_1_0, (2, 0): np.lib.format.read_array_header_2_0}[
-                version
-            ]
-            shape, _, dtype = read(file)
+            major, minor = np.lib.format.read_magic(file)
+            shape, _, dtype = getattr(np.lib.format, f"read_array_header_{major}_{minor}")(file)
         except OSError:
             raise
         except Exception as error:  # ValueError, TypeError, RecursionError, MemoryError, tokenize's own, ...
@@ -137,25 +135,16 @@ def _map_npy(path: Path) -> np.ndarray:
         raise DataError(f"shard {path} holds {shape} {dtype}; a shard is a row of uint16")
     if (expected := offset + shape[0] * dtype.itemsize) != size:
         raise _damaged(path, f"is not a readable .npy array ({size:,} bytes, not {expected:,})")
-    return np.memmap(path, dtype, "r", offset=offset, shape=shape)
-
-
-def _open_npy(path: Path) -> np.ndarray:
-    tokens = _map_npy(path)
-    if tokens.dtype == np.dtype("<u2"):
+    tokens = np.memmap(path, dtype, "r", offset=offset, shape=shape)
+    if dtype == np.dtype("<u2"):
         return tokens
     low, high = int(tokens.min()), int(tokens.max())
     if low < 0 or high >= 2**16:
-        raise DataError(f"shard {path} holds {tokens.dtype} ids from {low} to {high}; they do not fit into uint16")
-    _tell_once(f"shard {path} holds {tokens.dtype}: read into memory as uint16")
+        raise DataError(f"shard {path} holds {dtype} ids from {low} to {high}; they do not fit into uint16")
+    _warn_once(f"shard {path} holds {dtype}: read into memory as uint16")
     converted = tokens.astype("<u2")
     converted.flags.writeable = False
     return converted
-
-
-@functools.cache
-def _tell_once(notice: str) -> None:
-    warnings.warn(notice, stacklevel=1)
 
 
 def list_shards(folder: Path, split: str) -> list[Path]:
@@ -200,8 +189,6 @@ def read_document_sources(shard: Path, n_documents: int) -> list[tuple[str | Non
     path = sources_path(shard)
     if not path.exists():
         return None
-    with _readable(path):
-        path.open("rb").close()
     try:  # from the path: Arrow's threads must hold no Python object when the process ends (they abort it)
         table = pq.read_table(path, columns=["id", "url"])
         rows = list(zip(table["id"].to_pylist(), table["url"].to_pylist(), strict=True))
@@ -230,30 +217,22 @@ def read_manifest(folder: Path) -> dict[str, Any] | None:
     except OSError as error:
         raise _unreadable(path, error) from None
     try:
-        return _manifest_of(content)
+        manifest = json_object(content)
+        if manifest.get("format", FORMAT) != FORMAT:
+            raise ValueError(f"it says {manifest['format']!r}; this version reads {FORMAT!r}")
+        checksum = manifest.pop("checksum", None)
+        if checksum not in (None, _hash(manifest)):
+            raise ValueError("its checksum is another")
+        if not _has(manifest, format=str, complete=bool, tokenizer=dict, shards=list):
+            raise ValueError("format, complete, tokenizer or shards is not as it should be")
+        for shard in manifest["shards"]:
+            if not _has(shard, file=str, tokens=int, sha256=str):
+                raise ValueError("file, tokens or sha256 of a shard is not as it should be")
+            if not re.fullmatch(r"\w[\w.-]*\.(bin|npy|arrow)", shard["file"]):
+                raise ValueError(f"unsafe path {shard['file']!r}")
     except ValueError as error:
         again = "fineweb.py with the same options prepares the text anew, pretrain.py takes the shards as they are"
-        raise DataError(f"{path} {error}: delete it, then {again}") from None
-
-
-def _manifest_of(content: bytes) -> dict[str, Any]:
-    """The manifest in these bytes; ValueError, with the reason, when it cannot be used."""
-    try:
-        manifest = json_object(content)
-    except ValueError as error:
-        raise ValueError(f"is damaged ({error})") from None
-    if manifest.get("format", FORMAT) != FORMAT:
-        raise ValueError(f"says {manifest['format']!r}; this version reads {FORMAT!r}")
-    checksum = manifest.pop("checksum", None)
-    if checksum not in (None, _hash(manifest)):
-        raise ValueError("is damaged (its checksum is another)")
-    if not _has(manifest, format=str, complete=bool, tokenizer=dict, shards=list):
-        raise ValueError("is damaged (format, complete, tokenizer or shards is not as it should be)")
-    for shard in manifest["shards"]:
-        if not _has(shard, file=str, tokens=int, sha256=str):
-            raise ValueError("is damaged (file, tokens or sha256 of a shard is not as it should be)")
-        if not re.fullmatch(r"\w[\w.-]*\.(bin|npy|arrow)", shard["file"]):
-            raise ValueError(f"lists the unsafe path {shard['file']!r}")
+        raise DataError(f"{path} is damaged ({error}): delete it, then {again}") from None
     return manifest
 
 
@@ -286,7 +265,9 @@ def check_shards(folder: Path) -> str:
     if manifest := finished_manifest(folder):
         _check_folder(folder, manifest, {path.name for path in paths})
     recorded = {shard["file"]: shard["sha256"] for shard in manifest["shards"]} if manifest else {}
-    checked, versions = _read_checked(folder), {path.name: _version(path) for path in paths}
+    checked, versions = {}, {path.name: _version(path) for path in paths}
+    with suppress(DataError):
+        checked = read_json(folder / CHECKED)
     new = [path for path in paths if checked.get(path.name) != [*versions[path.name], recorded.get(path.name, "")]]
     with ThreadPoolExecutor(READERS) as pool:
         found = list(pool.map(lambda path: _read_through(path, recorded.get(path.name)), new))
@@ -314,12 +295,6 @@ def _take_in(folder: Path, manifest: dict[str, Any]) -> str:
     return f"{what}; it is written now, with their sha256"
 
 
-def _read_checked(folder: Path) -> dict[str, Any]:
-    with suppress(DataError):
-        return read_json(folder / CHECKED)
-    return {}
-
-
 def _version(path: Path) -> tuple[int, int, int]:
     with _readable(path):
         status = path.stat()
@@ -329,9 +304,11 @@ def _version(path: Path) -> tuple[int, int, int]:
 def _read_through(path: Path, sha256: str | None) -> dict[str, Any]:
     """The record of a shard for a manifest, of all its bytes. DataError for another sha256 or a wrong id."""
     tokens, documents = open_shard(path), 0
-    found = _sha256(path)
-    if sha256 and found != sha256:
-        raise _damaged(path, f"has {_differing(found, sha256)}")
+    if sha256 is None:
+        with _readable(path):
+            sha256 = files.sha256(path)
+    elif why := _difference(path, sha256):
+        raise _damaged(path, f"has {why}")
     for start in range(0, len(tokens), CHUNK):
         piece = tokens[start : start + CHUNK]
         documents += int(np.count_nonzero(piece == EOT))
@@ -339,16 +316,16 @@ def _read_through(path: Path, sha256: str | None) -> dict[str, Any]:
             at = int(np.argmax(piece >= VOCAB_SIZE))
             place = f"id {piece[at]} at position {start + at:,}"
             raise DataError(f"shard {path} has {place} (vocabulary {VOCAB_SIZE})")
-    return {"file": path.name, "tokens": len(tokens), "documents": documents, "sha256": found}
+    return {"file": path.name, "tokens": len(tokens), "documents": documents, "sha256": sha256}
 
 
-def _sha256(path: Path) -> str:
+def _difference(path: Path, sha256: str) -> str:
+    """How a file differs from what the manifest says of it, in words; "" when it does not."""
+    if not path.exists():
+        return "missing"
     with _readable(path):
-        return files.sha256(path)
-
-
-def _differing(found: str, sha256: str) -> str:
-    return f"sha256 {found[:12]}…, not {sha256[:12]}…"
+        found = files.sha256(path)
+    return "" if found == sha256 else f"sha256 {found[:12]}…, not {sha256[:12]}…"
 
 
 def _check_folder(folder: Path, manifest: dict[str, Any], present: set[str]) -> None:
@@ -374,15 +351,8 @@ def verify(folder: Path) -> dict[str, str]:
     manifest = read_manifest(folder)
     if manifest is None:
         raise DataError(f"{folder} has no {MANIFEST}, so there is nothing to compare its shards with")
-    recorded: dict[str, str] = {}
+    recorded = {shard["file"]: shard["sha256"] for shard in manifest["shards"]}
     for shard in manifest["shards"]:
-        recorded[shard["file"]] = shard["sha256"]
         if "documents_sha256" in shard:
             recorded[sources_path(Path(shard["file"])).name] = shard["documents_sha256"]
-    damaged = {}
-    for name, sha256 in recorded.items():
-        if not (folder / name).exists():
-            damaged[name] = "missing"
-        elif (found := _sha256(folder / name)) != sha256:
-            damaged[name] = _differing(found, sha256)
-    return damaged
+    return {name: why for name, sha256 in recorded.items() if (why := _difference(folder / name, sha256))}
