@@ -7,7 +7,6 @@ import os
 import re
 import threading
 import time
-from collections import Counter
 from dataclasses import replace
 from importlib.metadata import version
 from itertools import chain
@@ -29,24 +28,7 @@ from aymen_gpt.data.prepare import Preparation, PrepareOptions
 from aymen_gpt.data.shares import SharePreparation
 from aymen_gpt.errors import AymenError, CannotWrite, DataError, NetworkError, UsageError
 
-WORDS = [
-    "the",
-    "of",
-    "a",
-    "model",
-    "language",
-    "was",
-    "in",
-    "text",
-    "data",
-    "and",
-    "\n",
-    "12",
-    "<|endoftext|>",
-    "é",
-]
-
-
+WORDS = ["the", "of", "a", "model", "language", "was", "in", "text", "data", "\n", "12", "<|endoftext|>", "é"]
 REAL_WRITE = pq.write_table
 
 
@@ -114,23 +96,17 @@ def options(tmp_path):
 ALL_TEXTS = make_texts(170, 1) + make_texts(160, 2) + make_texts(130, 3)
 
 
-def test_the_shards_hold_every_document_behind_its_separator_in_source_order(options):
+def test_the_shards_hold_every_document_behind_its_separator_as_the_manifest_says(options):
     summary = prepared(options)
-    found = tokens_of(options.out)
+    found, totals = tokens_of(options.out), summary.totals
     assert joined(found) == reference(ALL_TEXTS)
     assert {len(tokens) for tokens in found[1:-1]} == {2500}
     assert 0 < len(found[-1]) <= 2500
-    totals = summary.totals
-    assert (totals.documents, totals.tokens) == (460, sum(map(len, found)))
+    assert (totals.documents, totals.tokens, totals.skipped) == (460, sum(map(len, found)), {"empty": 2})
     assert totals.bytes == sum(len(text.encode()) for text in ALL_TEXTS)
-    assert totals.skipped == {"empty": 2}
     assert (summary.shards, summary.already) == (len(found), False)
-
-
-def test_names_and_manifest_are_as_documented(options):
-    prepared(options)
     manifest = json.loads((options.out / "manifest.json").read_text())
-    names = ["shard_val_000000.bin"] + [f"shard_train_{i:06d}.bin" for i in range(1, len(manifest["shards"]))]
+    names = ["shard_val_000000.bin"] + [f"shard_train_{i:06d}.bin" for i in range(1, len(found))]
     assert [record["file"] for record in manifest["shards"]] == names
     assert manifest["complete"] is True
     assert manifest["tokenizer"]["vocabulary_sha256"] == tokenizer.vocabulary_sha256()
@@ -249,7 +225,7 @@ def test_max_tokens_is_met_exactly(options):
 
 @pytest.fixture(scope="module", autouse=True)
 def no_waiting_for_the_disk():
-    """Hundreds of tiny shards are written here; that each is synced is asserted where the disk is full."""
+    """Hundreds of tiny shards are written here; test_files.py has that each is synced."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(os, "fsync", lambda handle: None)
         yield
@@ -274,17 +250,6 @@ def test_killed_before_or_after_any_rename_the_same_command_continues_to_the_sam
         prepared(again)
         assert digest(again.out) == expected
     assert kills == 2 * (3 * len(tokens_of(options.out)) + 1)  # a shard, its ids, the manifest; the manifest
-
-
-@pytest.mark.fault(49)
-def test_finished_shards_are_not_written_again(options):
-    events = []
-    assert killed("before:5:aymen_gpt.data.shards:write_shard", lambda: prepared(options))
-    before = {path.name: path.stat().st_mtime_ns for path in options.out.glob("*.bin")}
-    assert len(before) == 4
-    prepared(options, events.append)
-    assert any("continuing after 4 finished shards" in event for event in events if isinstance(event, str))
-    assert before.items() <= {path.name: path.stat().st_mtime_ns for path in options.out.glob("*.bin")}.items()
 
 
 @pytest.mark.fault(49)
@@ -398,28 +363,22 @@ def two_files(tmp_path, monkeypatch, kind):
 
 @KINDS
 @CHANGES
-def test_a_file_that_changes_while_it_is_read_is_named_and_never_counts_as_read(two_files, change):
+def test_a_file_that_changes_is_named_and_never_counts_as_read_nor_is_mixed(two_files, change):
     options, path = two_files
-    path = path if path.suffix == ".txt" else path.with_stem(path.stem.replace("b", "a"))
+    later = replace(options, out=options.out / "later")
+    stop_after(later, 3)
+    victim = path if path.suffix == ".txt" else path.with_stem(path.stem.replace("b", "a"))
 
     def report(event):
         if getattr(event, "shards", 0) == 3:
-            damage(path, change)
+            damage(victim, change)
 
     for when in ("changed while it was read", "is not the same"):  # then, and when it is typed again
-        with pytest.raises(DataError, match=rf"{path.name} {when}.*: type the same command with --restart"):
+        with pytest.raises(DataError, match=rf"{victim.name} {when}.*: type the same command with --restart"):
             prepared(options, report)
     assert not shards.read_manifest(options.out)["complete"]
-
-
-@KINDS
-@CHANGES
-def test_a_file_that_changed_after_a_kill_is_named_and_never_mixed(two_files, change):
-    options, path = two_files
-    stop_after(options, 3)
-    damage(path, change)
-    with pytest.raises(DataError, match=rf"changed since .*in/{path.name} is not the same.*: type .* --restart"):
-        prepared(options)
+    with pytest.raises(DataError, match=rf"changed since .*in/{victim.name} is not the same.*: type .* --restart"):
+        prepared(later)  # which was killed before
 
 
 def test_an_output_folder_inside_the_source_is_no_source(options, tmp_path):
@@ -435,27 +394,6 @@ def test_an_output_folder_inside_the_source_is_no_source(options, tmp_path):
         UsageError, match=r"--out .*in is the source itself: take a folder of its own, as .*in/tok"
     ):
         prepared(replace(options, out=tmp_path / "in"))
-
-
-def test_a_full_disk_keeps_finished_shards_and_leaves_no_partial_one(options, tmp_path, monkeypatch):
-    prepared(options)
-    out = tmp_path / "full"
-    real = os.fsync
-    syncs = iter(range(100))
-
-    def full(handle):
-        if next(syncs) >= 14:
-            raise OSError(28, os.strerror(28))
-        real(handle)
-
-    monkeypatch.setattr(os, "fsync", full)
-    with pytest.raises(CannotWrite, match=r"cannot write .*No space left on device; make room"):
-        prepared(replace(options, out=out))
-    monkeypatch.setattr(os, "fsync", real)
-    assert len(shards.read_manifest(out)["shards"]) == 2
-    assert digest(out).items() <= digest(options.out).items() | {("manifest.json", digest(out)["manifest.json"])}
-    prepared(replace(options, out=out))
-    assert digest(out) == digest(options.out)
 
 
 def grow_until_done(disk, folder, work, used=0):
@@ -503,22 +441,15 @@ def with_bad_rows(tmp_path, n, bad, reason):
 
 @pytest.mark.fault(41)
 @pytest.mark.parametrize("reason", BAD_ROWS)
-def test_few_bad_rows_are_counted_and_skipped(tmp_path, reason):
+def test_few_bad_rows_are_skipped_and_many_are_an_error_that_names_the_first(tmp_path, reason):
     options, good = with_bad_rows(tmp_path, 2000, {5, 1999}, reason)
-    summary = prepared(options)
-    assert summary.totals.skipped == {reason: 2}
+    assert prepared(options).totals.skipped == {reason: 2}
     assert joined(tokens_of(options.out)) == reference(good)
-
-
-@pytest.mark.fault(41)
-@pytest.mark.parametrize("reason", BAD_ROWS)
-def test_many_bad_rows_are_an_error_that_names_the_first(tmp_path, reason):
     options, _ = with_bad_rows(tmp_path, 2000, {1005, 1006, 1007}, reason)
     message = r"3 of 2,000 rows have no usable text .more than 0.1%.: bad.parquet, slice 1, row 5: " + reason
-    with pytest.raises(DataError, match=message):
-        prepared(options)
-    with pytest.raises(DataError, match=message):  # and again, from where it stood
-        prepared(options)
+    for _ in range(2):  # and again, from where it stood
+        with pytest.raises(DataError, match=message):
+            prepared(replace(options, out=tmp_path / "many"))
 
 
 @pytest.fixture
@@ -712,35 +643,24 @@ def test_slices_are_dealt_only_so_far_ahead(tmp_path):
 
 
 @pytest.mark.fault(34)
-def test_repair_rebuilds_only_what_is_damaged(options, tmp_path):
+def test_repair_rebuilds_only_the_shards_and_tables_of_documents_that_are_damaged(options):
     prepared(options)
     expected = digest(options.out)
-    paths = sorted(options.out.glob("*.bin"))
-    flipped = bytearray(paths[3].read_bytes())
-    flipped[2000] ^= 4
-    paths[3].write_bytes(flipped)
-    paths[-1].unlink()
-    others = {path.name: path.stat().st_mtime_ns for path in paths if path not in (paths[3], paths[-1])}
-    assert sorted(repaired(options.out)) == sorted([paths[3].name, paths[-1].name])
-    assert digest(options.out) == expected
-    assert others.items() <= {path.name: path.stat().st_mtime_ns for path in paths}.items()
-    assert repaired(options.out) == []
-
-
-@pytest.mark.fault(34)
-def test_a_damaged_table_of_documents_is_found_and_repaired(options):
-    prepared(options)
-    expected = digest(options.out)
-    tables = sorted(options.out.glob("*.documents.parquet"))[:3]
+    paths, tables = sorted(options.out.glob("*.bin")), sorted(options.out.glob("*.documents.parquet"))
     tables[0].write_bytes(tables[0].read_bytes()[:-9])
-    content = bytearray(tables[1].read_bytes())
-    content[100] ^= 1
-    tables[1].write_bytes(content)
+    for path in (tables[1], paths[3]):
+        flipped = bytearray(path.read_bytes())
+        flipped[100] ^= 1
+        path.write_bytes(flipped)
     tables[2].unlink()
-    names = [path.name for path in tables]
-    assert sorted(shards.verify(options.out)) == names
-    assert sorted(repaired(options.out)) == names
+    paths[-1].unlink()
+    damaged = [*tables[:3], paths[3], paths[-1]]
+    others = {path: path.stat().st_mtime_ns for path in [*paths[4:-1], *tables[4:-1]]}
+    names = sorted(path.name for path in damaged)
+    assert sorted(shards.verify(options.out)) == sorted(repaired(options.out)) == names
     assert digest(options.out) == expected
+    assert others == {path: path.stat().st_mtime_ns for path in others}
+    assert repaired(options.out) == []
 
 
 @pytest.mark.fault(34)
@@ -805,157 +725,148 @@ def hub(tmp_path, monkeypatch):
         yield hub
 
 
+@pytest.fixture
+def hub_options(hub, tmp_path):
+    return PrepareOptions(out=tmp_path / "out", shard_tokens=1000, workers=0)
+
+
 HUB_TEXTS = [text for number in range(3) for text in make_texts(120, number)]
 
 
-def test_fineweb_edu_comes_from_the_hub_file_by_file_and_is_not_kept(hub, tmp_path):
+def test_fineweb_edu_comes_from_the_hub_file_by_file_and_is_not_kept(hub_options, hub, tmp_path):
     kept = []
 
     def report(event):
         kept.append(len(list((tmp_path / "out/.source").rglob("*.parquet"))))
 
-    options = PrepareOptions(out=tmp_path / "out", shard_tokens=1000, workers=0)
-    prepared(options, report)
-    assert joined(tokens_of(options.out)) == reference(HUB_TEXTS)
+    prepared(hub_options, report)
+    assert joined(tokens_of(hub_options.out)) == reference(HUB_TEXTS)
     assert max(kept) <= 2
-    assert not (options.out / ".source").exists()
-    manifest = shards.read_manifest(options.out)
+    assert not (hub_options.out / ".source").exists()
+    manifest = shards.read_manifest(hub_options.out)
     assert manifest["source"]["repo"] == "HuggingFaceFW/fineweb-edu"
-    assert [record["file"] for record in manifest["shards"]][:2] == [
-        "edufineweb_val_000000.bin",
-        "edufineweb_train_000001.bin",
-    ]
+    names = [record["file"] for record in manifest["shards"]]
+    assert names[:2] == ["edufineweb_val_000000.bin", "edufineweb_train_000001.bin"]
     assert manifest["source"]["revision"] == COMMIT
     assert f"GET /api/datasets/HuggingFaceFW/fineweb-edu/revision/{sources.REVISION}" in hub.requests
     assert (
-        Counter(hub.requests)[
-            "GET /datasets/HuggingFaceFW/fineweb-edu/resolve/" + COMMIT + "/sample/10BT/001_00000.parquet"
-        ]
+        hub.count("GET", f"/datasets/HuggingFaceFW/fineweb-edu/resolve/{COMMIT}/sample/10BT/001_00000.parquet")
         == 1
     )
+    prepared(replace(hub_options, out=tmp_path / "kept", keep_source=True))
+    assert len(list((tmp_path / "kept/.source/sample/10BT").glob("*.parquet"))) == 3
 
 
 @pytest.mark.fault(22)
 @pytest.mark.filterwarnings("ignore:Not enough free disk space")
-def test_a_download_that_fills_the_disk_is_made_again_when_there_is_room(hub, tmp_path, disk):
-    options = PrepareOptions(out=tmp_path / "out", shard_tokens=1000, workers=0)
-    prepared(options)
-    small = replace(options, out=disk("4k") / "out")
+def test_a_download_that_fills_the_disk_is_made_again_when_there_is_room(hub_options, hub, tmp_path, disk):
+    prepared(hub_options)
+    small = replace(hub_options, out=disk("4k") / "out")
     assert grow_until_done(disk, small.out, lambda: prepared(small)) > 5
-    assert digest(small.out) == digest(options.out)
-
-
-def test_keep_source_keeps_the_downloads(hub, tmp_path):
-    options = PrepareOptions(out=tmp_path / "out", shard_tokens=1000, workers=0, keep_source=True)
-    prepared(options)
-    assert len(list((tmp_path / "out/.source/sample/10BT").glob("*.parquet"))) == 3
+    assert digest(small.out) == digest(hub_options.out)
 
 
 @pytest.mark.fault(46)
-def test_a_hub_that_fails_half_way_is_continued_without_listing_or_the_first_file_again(hub, tmp_path):
-    options = PrepareOptions(out=tmp_path / "out", shard_tokens=1000, workers=0)
+def test_a_hub_that_fails_half_way_is_continued_without_listing_or_the_first_file_again(
+    hub_options, hub, tmp_path
+):
     hub.faults["HEAD 002_00000.parquet"] = ["403", ...]
     with pytest.raises(NetworkError, match="002_00000.parquet of HuggingFaceFW/fineweb-edu: not found or private"):
-        prepared(options)
-    done = len(shards.read_manifest(options.out)["shards"])
+        prepared(hub_options)
+    done = len(shards.read_manifest(hub_options.out)["shards"])
     assert done > 2
     hub.faults.clear()
     hub.requests.clear()
-    prepared(options)
-    assert joined(tokens_of(options.out)) == reference(HUB_TEXTS)
+    prepared(hub_options)
+    assert joined(tokens_of(hub_options.out)) == reference(HUB_TEXTS)
     assert not any("/api/" in request or "000_00000" in request for request in hub.requests)
 
 
 @pytest.mark.fault(43)
-def test_wrong_bytes_from_the_hub_are_fetched_again_and_never_tokenized(hub, tmp_path):
-    options = PrepareOptions(out=tmp_path / "out", shard_tokens=1000, workers=0)
+def test_wrong_bytes_from_the_hub_are_fetched_again_and_never_tokenized(hub_options, hub, tmp_path):
     hub.faults["GET 000_00000.parquet"] = ["wrong"]
     hub.faults["GET 001_00000.parquet"] = ["wrong", ...]
     with pytest.raises(NetworkError, match="001_00000.parquet of .*: downloaded twice, its sha256 is ") as caught:
-        prepared(options)
+        prepared(hub_options)
     assert caught.value.exit_code == 69
-    assert len(shards.read_manifest(options.out)["shards"]) > 1
+    assert len(shards.read_manifest(hub_options.out)["shards"]) > 1
     assert (hub.count("GET", "000_00000.parquet"), hub.count("GET", "001_00000.parquet")) == (2, 2)
-    assert not list(options.out.rglob("001_00000.parquet"))
+    assert not list(hub_options.out.rglob("001_00000.parquet"))
     hub.faults.clear()
-    prepared(options)
-    assert joined(tokens_of(options.out)) == reference(HUB_TEXTS)
+    prepared(hub_options)
+    assert joined(tokens_of(hub_options.out)) == reference(HUB_TEXTS)
 
 
 @pytest.mark.fault(45)
-def test_without_the_hub_a_file_put_in_its_place_by_hand_is_checked_and_taken(hub, tmp_path):
-    options = PrepareOptions(out=tmp_path / "out", shard_tokens=1000, workers=0)
-    prepared(replace(options, out=tmp_path / "whole"))
+def test_without_the_hub_a_file_put_in_its_place_by_hand_is_checked_and_taken(hub_options, hub, tmp_path):
+    prepared(replace(hub_options, out=tmp_path / "whole"))
     hub.faults["GET 002_00000.parquet"] = ["500", ...]
-    place = options.out / ".source/sample/10BT/002_00000.parquet"
+    place = hub_options.out / ".source/sample/10BT/002_00000.parquet"
     with pytest.raises(NetworkError, match=rf"HTTP 500; .*run the same command again; or put it at {place}"):
-        prepared(options)
-    finished = digest(options.out)
+        prepared(hub_options)
+    finished = digest(hub_options.out)
     assert len(finished) > 5
     hub.__exit__()
     place.write_bytes(b"another file")
     with pytest.raises(NetworkError, match="cannot get sample/10BT/002_00000.parquet"):
-        prepared(options)
-    assert digest(options.out) == finished
+        prepared(hub_options)
+    assert digest(hub_options.out) == finished
     place.write_bytes(hub.files["sample/10BT/002_00000.parquet"])
-    prepared(options)
-    assert digest(options.out) == digest(tmp_path / "whole")
+    prepared(hub_options)
+    assert digest(hub_options.out) == digest(tmp_path / "whole")
 
 
-def test_repair_downloads_what_it_needs_and_cleans_up(hub, tmp_path):
-    options = PrepareOptions(out=tmp_path / "out", shard_tokens=1000, workers=0)
-    prepared(options)
-    expected = digest(options.out)
+def test_repair_downloads_what_it_needs_and_cleans_up(hub_options, hub, tmp_path):
+    prepared(hub_options)
+    expected = digest(hub_options.out)
     hub.requests.clear()
-    victim = sorted(options.out.glob("*.bin"))[-2]
+    victim = sorted(hub_options.out.glob("*.bin"))[-2]
     victim.write_bytes(b"")
-    repaired(options.out)
-    assert digest(options.out) == expected
+    repaired(hub_options.out)
+    assert digest(hub_options.out) == expected
     assert hub.count("GET", "000_00000.parquet") == 0
-    assert not (options.out / ".source").exists()
+    assert not (hub_options.out / ".source").exists()
 
 
 @pytest.mark.fault(53)
-def test_a_manifest_cannot_make_us_touch_files_outside(hub, tmp_path):
-    options = PrepareOptions(out=tmp_path / "out", shard_tokens=1000, workers=0)
-    prepared(options)
-    manifest = shards.read_manifest(options.out)
+def test_a_manifest_cannot_make_us_touch_files_outside(hub_options, hub, tmp_path):
+    prepared(hub_options)
+    manifest = shards.read_manifest(hub_options.out)
     victim = tmp_path / "victim.parquet"
     victim.touch()
     manifest["source"]["files"][0]["name"] = "../../victim.parquet"
     manifest["complete"] = False
-    shards.write_manifest(options.out, manifest)
+    shards.write_manifest(hub_options.out, manifest)
     with pytest.raises(DataError, match="unsafe path"):
-        prepared(options)
+        prepared(hub_options)
     assert victim.exists()
 
 
 @pytest.mark.fault(53)
-def test_links_in_the_folder_never_make_us_write_or_delete_outside(hub, tmp_path):
-    options = PrepareOptions(out=tmp_path / "out", shard_tokens=1000, workers=0)
+def test_links_in_the_folder_never_make_us_write_or_delete_outside(hub_options, hub, tmp_path):
     outside = tmp_path / "outside"
     (outside / "10BT").mkdir(parents=True)
     victim = outside / "10BT/000_00000.parquet"
     victim.write_bytes(b"mine")
-    (options.out / ".source").mkdir(parents=True)
-    (options.out / ".source/sample").symlink_to(outside)
+    (hub_options.out / ".source").mkdir(parents=True)
+    (hub_options.out / ".source/sample").symlink_to(outside)
     with pytest.raises(
         DataError, match=r"unsafe path 'sample/10BT/000_00000.parquet': a link leads out of .*source"
     ):
-        prepared(options)
-    preparation = Preparation(options, quiet)
+        prepared(hub_options)
+    preparation = Preparation(hub_options, quiet)
     preparation.source = preparation.open_source()
     with pytest.raises(DataError, match="unsafe path"):
         preparation.drop_downloads(1)
-    (options.out / ".source/sample").unlink()
-    prepared(options)
-    shard = sorted(options.out.glob("*.bin"))[1]
-    expected = digest(options.out)
+    (hub_options.out / ".source/sample").unlink()
+    prepared(hub_options)
+    shard = sorted(hub_options.out.glob("*.bin"))[1]
+    expected = digest(hub_options.out)
     shard.unlink()
     shard.symlink_to(victim)
-    assert repaired(options.out) == [shard.name]
+    assert repaired(hub_options.out) == [shard.name]
     assert not shard.is_symlink()
-    assert digest(options.out) == expected
+    assert digest(hub_options.out) == expected
     assert [(path.name, path.read_bytes()) for path in outside.rglob("*.*")] == [(victim.name, b"mine")]
 
 
@@ -991,36 +902,27 @@ def tokenize_broken(*work):
         return REAL_TOKENIZE(*work)
 
 
-@pytest.fixture
-def broken(monkeypatch):
+@pytest.mark.parametrize("workers_", [0, 2])
+def test_an_encoder_that_errs_ends_the_command_with_the_document_and_the_way_out(options, monkeypatch, workers_):
+    """Broken gets one document wrong, in the last file, in the first row."""
     pytest.importorskip("gigatoken")
-    monkeypatch.setattr(workers, "tokenize", tokenize_broken)
-
-
-@pytest.fixture
-def late(options, tmp_path):
-    """The options, with a document that Broken gets wrong in the last file only, in the first row."""
-    folder = tmp_path / "late"
-    for name in "ab":
-        write_parquet(folder / f"{name}.parquet", [f"{text} no" for text in make_texts(170, ord(name))])
+    folder = options.out.parent / "late"
+    write_parquet(folder / "a.parquet", [f"{text} no" for text in make_texts(340)])
     lines = [{"text": text, "id": f"id-{i}"} for i, text in enumerate(["the 7", *make_texts(130, 3)])]
     (folder / "c.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
-    return replace(options, source=(str(folder),))
-
-
-@pytest.mark.parametrize("workers", [0, 2])
-def test_an_encoder_that_errs_ends_the_command_with_the_document_and_the_way_out(late, broken, tmp_path, workers):
-    prepared(replace(late, out=tmp_path / "right", encoder="tiktoken"))
+    options = replace(options, source=(str(folder),), workers=workers_)
+    prepared(replace(options, out=options.out / "right", encoder="tiktoken"))
     message = (
         r"^gigatoken 0 gave other ids than tiktoken for c.jsonl, slice 0, row 0, id-0: "
         "type the same command with --restart --encoder tiktoken$"
     )
-    for _ in range(2):  # then, and when it is typed again
+    monkeypatch.setattr(workers, "tokenize", tokenize_broken)
+    for _ in range(2):  # and when it is typed again
         with pytest.raises(DataError, match=message):
-            prepared(replace(late, workers=workers))
-    assert len(shards.read_manifest(late.out)["shards"]) > 2
-    prepared(replace(late, restart=True, encoder="tiktoken"))
-    assert digest(late.out) == digest(tmp_path / "right")
+            prepared(options)
+    assert len(shards.read_manifest(options.out)["shards"]) > 2
+    prepared(replace(options, restart=True, encoder="tiktoken"))
+    assert digest(options.out) == digest(options.out / "right")
 
 
 def test_the_sample_is_one_document_in_a_hundred_and_some_of_every_slice(tmp_path):
@@ -1048,6 +950,10 @@ def test_a_folder_that_tiktoken_worked_on_stays_with_it(options, monkeypatch):
     monkeypatch.setattr(encoder, "_gigatoken", None)
     prepared(options)
     assert joined(tokens_of(options.out)) == reference(ALL_TEXTS)
+    expected = digest(options.out)
+    sorted(options.out.glob("*.bin"))[2].unlink()
+    assert len(repaired(options.out)) == 1
+    assert digest(options.out) == expected
 
 
 def test_without_gigatoken_tiktoken_works_and_one_line_says_so(options, monkeypatch):
@@ -1057,12 +963,3 @@ def test_without_gigatoken_tiktoken_works_and_one_line_says_so(options, monkeypa
     prepared(options, events.append)
     assert [event for event in events if isinstance(event, str)] == ["encoding with tiktoken: `pip install it`"]
     assert joined(tokens_of(options.out)) == reference(ALL_TEXTS)
-
-
-def test_repair_uses_the_encoder_of_the_folder(options, monkeypatch):
-    prepared(replace(options, encoder="tiktoken"))
-    expected = digest(options.out)
-    sorted(options.out.glob("*.bin"))[2].unlink()
-    monkeypatch.setattr(encoder, "_gigatoken", None)
-    assert len(repaired(options.out)) == 1
-    assert digest(options.out) == expected
