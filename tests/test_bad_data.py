@@ -5,6 +5,7 @@ import re
 import shutil
 import subprocess
 import warnings
+from functools import partial
 
 import numpy as np
 import pytest
@@ -12,7 +13,7 @@ from conftest import door_command, make_shards
 from test_shards import describe_as_fineweb, flip, llmc_bytes
 
 from aymen_gpt.commands.pretrain import build
-from aymen_gpt.data import shards, tokenizer
+from aymen_gpt.data import shards
 from aymen_gpt.errors import DataError
 from aymen_gpt.training.config import resolve
 from aymen_gpt.training.device import choose_device
@@ -34,14 +35,14 @@ def start_training(folder):
 
 
 def replaced(folder, name, content):
-    """The folder without its manifest, as other tools make it, with other content in one shard."""
+    """The folder without its manifest, as other tools make it, with other content in one training shard."""
     (folder / "manifest.json").unlink(missing_ok=True)
-    path = folder / name
-    (folder / TRAIN).unlink()
+    for path in folder.glob("*_train_*"):
+        path.unlink()
     if isinstance(content, bytes):
-        path.write_bytes(content)
+        (folder / name).write_bytes(content)
     else:
-        np.save(path, content, allow_pickle=True)
+        np.save(folder / name, content, allow_pickle=True)
 
 
 def with_manifest(folder, **values):
@@ -52,43 +53,61 @@ GOOD = np.arange(50_000, dtype=np.uint16) % 2000
 WRONG = GOOD.copy()
 WRONG[30_123] = 60_000
 NPY = TRAIN.replace(".bin", ".npy")
-SPOILT = {
-    "id in .bin": (31, lambda f: replaced(f, TRAIN, llmc_bytes(WRONG)), "has id 60000 at position 30,123 (vocab"),
-    "id in .npy": (31, lambda f: replaced(f, NPY, WRONG), "has id 60000 at position 30,123 (vocabulary 50257)"),
-    "large ids": (
-        32,
-        lambda f: replaced(f, NPY, GOOD.astype("u4") + 70_000),
-        "holds uint32 ids from 70000 to 71999",
+OTHER = {"name": "other", "vocabulary_sha256": "0", "separator": 50256}
+NO_ARRAY = "is not a readable .npy array ("
+CONTENTS = [  # row of the table of faults, file, what is in it, what is said of it
+    (31, TRAIN, llmc_bytes(WRONG), "has id 60000 at position 30,123 (vocab"),
+    (31, NPY, WRONG, "has id 60000 at position 30,123 (vocabulary 50257)"),
+    (32, NPY, GOOD.astype("u4") + 70_000, "holds uint32 ids from 70000 to 71999"),
+    (32, NPY, GOOD.astype("i8") - 1, "holds int64 ids from -1 to 1998"),
+    (32, NPY, np.ones(3), "holds (3,) float64; a shard is a row of"),
+    (32, NPY, np.ones((2, 2), np.uint16), "holds (2, 2) uint16; a shard is a row of"),
+    (33, NPY, np.array([1, "a"], object), "holds (2,) object; a shard is a row of"),
+    (33, NPY, np.array([], np.uint16), "holds (0,) uint16; a shard is a row of"),
+    (33, NPY, b"", NO_ARRAY),
+    (33, NPY, b"<html>" * 99, NO_ARRAY),
+    (33, TRAIN, llmc_bytes(GOOD)[:-4], "has 101,020 bytes; 50,000 tokens need 101,024"),
+    (33, TRAIN, llmc_bytes(GOOD)[:-1], "has 101,023 bytes; 50,000 tokens need 101,024"),
+    (33, TRAIN, llmc_bytes(GOOD[:3], count=4), "has 1,030 bytes; 4 tokens need 1,032"),
+    (33, TRAIN, llmc_bytes([]), "has 1,024 bytes; 0 tokens"),
+    (33, TRAIN, llmc_bytes([1], count=-5), "-5 tokens"),
+    (33, TRAIN, llmc_bytes(GOOD, version=7), "has version 7; only version 1"),
+    (33, TRAIN, b"", "begins with 0, not with llm.c's magic number 20240520"),
+    (33, TRAIN, b"<!doctype html>" * 99, "begins with 1868833084, not with llm.c's magic number"),
+    (33, "train.bin", b"", "has 0 bytes"),
+    (33, "train.bin", b"\0", "has 1 bytes"),
+]
+REBUILD = ": rebuild it with python fineweb.py --out"
+FOLDERS = [  # row, what is done to a folder of ours, what is said of it
+    (33, lambda f: (f / TRAIN).unlink(), "000001.bin is missing" + REBUILD),
+    (34, lambda f: flip(f / TRAIN, 5000), REBUILD),
+    (
+        34,
+        lambda f: shards.write_shard(f / TRAIN, GOOD[:100]),
+        "000001.bin has 100 tokens, manifest.json says 50,000" + REBUILD,
     ),
-    "negative": (32, lambda f: replaced(f, NPY, GOOD.astype("i8") - 1), "holds int64 ids from -1 to 1998"),
-    "cut": (
-        33,
-        lambda f: replaced(f, TRAIN, llmc_bytes(GOOD)[:-4]),
-        "has 101,020 bytes; 50,000 tokens need 101,024",
+    (
+        34,
+        lambda f: shards.write_shard(f / TRAIN.replace("1", "7"), GOOD),
+        "holds edufineweb_train_000007.bin, which its manifest",
     ),
-    "odd": (
-        33,
-        lambda f: replaced(f, TRAIN, llmc_bytes(GOOD)[:-1]),
-        "has 101,023 bytes; 50,000 tokens need 101,024",
+    (
+        35,
+        lambda f: with_manifest(f, tokenizer=OTHER),
+        "made with another tokenizer (other, separator 50256) than GPT-2's",
     ),
-    "nothing": (33, lambda f: replaced(f, TRAIN, b""), "begins with 0, not with llm.c's magic number 20240520"),
-    "nothing in .npy": (
-        33,
-        lambda f: replaced(f, NPY, b""),
-        "is not a readable .npy array (",
+    (
+        35,
+        lambda f: with_manifest(f, tokenizer=shards.TOKENIZER | {"separator": 0}),
+        "(gpt2, separator 0) than GPT-2's (separator 50256)",
     ),
-    "objects": (
-        33,
-        lambda f: replaced(f, NPY, np.array([1, "a"], object)),
-        "holds (2,) object; a shard is a row of",
-    ),
-    "page": (33, lambda f: replaced(f, TRAIN, b"<!doctype html>" * 99), "not with llm.c's magic number"),
-    "page in .npy": (33, lambda f: replaced(f, NPY, b"<html>" * 99), "is not a readable .npy array ("),
-    "bit": (34, lambda f: flip(f / TRAIN, 5000), "rebuild it with python fineweb.py --out"),
-    "tokenizer": (35, lambda f: with_manifest(f, tokenizer={"name": "other"}), "made with another tokenizer"),
-    "no validation": (36, lambda f: (f / VAL).unlink(), ": rebuild it with python fineweb.py --out"),
-    "short": (36, lambda f: shards.write_shard(f / VAL, GOOD[:12]), ": prepare more text, or lower --block-size"),
-}
+    (36, lambda f: (f / VAL).unlink(), REBUILD),
+    (36, lambda f: shards.write_shard(f / VAL, GOOD[:12]), ": prepare more text, or lower --block-size"),
+    (49, lambda f: with_manifest(f, complete=False), "is not finished: run the same fineweb.py command again"),
+]
+SPOILT = [
+    (row, partial(replaced, name=name, content=content), said) for row, name, content, said in CONTENTS
+] + FOLDERS
 
 
 def everything(folder):
@@ -96,10 +115,9 @@ def everything(folder):
 
 
 @pytest.mark.parametrize(
-    "case", [pytest.param(case, marks=pytest.mark.fault(row)) for case, (row, *_) in SPOILT.items()]
+    ("spoil", "message"), [pytest.param(*case, marks=pytest.mark.fault(row)) for row, *case in SPOILT]
 )
-def test_training_refuses_to_begin(folder, case):
-    _, spoil, message = SPOILT[case]
+def test_training_refuses_to_begin(folder, spoil, message):
     spoil(folder)
     before = everything(folder)
     with pytest.raises(DataError, match=re.escape(message)) as caught:
@@ -116,7 +134,7 @@ def test_other_integers_that_fit_are_trained_on_after_a_notice(folder, kind):
     with warnings.catch_warnings(record=True) as told:
         warnings.simplefilter("default")
         rows = start_training(folder).train_rows
-        assert set(rows.rows(0, rows.rows_per_epoch).ravel().tolist()) == {*range(2000), tokenizer.EOT}
+        assert set(rows.rows(0, rows.rows_per_epoch).ravel().tolist()) == {*range(2000)}
     notices = [str(warning.message) for warning in told if "read into memory as uint16" in str(warning.message)]
     assert notices == [f"shard {folder / NPY} holds {np.dtype(kind)}: read into memory as uint16"]
 

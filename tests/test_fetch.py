@@ -1,7 +1,6 @@
 """fetch.py: what arrives is whole and right, or does not arrive; the server's bad moments are waited out."""
 
 import hashlib
-import os
 import subprocess
 import sys
 import zipfile
@@ -10,7 +9,6 @@ import pytest
 from fake_hub import COMMIT, FakeHub, talk_to
 from huggingface_hub import constants
 
-from aymen_gpt import files
 from aymen_gpt.data import fetch
 from aymen_gpt.errors import CannotWrite, DataError, NetworkError
 
@@ -225,18 +223,6 @@ def test_processes_may_fetch_the_same_file_at_once(wheel, tmp_path):
     running = [subprocess.Popen([sys.executable, "-c", code]) for _ in range(3)]
     assert [process.wait() for process in running] == [0, 0, 0]
     assert [path.name for path in (tmp_path / "cache").iterdir()] == ["words.txt"]
-
-
-def test_a_file_that_cannot_be_finished_leaves_no_trace(tmp_path):
-    def write(target):
-        with files.whole_file(target) as file:
-            file.write(b"half")
-            raise OSError(28, os.strerror(28))
-
-    (tmp_path / "file").write_bytes(b"before")
-    with pytest.raises(CannotWrite, match=r"cannot write .*file: No space left"):
-        write(tmp_path / "file")
-    assert {path.name: path.read_bytes() for path in tmp_path.iterdir()} == {"file": b"before"}
 
 
 def test_the_cache_folder_follows_the_environment(monkeypatch, tmp_path):

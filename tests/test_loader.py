@@ -147,9 +147,6 @@ def test_rows_are_dealt_without_gap_or_overlap_and_evenly(count, world_size):
     shares = [deal(count, rank, world_size) for rank in range(world_size)]
     assert [row for start, n in shares for row in range(start, start + n)] == list(range(count))
     assert max(n for _, n in shares) - min(n for _, n in shares) <= 1
-
-
-def test_512_rows_over_3_ranks_are_171_171_170():
     assert [deal(512, rank, 3) for rank in range(3)] == [(0, 171), (171, 171), (342, 170)]
 
 
@@ -236,7 +233,9 @@ def test_shards_that_are_not_all_there_yet_are_named_as_such(tmp_path, lists):
 @given(st.integers(1, 9), st.data())
 def test_shards_about_as_long_as_a_row_lose_their_tail_and_nothing_else(tmp_path_factory, block_size, data):
     """Every token but the separators is another number, so that each can be counted."""
-    lengths = st.one_of(st.sampled_from([1, block_size, block_size + 1]), st.integers(1, 5 * block_size))
+    lengths = st.one_of(
+        st.sampled_from([1, block_size, block_size + 1, block_size + 2]), st.integers(1, 5 * block_size)
+    )
     drawn = data.draw(st.lists(st.tuples(lengths, st.sets(st.integers(0, 45))), min_size=1, max_size=6))
     numbers = count()
     lists = [[EOT if i in separators else next(numbers) for i in range(n)] for n, separators in drawn]
@@ -257,13 +256,6 @@ def test_shards_about_as_long_as_a_row_lose_their_tail_and_nothing_else(tmp_path
         for tokens in lists:
             lost = set(tokens) - {EOT} - targets.keys() - inputs.keys()
             assert len(lost) <= (len(tokens) - 1) % block_size + (len(tokens) <= block_size)
-
-
-@pytest.mark.fault(38)
-@pytest.mark.parametrize("extra", [0, 1])
-def test_a_shard_of_exactly_one_row(tmp_path, extra):
-    folder = write(tmp_path / "d", [range(1024 + 1 + extra)])
-    assert TokenRows(folder, "train", block_size=1024, seed=0).rows_per_epoch == 1
 
 
 @pytest.mark.fault(36)
