@@ -15,6 +15,7 @@ COMMANDS = {
     "generate": "a model and a prompt -> text",
     "play": "a model -> a page to play with it, and OpenAI's API",
     "report": "a run -> its report.html, several runs -> one page with all of them",
+    "export": "a model -> a GGUF file for llama.cpp and Ollama, checked",
     "setup": "fetch the vocabulary and HellaSwag now, for work without a network",
 }
 

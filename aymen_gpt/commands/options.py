@@ -136,6 +136,13 @@ def share(text: str) -> tuple[int, int]:
     return int(match[1]), int(match[2])
 
 
+def gguf(text: str) -> Path:
+    """The path of a GGUF file."""
+    if not text.endswith(".gguf"):
+        raise argparse.ArgumentTypeError(f"{text}: expected a name that ends with .gguf")
+    return Path(text)
+
+
 NAME: dict[str, Any] = {"type": name, "metavar": "NAME"}
 FILE: dict[str, Any] = {"type": path, "metavar": "FILE"}
 WHOLE = number(COUNT, whole=True)
@@ -341,6 +348,24 @@ def report() -> argparse.ArgumentParser:
     )
     p.add_argument("runs", nargs="+", type=path, metavar="RUN", help="a run folder of pretrain.py")
     p.add_argument("--out", **FILE, help="[RUN/report.html, or compare.html for several runs]")
+    return p
+
+
+def export() -> argparse.ArgumentParser:
+    p = parser(
+        "Write a model as a GGUF file, for llama.cpp, Ollama and LM Studio. llama.cpp and transformers open it at "
+        "once; FILE.json says how far their logits are from ours, and a file that is too far off is an error.",
+        """\
+  aymen-gpt export -m runs/demo --to gguf                               model.gguf, in half precision
+  aymen-gpt export -m runs/demo --to gguf --type q8_0 --out demo.gguf
+""",
+        "aymen-gpt export -m NAME --to gguf [--type TYPE] [--out FILE]",
+    )
+    p.add_argument("-m", "--model", **MODEL, required=True)
+    p.add_argument("--to", type=choice(["gguf"]), required=True, metavar="FORMAT", help="gguf")
+    types = choice(("f32", "f16", "q8_0"))
+    p.add_argument("--type", type=types, default="f16", metavar="TYPE", help="f32, f16 or q8_0, of matrices [f16]")
+    p.add_argument("--out", **FILE | {"type": gguf}, default=Path("model.gguf"), help="[model.gguf]")
     return p
 
 

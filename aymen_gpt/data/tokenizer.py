@@ -132,6 +132,12 @@ def _merges(vocab_bpe: str) -> list[str]:
     return vocab_bpe.splitlines()[1:]
 
 
+def written() -> tuple[list[str], list[str]]:
+    """The 50,257 tokens by id and the 50,000 merges, in GPT-2's letters: what GGUF keeps of a tokenizer."""
+    merges = _merges(vocabulary().read_text(encoding="utf-8"))
+    return [*_byte_letters(), *(merge.replace(" ", "") for merge in merges), END_OF_TEXT], merges
+
+
 def ranks() -> dict[bytes, int]:
     """Token bytes to id: the 256 bytes in the order of their letters, then one token a merge."""
     letters = _byte_letters()
