@@ -43,28 +43,21 @@ def writing(what: str, choose: str = "choose another path") -> Iterator[None]:
         raise CannotWrite(f"cannot write {what}: {reason}; {room}{choose}") from error
 
 
-def place_of(path: Path) -> tuple[Path, bool]:
+def place_of(path: Path) -> tuple[Path | int, bool]:
     """Where the bytes of ``path`` belong, links followed, and whether that is a file to be replaced.
 
-    A device, a pipe and what standard output goes to are none: they are written through.
+    A device, a pipe and what standard output goes to (1) are none: they are written through.
     """
     try:
-        mode = path.stat().st_mode
-        if is_output(path):
-            return path, False
+        status = path.stat()
     except FileNotFoundError:  # nothing there, or a link to nothing
         return Path(os.path.realpath(path)), True
-    if stat.S_ISDIR(mode):
+    if stat.S_ISDIR(status.st_mode):
         raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR))
-    return (Path(os.path.realpath(path)), True) if stat.S_ISREG(mode) else (path, False)
-
-
-def is_output(path: Path) -> bool:
-    """Whether standard output goes to this file, by whatever name: /dev/stdout."""
-    try:
-        return os.path.samestat(path.stat(), os.fstat(1))
-    except OSError:  # it is closed
-        return False
+    with suppress(OSError):  # standard output is closed
+        if os.path.samestat(status, os.fstat(1)):
+            return 1, False
+    return Path(os.path.realpath(path)), stat.S_ISREG(status.st_mode)
 
 
 def beside(path: Path) -> Path:
@@ -81,9 +74,9 @@ def whole_file(path: Path, *, follow: bool = False) -> Iterator[BinaryIO]:
     """
     with writing(str(path), "choose another path, then run the same command again"):
         final, replace = place_of(path) if follow or not path.is_symlink() else (path, True)
-        if not replace:
+        if isinstance(final, int) or not replace:
             sys.stdout.flush()
-            with open(os.dup(1) if is_output(path) else path, "wb") as file:
+            with open(final, "wb", closefd=final != 1) as file:
                 yield file
             return
         temporary = beside(final)
@@ -100,6 +93,25 @@ def whole_file(path: Path, *, follow: bool = False) -> Iterator[BinaryIO]:
                 temporary.unlink(missing_ok=True)
 
 
+def check_writable(path: Path) -> None:
+    """Raise now the CannotWrite that ``whole_file`` would raise when the work is done. Leaves nothing behind."""
+    with writing(str(path)):
+        final, replace = place_of(path)
+        if isinstance(final, int) or not replace:
+            return
+        made = [folder for folder in final.parents if not folder.exists()]
+        try:
+            final.parent.mkdir(parents=True, exist_ok=True)
+            with suppress(FileNotFoundError):
+                final.stat()  # a name may be too long where the one beside it is not
+            beside(final).touch()
+            beside(final).unlink()
+        finally:
+            for folder in made:
+                with suppress(OSError):
+                    folder.rmdir()
+
+
 def sweep(folder: Path) -> None:
     """Delete what ``whole_file`` left in a folder in processes that are dead now."""
     for path in folder.glob(".*.tmp"):
@@ -113,32 +125,11 @@ def _is_alive(pid: int) -> bool:
         return False
     try:
         os.kill(pid, 0)
+    except PermissionError:  # somebody else's
+        return True
     except (ProcessLookupError, OverflowError):
         return False
-    except PermissionError:
-        pass
     return True
-
-
-def check_writable(path: Path) -> None:
-    """Raise now the CannotWrite that ``whole_file`` would raise when the work is done. Leaves nothing behind."""
-    with writing(str(path)):
-        final, replace = place_of(path)
-        if not replace:
-            if not os.access(path, os.W_OK):
-                raise PermissionError(errno.EACCES, os.strerror(errno.EACCES))
-            return
-        made = [folder for folder in final.parents if not folder.exists()]
-        try:
-            final.parent.mkdir(parents=True, exist_ok=True)
-            with suppress(FileNotFoundError):
-                final.stat()  # a name may be too long where the one beside it is not
-            beside(final).touch()
-            beside(final).unlink()
-        finally:
-            for folder in made:
-                with suppress(OSError):
-                    folder.rmdir()
 
 
 def write_whole(path: Path, content: bytes, *, follow: bool = False) -> None:
@@ -189,30 +180,24 @@ def sha256(path: Path) -> str:
 
 def read_json(path: Path) -> dict[str, Any]:
     """The JSON object in a file; DataError, naming the file and the reason, when there is none to read."""
-    if path.is_fifo():  # which would be waited for
-        raise DataError(f"cannot read {path}: a pipe, no file")
     try:
         return json_object(path.read_bytes())
-    except (OSError, ValueError) as error:
-        reason = error.strerror if isinstance(error, OSError) else error
-        raise DataError(f"cannot read {path}: {reason}") from None
+    except OSError as error:
+        raise DataError(f"cannot read {path}: {error.strerror}") from None
+    except ValueError as error:
+        raise DataError(f"cannot read {path}: {error}") from None
 
 
 def json_object(content: bytes) -> dict[str, Any]:
     """The object that JSON in UTF-8 describes; ValueError, with the reason, for everything else."""
     try:
-        value = json.loads(content.decode())
-    except UnicodeDecodeError as error:
-        raise ValueError(f"no UTF-8 at byte {error.start:,}") from None
+        value = json.loads(content)
     except RecursionError:
         raise ValueError("JSON nested too deep") from None
     except ValueError as error:
         raise ValueError(f"no JSON ({error})") from None
     if not isinstance(value, dict):
-        kind = {list: "a list", str: "a text", type(None): "null", bool: "true or false"}.get(
-            type(value), "a number"
-        )
-        raise ValueError(f"expected a JSON object, this is {kind}")
+        raise ValueError("expected a JSON object")
     return value
 
 

@@ -1,6 +1,5 @@
 """Files that are whole, and folders that one process holds."""
 
-import hashlib
 import os
 import shutil
 import stat
@@ -14,21 +13,15 @@ from aymen_gpt import files
 from aymen_gpt.errors import CannotWrite, DataError
 
 
-def test_a_replaced_file_is_whole_and_leaves_nothing_beside_it(tmp_path):
-    path = tmp_path / "a.txt"
+def test_a_replaced_file_is_whole_and_leaves_nothing_beside_it(tmp_path, monkeypatch):
+    path = tmp_path / ("n" * 251 + ".txt")  # the longest name a disk allows
     files.replace_text(path, "old")
     files.replace_text(path, "new ü")
-    assert path.read_text(encoding="utf-8") == "new ü"
-    assert list(tmp_path.iterdir()) == [path]
-
-
-def test_a_replacement_that_fails_keeps_the_old_file(tmp_path, monkeypatch):
-    path = tmp_path / "a.txt"
-    files.replace_text(path, "old")
     monkeypatch.setattr(os, "replace", lambda *names: (_ for _ in ()).throw(OSError("no")))
     with pytest.raises(OSError, match="no"):
-        files.replace_text(path, "new")
-    assert path.read_text() == "old"
+        files.replace_text(path, "newer")
+    assert path.read_text(encoding="utf-8") == "new ü"
+    assert list(tmp_path.iterdir()) == [path]
 
 
 def test_a_link_stays_a_link_and_its_target_is_replaced(tmp_path):
@@ -111,16 +104,9 @@ def test_whatever_stops_the_writing_is_said_before_and_after_the_work(tmp_path, 
         files.replace_text(tmp_path / name, "text", follow=True)
 
 
-def test_a_folder_that_goes_away_while_its_file_is_written_is_one_line(tmp_path):
-    def write():
-        with files.whole_file(tmp_path / "new/x"):
-            shutil.rmtree(tmp_path / "new")
-
-    with pytest.raises(CannotWrite, match=r"cannot write .*x: No such file or directory"):
-        write()
-
-
-def test_another_error_of_the_work_stays_what_it_is(tmp_path):
+def test_what_fails_inside_is_one_line_if_it_is_the_disk_and_else_stays_what_it_is(tmp_path):
+    with pytest.raises(CannotWrite, match=r"cannot write .*x: No such file"), files.whole_file(tmp_path / "new/x"):
+        shutil.rmtree(tmp_path / "new")
     for error in (ValueError("a bug"), CannotWrite("said already"), OSError("no number: a library's own")):
         with pytest.raises(type(error), match=str(error)), files.whole_file(tmp_path / "x"):
             raise error
@@ -135,28 +121,12 @@ def test_a_check_before_the_work_leaves_nothing_behind(tmp_path):
     assert (tmp_path / "old").read_text() == "old"
 
 
-def test_the_longest_name_a_disk_allows_can_be_written(tmp_path):
-    files.replace_text(tmp_path / ("n" * 255), "text")
-    assert (tmp_path / ("n" * 255)).read_text() == "text"
-
-
-def test_sha256_is_that_of_the_content(tmp_path):
-    (tmp_path / "f").write_bytes(b"abc" * 100_000)
-    assert files.sha256(tmp_path / "f") == hashlib.sha256(b"abc" * 100_000).hexdigest()
-
-
-def test_a_json_object_is_read(tmp_path):
-    (tmp_path / "a.json").write_bytes('{"ü": [1, null]}'.encode())
-    assert files.read_json(tmp_path / "a.json") == {"ü": [1, None]}
-
-
 @pytest.mark.parametrize(
     ("content", "reason"),
     [(None, "No such file or directory"), (b"", r"no JSON \(Expecting value"), (b'{"a": ', "no JSON"),
-     (b'{"a": "\xff"}', "no UTF-8 at byte 7"), (b"[1]", "expected a JSON object, this is a list"),
-     (b"null", "this is null"), (b"5", "this is a number"), (b'{"a": ' + b"[" * 100_000, "nested too deep"),
-     (b'{"a": ' + b"9" * 5000 + b"}", "no JSON")],
-    ids=range(9),
+     (b'{"a": "\xff"}', "no JSON .*byte 0xff"), (b"[1]", "expected a JSON object"),
+     (b'{"a": ' + b"[" * 100_000, "nested too deep"), (b'{"a": ' + b"9" * 5000 + b"}", "no JSON")],
+    ids=range(7),
 )  # fmt: skip
 def test_anything_but_a_json_object_is_a_data_error_with_file_and_reason(tmp_path, content, reason):
     path = tmp_path / "a.json"
@@ -166,13 +136,8 @@ def test_anything_but_a_json_object_is_a_data_error_with_file_and_reason(tmp_pat
         files.read_json(path)
     with pytest.raises(DataError, match="Is a directory"):
         files.read_json(tmp_path)
-
-
-@pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="no pipes with names")
-def test_a_pipe_in_the_place_of_json_is_not_waited_for(tmp_path):
-    os.mkfifo(tmp_path / "a.json")
-    with pytest.raises(DataError, match="a pipe, no file"):
-        files.read_json(tmp_path / "a.json")
+    path.write_bytes('{"ü": [1, null]}'.encode())
+    assert files.read_json(path) == {"ü": [1, None]}
 
 
 HOLD = """
@@ -183,25 +148,17 @@ held = files.lock(Path(sys.argv[1]), "--run-dir"); print("held", flush=True); sy
 
 @pytest.mark.fault(25)
 def test_a_folder_has_one_holder_and_a_dead_one_holds_nothing(tmp_path):
-    holder = subprocess.Popen(
-        [sys.executable, "-c", HOLD, str(tmp_path / "run")],
-        stdin=subprocess.PIPE,
-        stdout=subprocess.PIPE,
-        text=True,
-    )
+    command = [sys.executable, "-c", HOLD, str(tmp_path / "run")]
+    holder = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
     assert holder.stdout.readline() == "held\n"
     with pytest.raises(CannotWrite, match=rf"run is in use by pid {holder.pid} since .*; .* another --run-dir"):
+        files.lock(tmp_path / "run", "--run-dir")
+    (tmp_path / "run/.lock").write_text("")  # before it has written its name
+    with pytest.raises(CannotWrite, match=r"is in use by another process; stop it or use another --run-dir"):
         files.lock(tmp_path / "run", "--run-dir")
     holder.kill()
     holder.communicate()
     files.lock(tmp_path / "run", "--run-dir").close()
-
-
-def test_a_folder_whose_holder_has_not_written_its_name_yet_is_in_use_all_the_same(tmp_path):
-    with files.lock(tmp_path, "--run-dir") as held:
-        held.truncate(0)
-        with pytest.raises(CannotWrite, match=r"is in use by another process; stop it or use another --run-dir"):
-            files.lock(tmp_path, "--run-dir")
 
 
 @pytest.mark.fault(22, 26)

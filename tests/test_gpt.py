@@ -111,7 +111,7 @@ def test_a_token_sees_only_what_is_before_it():
 def test_cached_keys_and_values_give_the_logits_of_the_whole_text():
     model = GPT(SMALL, generator())
     idx = torch.randint(1000, (2, 30), generator=generator())
-    caches = model.new_caches(2, 30)
+    caches = model.new_caches(2)
     with torch.no_grad():
         parts = [model(idx[:, :11], caches)] + [model(idx[:, t : t + 1], caches) for t in range(11, 30)]
         assert torch.allclose(torch.cat(parts, 1), model(idx), atol=1e-5)

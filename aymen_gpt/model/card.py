@@ -2,7 +2,7 @@
 
 card.md.j2 has the words. Above them stands YAML metadata, with a model-index when the checkpoint was scored
 (https://huggingface.co/docs/hub/model-cards). What comes from a run stays text: huggingface_hub quotes it as YAML,
-Jinja2 escapes HTML, and the filters ``text`` and ``block`` escape Markdown.
+Jinja2 escapes HTML, and ``plain`` and ``block`` escape Markdown.
 """
 
 import math
@@ -26,35 +26,42 @@ def card(step: int, shape: Values, metrics: Values, run: Values, scores: Values)
     Any of it may be empty, and any key absent or of another type: what is not known is left out. The text holds no
     time and no host, so the same run gives the same bytes.
     """
-    from jinja2 import Environment, FileSystemLoader, StrictUndefined
+    from jinja2 import ChainableUndefined, Environment, FileSystemLoader
     from markupsafe import Markup
 
-    name = str(get(run, "run", "run") or "run").rstrip("/").split("/")[-1]
-    command, versions = get(run, "command"), get(run, "versions")
-    repo = text(get(run, "data", "source", "repo"))
+    name = str(table(run, "run").get("run") or "run").rstrip("/").split("/")[-1]
+    source, command = table(run, "data", "source"), run.get("command")
     scores = {protocol: scores[protocol] for protocol in PROTOCOLS if protocol in scores}
     environment = Environment(
         loader=FileSystemLoader(Path(__file__).parent),
         autoescape=True,
-        undefined=StrictUndefined,
+        undefined=ChainableUndefined,  # what is not known is empty
+        finalize=plain,
         trim_blocks=True,
     )
-    environment.filters |= {"text": text, "block": block, "number": number, "percent": percent}
-    environment.globals |= {"get": get, "all_examples": HELLASWAG_EXAMPLES}
+    environment.filters |= {"plain": plain, "percent": percent}
     page = environment.get_template("card.md.j2").render(
         name=name,
-        metadata=Markup(metadata(name, step, get(run, "data", "source", "repo"), scores).strip()),
+        metadata=Markup(metadata(name, step, source.get("repo"), scores).strip()),
         step=step,
         shape=shape,
         metrics=metrics,
         run=run,
+        source=source,
         scores=scores,
-        repo=repo,
-        licence=LICENCES.get(repo),
-        versions=", ".join(f"{k} {v}" for k, v in versions.items()) if isinstance(versions, dict) else "",
-        command=shlex.join(map(str, command)) if isinstance(command, list) else "python pretrain.py",
+        all_examples=HELLASWAG_EXAMPLES,
+        licence=LICENCES.get(str(source.get("repo"))),
+        versions=", ".join(f"{k} {v}" for k, v in table(run, "versions").items()),
+        command=block(shlex.join(map(str, command)) if isinstance(command, list) else "python pretrain.py"),
     )
     return page.lstrip() + "\n"
+
+
+def table(found: Any, *keys: str) -> Values:
+    """A nested dict, {} where it is absent or something else."""
+    for key in keys:
+        found = found.get(key) if isinstance(found, dict) else None
+    return found if isinstance(found, dict) else {}
 
 
 def metadata(name: str, step: int, repo: Any, scores: Values) -> str:
@@ -73,7 +80,7 @@ def metadata(name: str, step: int, repo: Any, scores: Values) -> str:
         )
         for protocol, score in scores.items()
         for metric in ("acc", "acc_norm")
-        if number(score.get(metric))
+        if score.get(metric) is not None
     ]
     found = ModelCardData(
         library_name="transformers",
@@ -86,30 +93,18 @@ def metadata(name: str, step: int, repo: Any, scores: Values) -> str:
     return found.to_yaml()
 
 
-def get(found: Any, *keys: str) -> Any:
-    """A nested value, None where any part is absent."""
-    for key in keys:
-        found = found.get(key) if isinstance(found, dict) else None
-    return found
+def plain(value: Any, form: str = ",") -> str:
+    r"""A number, or a text as one line no letter of which is Markdown (HTML is escaped after this); else nothing.
 
-
-def number(value: Any, form: str = ",") -> str:
-    """What is no number is empty.
-
-    >>> number(1024), number(3.14159, ".2f"), number("1024"), number(float("nan"))
-    ('1,024', '3.14', '', '')
+    >>> print(plain(1024), plain(3.14159, ".2f"), plain("a *b*\n[c](d)"), [plain(float("nan")), plain([1])])
+    1,024 3.14 a \*b\* \[c\](d) ['', '']
     """
+    if hasattr(value, "__html__"):  # Markup of ours
+        return value
+    if isinstance(value, str):
+        return re.sub(r"([\\`*_\[\]|~$]|:(?=//))", r"\\\1", " ".join(value.split()))
     known = isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
     return format(value, form) if known else ""
-
-
-def text(value: Any) -> str:
-    r"""One line of text, no letter of which is Markdown; HTML is escaped after this. What is no text is empty.
-
-    >>> print(text("a *b*\n[c](d)"))
-    a \*b\* \[c\](d)
-    """
-    return re.sub(r"([\\`*_\[\]|~$]|:(?=//))", r"\\\1", " ".join(value.split())) if isinstance(value, str) else ""
 
 
 def block(code: str) -> Any:

@@ -85,13 +85,12 @@ PRESETS: dict[str, GPTConfig] = {
 class LayerCache:
     """Keys and values of one layer for the positions seen so far, so that each is computed once.
 
-    Room for ``length`` positions is taken at once; the first append may be of any length (the prompt),
-    the later ones are of one position each.
+    Room for all positions is taken at once, ``empty`` (B, nh, block_size, hs); the first append may be of any
+    length (the prompt), the later ones are of one position each.
     """
 
-    def __init__(self, batch: int, n_head: int, length: int, head_size: int, like: Tensor) -> None:
-        self.k = like.new_empty(batch, n_head, length, head_size)  # (B, nh, length, hs)
-        self.v = torch.empty_like(self.k)
+    def __init__(self, empty: Tensor) -> None:
+        self.k, self.v = empty, torch.empty_like(empty)
         self.used = 0
 
     def append(self, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
@@ -104,20 +103,6 @@ class LayerCache:
         return self.k[:, :, : self.used], self.v[:, :, : self.used]
 
 
-def attention(qkv: Tensor, n_head: int, cache: LayerCache | None = None, mask: Tensor | None = None) -> Tensor:
-    """Causal attention of queries, keys and values (B, T, 3C), side by side; (B, T, C).
-
-    With a cache the tokens come after those in it. Where a token may see others than those before it, a ``mask``
-    (B, 1, T, T) says which (fourth) each one (third) sees.
-    """
-    B, T, C = qkv.size(0), qkv.size(1), qkv.size(2) // 3
-    q, k, v = qkv.view(B, T, 3, n_head, C // n_head).permute(2, 0, 3, 1, 4)  # (B, nh, T, hs)
-    if cache is not None:
-        k, v = cache.append(k, v)
-    y = F.scaled_dot_product_attention(q, k, v, mask, is_causal=mask is None and T > 1)  # (B, nh, T, hs)
-    return y.transpose(1, 2).reshape(B, T, C)
-
-
 class CausalSelfAttention(nn.Module):
     def __init__(self, config: GPTConfig) -> None:
         super().__init__()
@@ -126,8 +111,15 @@ class CausalSelfAttention(nn.Module):
         self.c_proj = nn.Linear(config.n_embd, config.n_embd)
 
     def forward(self, x: Tensor, cache: LayerCache | None = None, mask: Tensor | None = None) -> Tensor:
-        qkv = self.c_attn(x)  # (B, T, 3C)
-        return self.c_proj(attention(qkv, self.n_head, cache, mask))  # (B, T, C)
+        """With a cache the tokens of x (B, T, C) come after those in it. Where a token may see others than those
+        before it, a ``mask`` (B, 1, T, T) says which (fourth) each one (third) sees."""
+        B, T, C = x.shape
+        qkv = self.c_attn(x).view(B, T, 3, self.n_head, C // self.n_head)
+        q, k, v = qkv.permute(2, 0, 3, 1, 4)  # (B, nh, T, hs)
+        if cache is not None:
+            k, v = cache.append(k, v)
+        y = F.scaled_dot_product_attention(q, k, v, mask, is_causal=mask is None and T > 1)  # (B, nh, T, hs)
+        return self.c_proj(y.transpose(1, 2).reshape(B, T, C))
 
 
 class MLP(nn.Module):
@@ -199,7 +191,7 @@ class GPT(nn.Module):
         """The last LayerNorm's output, (B, T, C), for token ids (B, T); logits are one product away.
 
         With ``caches`` (see new_caches) idx continues the positions already in them. Rows that hold several texts
-        come with the ``positions`` (B, T) of their tokens and a ``mask`` (see attention).
+        come with the ``positions`` (B, T) of their tokens and a ``mask`` (see CausalSelfAttention).
         """
         past = caches[0].used if caches else 0
         T = idx.size(1)
@@ -220,8 +212,8 @@ class GPT(nn.Module):
         """Logits (B, T, V) for token ids (B, T); position t predicts token t + 1."""
         return self.logits(self.hidden(idx, caches))
 
-    def new_caches(self, batch: int, length: int | None = None) -> list[LayerCache]:
-        """Empty caches, one a layer, for generating up to ``length`` positions (default: block_size)."""
+    def new_caches(self, batch: int) -> list[LayerCache]:
+        """Empty caches, one a layer, for generating up to block_size positions."""
         c = self.config
-        length = c.block_size if length is None else length
-        return [LayerCache(batch, c.n_head, length, c.n_embd // c.n_head, self.wte.weight) for _ in self.h]
+        shape = (batch, c.n_head, c.block_size, c.n_embd // c.n_head)
+        return [LayerCache(self.wte.weight.new_empty(shape)) for _ in self.h]

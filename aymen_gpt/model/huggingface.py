@@ -37,26 +37,22 @@ def to_huggingface(tensors: dict[str, Tensor], vocab_size: int) -> dict[str, Ten
     return out
 
 
-def from_huggingface(tensors: dict[str, Tensor], config: GPTConfig) -> dict[str, Tensor]:
+def from_huggingface(
+    tensors: dict[str, Tensor], config: GPTConfig, transposed: tuple[str, ...] = TRANSPOSED
+) -> dict[str, Tensor]:
     """Tensors by GPT-2's names, prefix or not -> a state dict for ``GPT(config)``.
 
-    Rows of the embedding past ``config.vocab_size`` are dropped. Raises ValueError for an output layer that
+    Rows of the embedding past ``config.vocab_size`` become zeros. Raises ValueError for an output layer that
     differs from the embedding, because our GPT ties the two.
     """
-    out = {}
-    for name, t in tensors.items():
-        name = name.removeprefix(PREFIX)
-        if name.endswith((".attn.bias", ".attn.masked_bias")):
-            continue
-        if name == "lm_head.weight":
-            wte = tensors.get(PREFIX + "wte.weight", tensors.get("wte.weight"))
-            if wte is not None and not torch.equal(t, wte):
-                raise ValueError("lm_head.weight differs from wte.weight; only tied GPT-2 models are supported")
-            continue
-        if name == "wte.weight":
-            t = padded(t, config)
-        out[name] = t.t().contiguous() if name.endswith(TRANSPOSED) else t
-    return out
+    out = {name.removeprefix(PREFIX): t for name, t in tensors.items()}
+    out = {name: t for name, t in out.items() if not name.endswith((".attn.bias", ".attn.masked_bias"))}
+    output = out.pop("lm_head.weight", None)
+    if "wte.weight" in out:
+        if output is not None and not torch.equal(output, out["wte.weight"]):
+            raise ValueError("lm_head.weight differs from wte.weight; only tied GPT-2 models are supported")
+        out["wte.weight"] = padded(out["wte.weight"], config)
+    return {name: t.t().contiguous() if name.endswith(transposed) else t for name, t in out.items()}
 
 
 def padded(wte: Tensor, config: GPTConfig) -> Tensor:
@@ -117,12 +113,14 @@ def config_to_huggingface(config: GPTConfig) -> dict[str, Any]:
     }
 
 
-def config_from_huggingface(found: dict[str, Any]) -> GPTConfig:
-    """GPTConfig of a config.json; ValueError naming the first entry that is not GPT-2 as we compute it."""
+def read_config(folder: Path) -> GPTConfig:
+    """The shape of the model in a folder; DataError when config.json is missing, damaged or no GPT-2's."""
+    path = folder / "config.json"
+    found = read_json(path)
     sizes = {ours: found.get(theirs, getattr(GPTConfig, ours)) for ours, theirs in SIZES.items()}
     for ours, size in sizes.items():
         if type(size) is not int or not 0 < size < 2**31:
-            raise ValueError(f"{SIZES[ours]} is {str(size)[:40]!r}, expected a whole number above 0")
+            raise DataError(f"{path}: {SIZES[ours]} is {str(size)[:40]!r}, expected a whole number above 0")
     expected = {
         "model_type": ("gpt2",),
         "activation_function": ("gelu_new", "gelu_pytorch_tanh", None),
@@ -135,17 +133,11 @@ def config_from_huggingface(found: dict[str, Any]) -> GPTConfig:
     }
     for key, allowed in expected.items():
         if found.get(key) not in allowed:
-            raise ValueError(f"{key} is {str(found.get(key))[:40]!r}, a GPT-2-shaped model has {allowed[0]!r}")
-    return GPTConfig(**sizes)
-
-
-def read_config(folder: Path) -> GPTConfig:
-    """The shape of the model in a folder; DataError when config.json is missing, damaged or no GPT-2's."""
-    found = read_json(folder / "config.json")
+            raise DataError(f"{path}: {key} is {str(found.get(key))[:40]!r}, a GPT-2 has {allowed[0]!r}")
     try:
-        return config_from_huggingface(found)
+        return GPTConfig(**sizes)
     except ValueError as error:
-        raise DataError(f"{folder / 'config.json'}: {error}") from None
+        raise DataError(f"{path}: {error}") from None
 
 
 def weight_files(index: Path) -> list[str]:

@@ -7,6 +7,7 @@ behind ``_orig_mod.`` (torch.compile) or ``module.`` (DDP). nanoGPT's bias=False
 differs by at most 0.0005 from the tanh form that GPT-2 and we compute.
 """
 
+import re
 import zipfile
 from pathlib import Path
 from typing import Any
@@ -15,9 +16,9 @@ import torch
 
 from aymen_gpt.errors import DataError
 from aymen_gpt.model.gpt import GPT, GPTConfig
-from aymen_gpt.model.huggingface import VOCAB_SIZE, gpt, one_line, padded, shape
+from aymen_gpt.model.huggingface import VOCAB_SIZE, from_huggingface, gpt, one_line, shape
 
-WRAPPERS = ("_orig_mod.", "module.", "transformer.")
+WRAPPERS = r"^(_orig_mod\.)?(module\.)?(transformer\.)?"
 
 
 class StoredConfig:
@@ -27,8 +28,10 @@ class StoredConfig:
 def load_pt(path: Path) -> GPT:
     """The GPT of a .pt file, on the CPU in float32. Raises DataError for what is no such GPT, or not safe."""
     found = _read(path)
-    state = found.get("model") if isinstance(found, dict) else None
-    n_head = _shape(found).get("n_head") if isinstance(found, dict) else None
+    found = found if isinstance(found, dict) else {}
+    stored = found.get("model_args", found.get("config"))  # nanoGPT keeps a dict, the others their GPTConfig
+    shapes = vars(stored) if isinstance(stored, StoredConfig) else stored
+    state, n_head = found.get("model"), shapes.get("n_head") if isinstance(shapes, dict) else None
     if not isinstance(state, dict) or type(n_head) is not int:
         raise DataError(f"{path} is no checkpoint of nanoGPT or build-nanogpt: no model and n_head in it")
     try:
@@ -38,24 +41,23 @@ def load_pt(path: Path) -> GPT:
 
 
 def _gpt(state: dict[Any, Any], n_head: int) -> GPT:
-    weights = {_our_name(str(name)): t for name, t in state.items() if not str(name).endswith(".attn.bias")}
+    weights = {re.sub(WRAPPERS, "", str(name)): t for name, t in state.items()}
     no_weights = [name for name, t in weights.items() if not isinstance(t, torch.Tensor)]
     if no_weights or not {"wte.weight", "wpe.weight"} <= weights.keys():
         raise ValueError(f"{no_weights[0]} is no tensor" if no_weights else "no wte.weight and wpe.weight")
     wte, wpe = weights["wte.weight"], weights["wpe.weight"]
     if wte.dim() != 2 or wpe.dim() != 2:
         raise ValueError(f"wte.weight is {shape(wte)}, wpe.weight {shape(wpe)}: expected two matrices")
-    if not torch.equal(weights.pop("lm_head.weight", wte), wte):
-        raise ValueError("lm_head.weight differs from wte.weight; only tied models are supported")
+    layers = {name.split(".")[1] for name in weights if name.startswith("h.")}
+    config = GPTConfig(wpe.size(0), min(wte.size(0), VOCAB_SIZE), max(len(layers), 1), n_head, wte.size(1))
+    weights = from_huggingface(weights, config, transposed=())
     if not any(name.endswith(".bias") for name in weights):  # nanoGPT's bias=False: the same as biases of zero
         weights |= {
             f"{name.removesuffix('weight')}bias": t.new_zeros(t.shape[:1])
             for name, t in weights.items()
             if name not in ("wte.weight", "wpe.weight")
         }
-    layers = {name.split(".")[1] for name in weights if name.startswith("h.")}
-    config = GPTConfig(wpe.size(0), min(wte.size(0), VOCAB_SIZE), max(len(layers), 1), n_head, wte.size(1))
-    return gpt(config, weights | {"wte.weight": padded(wte, config)})
+    return gpt(config, weights)
 
 
 def _read(path: Path) -> Any:
@@ -75,18 +77,6 @@ def _read(path: Path) -> Any:
         raise
     except Exception as error:  # zipfile and the unpickler have no common error for damage
         raise DataError(f"{path} cannot be read as a checkpoint: {one_line(error)}") from None
-
-
-def _shape(found: dict[str, Any]) -> dict[str, Any]:
-    """What the file says of the model's shape: nanoGPT keeps a dict, the others their GPTConfig."""
-    stored = found.get("model_args", found.get("config"))
-    return stored if isinstance(stored, dict) else vars(stored) if isinstance(stored, StoredConfig) else {}
-
-
-def _our_name(name: str) -> str:
-    for wrapper in WRAPPERS:
-        name = name.removeprefix(wrapper)
-    return name
 
 
 def is_pt(name: str) -> bool:
