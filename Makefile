@@ -50,7 +50,7 @@ record: .venv/installed-dev
 	$(BIN)/jupyter-execute --inplace GPT-nb.ipynb
 	$(BIN)/python -m paper.build docs/results/demo
 	pdftoppm -r 75 -f 5 -l 5 -png -singlefile build/report/research-report.pdf docs/images/paper
-	chromium --headless --no-sandbox --hide-scrollbars --window-size=1280,1560 --screenshot=docs/images/report.png runs/demo/report.html
+	$(BIN)/python -m tools.screenshot runs/demo docs/images
 
 test: .venv/installed-dev
 	$(BIN)/python -m pytest -n 2

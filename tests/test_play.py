@@ -26,23 +26,24 @@ pytest.importorskip("fastapi", reason="play needs the extra [play]")
 from aymen_gpt.play import models, server  # noqa: E402
 
 pytestmark = pytest.mark.slow
+NAME = "little <i>run"  # of the run: the page must show it as it is
 
 
 @pytest.fixture(scope="module")
 def run(tmp_path_factory):
     """A run with checkpoints of three steps."""
     folder = tmp_path_factory.mktemp("play")
-    words = ["--preset", "tiny", "--data", make_shards(folder / "shards"), "--run-dir", folder / "little run"]
+    words = ["--preset", "tiny", "--data", make_shards(folder / "shards"), "--run-dir", folder / NAME]
     words += ["--steps", 6, "--checkpoint-every", 3, "--keep-last", 2, "--keep-also", 1, "--device", "cpu"]
     command("pretrain", list(map(str, words)))
-    return folder / "little run"
+    return folder / NAME
 
 
 @contextmanager
 def serving(served):
     with play.listen("127.0.0.1", 0) as listening:
         app = server.app(served, hosts=["127.0.0.1"], curves=lambda: play.curves(served.run))
-        running = uvicorn.Server(uvicorn.Config(app, log_level="warning", access_log=False))
+        running = uvicorn.Server(uvicorn.Config(app, log_level="warning", lifespan="off", access_log=False))
         thread = threading.Thread(target=running.run, kwargs={"sockets": [listening]})
         thread.start()
         try:
@@ -61,9 +62,6 @@ def served(run):
 def port(served):
     with serving(served) as port:
         yield port
-
-
-NAME = "little run"
 
 
 def ask(port, path="/v1/completions", headers={}, **body):  # noqa: B006
@@ -175,22 +173,23 @@ def test_attention_and_losses_of_a_text(served, port):
     ("body", "status", "message"),
     [
         (b"{", 400, "Invalid JSON"),
-        (b'{"model": "little run", "prompt": [50257]}', 400, "each 0 to 50256"),
-        (b'{"model": "little run", "prompt": []}', 400, "0 prompts x n = 1: 1 to 64 answers"),
-        (b'{"model": "little run", "n": 40, "prompt": ["a", "b"]}', 400, "2 prompts x n = 40"),
+        (b'{"model": "NAME", "prompt": [50257]}', 400, "each 0 to 50256"),
+        (b'{"model": "NAME", "prompt": []}', 400, "0 prompts x n = 1: 1 to 64 answers"),
+        (b'{"model": "NAME", "n": 40, "prompt": ["a", "b"]}', 400, "2 prompts x n = 40"),
         (
-            b'{"model": "little run", "max_tokens": 5000}',
+            b'{"model": "NAME", "max_tokens": 5000}',
             400,
             "max_tokens: Input should be less than or equal to 4096",
         ),
-        (b'{"model": "little run", "temperature": -1}', 400, "temperature: "),
+        (b'{"model": "NAME", "temperature": -1}', 400, "temperature: "),
         (b'{"model": "../../etc", "prompt": "a"}', 404, "there is no model '../../etc'"),
-        (b'{"model": "little run:2", "prompt": "a"}', 404, "there is no model 'little run:2'"),
+        (b'{"model": "NAME:2", "prompt": "a"}', 404, "there is no model 'NAME:2'"),
         (b'{"prompt": "' + b"a" * 2**20 + b'"}', 413, "a request may have 1,048,576 bytes"),
-        (b'{"model": "little run", "prompt": "' + b"ab " * 300_000 + b'"}', 400, "the model reads 64"),
+        (b'{"model": "NAME", "prompt": "' + b"ab " * 300_000 + b'"}', 400, "the model reads 64"),
     ],
 )
 def test_a_bad_request_is_one_line(port, body, status, message):
+    body, message = body.replace(b"NAME", NAME.encode()), message.replace("NAME", NAME)
     connection = http.client.HTTPConnection("127.0.0.1", port)
     connection.request("POST", "/v1/completions", body)
     response = connection.getresponse()
@@ -289,8 +288,10 @@ def test_a_client_that_goes_away_stops_its_text_and_leaves_the_line(run, monkeyp
 
     monkeypatch.setattr(models, "draw", endless)
     with serving(served) as port:
-        clients = [raw(port) for _ in range(3)]
-        until(lambda: waiting(port) == 3)
+        clients = []
+        for place in (1, 2, 3):
+            clients.append(raw(port))
+            until(lambda place=place: waiting(port) == place)
         with pytest.raises(HTTPError, match="503"):
             ask(port, prompt="a")
         read_until(clients[2], b"2 before this request")
@@ -356,7 +357,8 @@ def test_the_page_writes_tells_probabilities_travels_and_stops(browser, port, wi
     expect(page.locator("#say")).to_have_text(re.compile(r"^\d+ tokens, \d+ a second"))
     expect(page.locator("#stop")).to_be_disabled(timeout=30_000)
     assert page.locator("#text").text_content().startswith(hostile)
-    assert page.locator("#text img").count() == 0
+    assert page.locator("#text img, h1 i").count() == 0
+    assert page.locator("h1").text_content() == NAME
     first = page.locator("#text").text_content()
 
     token = page.locator("#text span:not(.given)").nth(3)

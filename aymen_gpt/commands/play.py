@@ -30,7 +30,7 @@ def main(options: argparse.Namespace) -> None:
         print(f"warning: {warning}", file=sys.stderr)
     hosts = ["*"] if public else ["127.0.0.1", "localhost", "[::1]"]
     api = app(served, hosts=hosts, curves=partial(curves, served.run))
-    config = uvicorn.Config(api, log_level="warning", access_log=False)
+    config = uvicorn.Config(api, log_level="warning", lifespan="off", access_log=False)
     try:
         listening = listen(options.host, options.port)
     except OSError as error:

@@ -135,6 +135,7 @@ async function ask(step) {
   } catch (error) {
     if (error.name !== "AbortError") tell(text, error.message, true);
   }
+  card.dataset.done = true;
 }
 
 let attention = [];
