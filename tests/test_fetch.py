@@ -39,8 +39,8 @@ def test_hub_file_arrives_under_its_name_and_is_not_fetched_again(hub, tmp_path)
 def test_hub_list_gives_the_commit_and_sorted_names_sizes_hashes(hub):
     commit, listed = fetch.hub_list("a/b", "sample", revision="main", suffix=".parquet")
     assert commit == COMMIT
-    assert listed[0] == fetch.HubFile("sample/a.parquet", len(CONTENT), SHA256)
-    assert [file.name for file in listed] == ["sample/a.parquet", "sample/b.parquet"]
+    assert listed[0] == ("sample/a.parquet", len(CONTENT), SHA256)
+    assert [name for name, _, _ in listed] == ["sample/a.parquet", "sample/b.parquet"]
 
 
 @pytest.fixture

@@ -17,7 +17,6 @@ import tempfile
 import time
 import zipfile
 from collections.abc import Callable
-from dataclasses import dataclass
 from pathlib import Path, PurePosixPath, PureWindowsPath
 from typing import Any, TypeVar
 
@@ -27,15 +26,6 @@ from aymen_gpt.errors import CannotWrite, DataError, NetworkError
 T = TypeVar("T")
 
 PAUSES = (1, 2, 4)  # seconds before a request that the server could not answer is made again
-
-
-@dataclass(frozen=True)
-class HubFile:
-    """One file of a Hub repository; sha256 is None for small files that the Hub keeps in git."""
-
-    name: str
-    bytes: int
-    sha256: str | None
 
 
 def cache_dir() -> Path:
@@ -83,22 +73,27 @@ def _pip_download(requirement: str, folder: Path, name: str) -> Path:
     return wheels[0]
 
 
-def hub_list(repo: str, folder: str, *, revision: str, suffix: str) -> tuple[str, list[HubFile]]:
-    """The commit that ``revision`` names, and the files of a dataset's folder at it, sorted by name."""
+def hub_list(
+    repo: str, folder: str, *, revision: str, suffix: str
+) -> tuple[str, list[tuple[str, int, str | None]]]:
+    """The commit that ``revision`` names, and the files of a dataset's folder at it, sorted by name.
+
+    A file is (name, bytes, sha256); None for the sha256 of small files, which the Hub keeps in git.
+    """
     from huggingface_hub import HfApi
     from huggingface_hub.hf_api import RepoFile
 
-    def ask() -> tuple[str, list[HubFile]]:
+    def ask() -> tuple[str, list[tuple[str, int, str | None]]]:
         api = HfApi()
         commit = api.dataset_info(repo, revision=revision).sha or revision
         tree = api.list_repo_tree(repo, folder, revision=commit, repo_type="dataset", recursive=True)
         listed = [entry for entry in tree if isinstance(entry, RepoFile) and entry.path.endswith(suffix)]
-        return commit, [HubFile(f.path, f.size, f.lfs.sha256 if f.lfs else None) for f in listed]
+        return commit, sorted((f.path, f.size, f.lfs.sha256 if f.lfs else None) for f in listed)
 
     commit, found = _asked(ask, f"the file list of {repo} at {revision}")
-    for file in found:
-        check_name(file.name)
-    return commit, sorted(found, key=lambda file: file.name)
+    for name, _, _ in found:
+        check_name(name)
+    return commit, found
 
 
 def hub_file(

@@ -23,9 +23,8 @@ from typing import Any
 import numpy as np
 
 from aymen_gpt import files
-from aymen_gpt.data import encoder, shards, slices, sources, tokenizer, workers
+from aymen_gpt.data import encoder, fetch, shards, slices, sources, tokenizer, workers
 from aymen_gpt.data.encoder import EncoderName
-from aymen_gpt.data.fetch import check_name
 from aymen_gpt.data.slices import RESTART, Slice, Source
 from aymen_gpt.data.stream import Position, TokenStream, Totals
 from aymen_gpt.data.workers import Batch
@@ -165,10 +164,14 @@ class Preparation:
 
     def bring(self, number: int) -> Path:
         """The path of a file of the source, downloaded into the output folder if need be."""
-        file, count = self.source.files[number], len(self.source.files)
-        if file.path is None:
-            self.report(f"downloading {file.name} ({file.bytes / 1e9:.1f} GB, file {number + 1} of {count})")
-        return sources.bring(self.source, number, self.out / SOURCE_FOLDER)
+        file, count, folder = self.source.files[number], len(self.source.files), self.out / SOURCE_FOLDER
+        if file.path is not None:
+            return file.path
+        assert self.source.repo is not None
+        self.report(f"downloading {file.name} ({file.bytes / 1e9:.1f} GB, file {number + 1} of {count})")
+        place: dict[str, Any] = {"revision": self.source.revision, "repo_type": "dataset", "folder": folder}
+        with sources.or_by_hand(f"put it at {folder / file.name}"):
+            return fetch.hub_file(self.source.repo, file.name, sha256=file.sha256, **place)
 
     def drop_downloads(self, count: int) -> None:
         """Delete the first ``count`` files of the source where they were downloaded."""
@@ -176,7 +179,7 @@ class Preparation:
             return
         folder = self.out / SOURCE_FOLDER
         for file in self.source.files[:count]:
-            check_name(file.name, folder)
+            fetch.check_name(file.name, folder)
             (folder / file.name).unlink(missing_ok=True)
         if count == len(self.source.files):
             shutil.rmtree(folder, ignore_errors=True)

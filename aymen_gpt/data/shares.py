@@ -12,7 +12,7 @@ import functools
 import re
 from collections.abc import Generator, Iterator
 from contextlib import closing
-from dataclasses import asdict, replace
+from dataclasses import asdict, fields, replace
 from itertools import chain
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -190,21 +190,10 @@ def _read_bundle(path: Path, sha256: str) -> Iterator[Batch]:
 
 
 def _schema() -> "pa.Schema":
-    """A bundle's columns: the fields of Batch. A batch is one row."""
+    """A bundle's columns: the fields of Batch. A batch is one row; tokens are uint16, little-endian."""
     import pyarrow as pa
 
-    numbers, words = pa.list_(pa.int64()), pa.list_(pa.string())
-    return pa.schema(
-        {
-            "file": pa.int64(),
-            "part": pa.int64(),
-            "fraction": pa.float64(),
-            "tokens": pa.large_binary(),  # uint16, little-endian
-            "bounds": numbers,
-            "rows": numbers,
-            "sizes": numbers,
-            "ids": words,
-            "urls": words,
-            "skipped": pa.map_(pa.int64(), pa.string()),
-        }
-    )
+    number, numbers, words = pa.int64(), pa.list_(pa.int64()), pa.list_(pa.string())
+    skipped = pa.map_(number, pa.string())
+    types = number, number, pa.float64(), pa.large_binary(), numbers, numbers, numbers, words, words, skipped
+    return pa.schema(zip((field.name for field in fields(Batch)), types, strict=True))

@@ -61,8 +61,7 @@ def open_source(
             )
         if not listed:
             raise DataError(f"{DATASET} has no parquet files in {DATASET_FOLDER} at revision {commit}")
-        files = tuple(SourceFile(file.name, file.bytes, file.sha256) for file in listed)
-        return Source(files, text_column or "text", DATASET, commit)
+        return Source(tuple(SourceFile(*file) for file in listed), text_column or "text", DATASET, commit)
     if revision is not None:
         raise UsageError(f"--revision names a commit of {DATASET}; it needs --source hub")
     found = [file for word in words for file in _files_of(word, out)]
@@ -126,23 +125,6 @@ def _file(name: str, path: Path) -> SourceFile:
     if not stat.S_ISREG(status.st_mode):
         raise UsageError(f"--source {path}: a pipe or a device, no file; write its text into a file first")
     return SourceFile(name, status.st_size, path=path, modified_ns=status.st_mtime_ns)
-
-
-def bring(source: Source, number: int, folder: Path) -> Path:
-    """The local path of a file, downloaded into ``folder`` first when it is still on the Hub."""
-    file = source.files[number]
-    if file.path is not None:
-        return file.path
-    assert source.repo is not None
-    with or_by_hand(f"put it at {folder / file.name}"):
-        return fetch.hub_file(
-            source.repo,
-            file.name,
-            revision=source.revision,
-            repo_type="dataset",
-            folder=folder,
-            sha256=file.sha256,
-        )
 
 
 @contextmanager
