@@ -103,10 +103,6 @@ def test_a_refusal_is_not_asked_again(hub, tmp_path, method, status):
     with pytest.raises(NetworkError, match=f"not found or private .HTTP {status}.*HF_TOKEN"):
         get(tmp_path / "x", sha256=SHA256)
     assert hub.count(method, "a.parquet") == 1
-
-
-@pytest.mark.fault(46)
-def test_a_name_that_does_not_exist_is_asked_for_once(hub, tmp_path):
     with pytest.raises(NetworkError, match="nothing.parquet of a/b: not found or private"):
         fetch.hub_file("a/b", "nothing.parquet", revision=COMMIT, folder=tmp_path)
     assert hub.count("HEAD", "nothing.parquet") == 1
