@@ -13,7 +13,6 @@ import torch
 from conftest import ROOT, make_shards
 from safetensors.torch import load_file, save_file
 
-from aymen_gpt import files
 from aymen_gpt.model.gpt import GPT, GPTConfig
 from aymen_gpt.model.huggingface import config_to_huggingface, to_huggingface
 
@@ -84,17 +83,6 @@ def test_both_protocols_are_printed_and_every_answer_is_written(score, model, da
     assert "scored" not in done.stdout
 
 
-def test_the_json_of_a_run_names_the_checkpoint_and_its_step(score, model, data, tmp_path):
-    folder = tmp_path / "run/checkpoints/step-000000012"
-    shutil.copytree(model, folder)
-    found = {p.name: {"bytes": p.stat().st_size, "sha256": files.sha256(p)} for p in folder.iterdir()}
-    (folder / "manifest.json").write_text(json.dumps({"step": 12, "files": found}))
-    score("-m", "run", "--data", data, "--protocol", "harness", "--json", "s.json")
-    found = json.loads((tmp_path / "s.json").read_text())
-    assert (found["model"], found["checkpoint"]) == ("run", "run/checkpoints/step-000000012")
-    assert found["step"] == 12
-
-
 def test_the_score_of_a_run_stands_in_its_page_and_in_its_card(call, score, tmp_path):
     """What training measured after it saved the checkpoint, and then the larger score."""
     make_shards(tmp_path / "data")
@@ -105,6 +93,9 @@ def test_the_score_of_a_run_stands_in_its_page_and_in_its_card(call, score, tmp_
     assert re.search(r"^\| completion \| 4 \| [\d.]+ %", card.read_text(), re.MULTILINE)
     assert "4 examples, step 4" in page.read_text()
     score("-m", "run", "--limit", 8, "--json", "run/hellaswag.json")
+    found = json.loads((tmp_path / "run/hellaswag.json").read_text())
+    assert (found["model"], found["checkpoint"]) == ("run", "run/checkpoints/step-000000004")
+    assert found["step"] == 4
     assert re.findall(r"^\| (\w+) \| 8 \| [\d.]+ %", card.read_text(), re.MULTILINE) == ["completion", "harness"]
     assert "8 examples, step 4" in page.read_text()
     assert "| completion | 4 |" in (tmp_path / "run/checkpoints/step-000000002/README.md").read_text()
