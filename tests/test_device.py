@@ -25,7 +25,7 @@ def test_the_cpu_is_always_there():
     ],
 )
 def test_bfloat16_is_chosen_where_the_cpu_multiplies_it(monkeypatch, flags, expected):
-    monkeypatch.setattr(devices, "_cpu_flags", lambda: flags.split())
+    monkeypatch.setattr(devices, "_cpu_info", lambda: {"flags": flags})
     assert devices.choose_device("cpu", "auto").dtype == expected
 
 

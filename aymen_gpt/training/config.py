@@ -4,6 +4,7 @@ import json
 import os
 import shlex
 import tomllib
+from collections.abc import Iterable
 from dataclasses import Field, asdict, dataclass, field, fields, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, get_args
@@ -41,16 +42,72 @@ class Range:
 
 
 OVERRIDABLE = ("seed", "data", "tokens_per_step")  # of what makes a run, with --override-resume
-OPTIMIZERS, SCHEDULES = ("adamw", "muon"), ("cosine", "linear")
-COUNT = Range(1, 10**9)
+OPTIMIZERS, SCHEDULES, RESIDUALS = ("adamw", "muon"), ("cosine", "linear"), ("float32", "bfloat16")
+TRACKERS = ("tensorboard", "wandb", "trackio")
+COUNT, WHOLE, CLIP = Range(1, 10**9), Range(0, 10**9), Range(0, 10**9, without=(0,))
 SEEDS = Range(0, 2**63 - 1)
-SHARE = Range(0, 1)
-DECAY = Range(0, 1, without=(1,))
+RATE, DECAY = Range(0, 100, without=(0,)), Range(0, 1, without=(1,))
 
 
-def option(help: str, group: str, range: Range | None = None, unset: str = "", **default: Any) -> Any:
+def _gpt3(learning_rate: float, tokens_per_step: int) -> dict[str, Any]:
+    """A row of GPT-3's Table 2.1 (arXiv:2005.14165); every size was trained on 300B tokens."""
+    return {
+        "learning_rate": learning_rate,
+        "tokens_per_step": tokens_per_step,
+        "steps": 300_000_000_000 // tokens_per_step,
+    }
+
+
+# What each preset changes of TrainConfig's defaults; its shape stands in model/gpt.py. OpenAI never published
+# GPT-2's own rates: its larger sizes take those of the GPT-3 model of the same size.
+RECIPES: dict[str, dict[str, Any]] = {
+    "gpt2": {},
+    "gpt2-medium": {"learning_rate": 3e-4},
+    "gpt2-large": {"learning_rate": 2.5e-4},
+    "gpt2-xl": {"learning_rate": 2e-4, "tokens_per_step": 2**20, "steps": 76_292 // 2},
+    "gpt3-small": _gpt3(6e-4, 2**19),
+    "gpt3-medium": _gpt3(3e-4, 2**19),
+    "gpt3-large": _gpt3(2.5e-4, 2**19),
+    "gpt3-xl": _gpt3(2e-4, 2**20),
+    "gpt3-2.7b": _gpt3(1.6e-4, 2**20),
+    "gpt3-6.7b": _gpt3(1.2e-4, 2**21),
+    "gpt3-13b": _gpt3(1e-4, 2**21),
+    "gpt3-175b": _gpt3(0.6e-4, 3 * 2**20),
+    "demo": {
+        "data": "data/builtin",
+        "steps": 1000,
+        "tokens_per_step": 1024,
+        "learning_rate": 3e-3,
+        "val_every": 200,
+        "val_tokens": 2**15,
+        "hellaswag_every": 500,
+        "hellaswag_limit": 250,
+        "checkpoint_every": 100,
+        "keep_also": "30,100,300",
+    },
+    "tiny": {
+        "data": "data/builtin",
+        "steps": 20,
+        "tokens_per_step": 512,
+        "learning_rate": 3e-3,
+        "val_every": 10,
+        "val_tokens": 2**10,
+        "hellaswag_every": None,
+        "checkpoint_every": 10,
+    },
+}
+
+
+# What --optimizer muon changes of any preset. The rates suit a small model: benchmarks/recipe.py tunes them.
+MUON: dict[str, Any] = {"learning_rate": 3e-3, "weight_decay": 0.025, "schedule": "linear", "min_lr_ratio": 0.0}
+
+
+def option(
+    help: str, group: str, range: Range | None = None, unset: str = "", choices: Iterable[str] = (), **default: Any
+) -> Any:
     """A dataclass field that is also a flag; ``unset`` is the word for None, beside 0."""
-    return field(**default, metadata={"help": help, "group": group, "range": range, "unset": unset})
+    known = {"help": help, "group": group, "range": range, "unset": unset, "choices": tuple(choices)}
+    return field(**default, metadata=known)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -60,12 +117,12 @@ class TrainConfig:
     None stands for what is not wanted, or is for the program to choose. UsageError for a value out of its range.
     """
 
-    preset: str = option("model size and the recipe that goes with it", "run", default="gpt2")
+    preset: str = option("model size and the recipe that goes with it", "run", choices=RECIPES, default="gpt2")
     run: str = option("folder of the run, made or continued [runs/PRESET]", "run", default="runs/gpt2")
     data: str = option("folder of token shards, made by fineweb.py", "run", default="edu_fineweb10B")
     seed: int = option("of the initial weights, the data order and the samples", "run", SEEDS, default=1337)
     init_from: str | None = option(
-        "start from this model's weights: gpt2, a run, a checkpoint, a .pt file", "run", default=None
+        "weights to start from: gpt2, a run, a checkpoint, a .pt file", "run", default=None
     )
 
     n_layer: int = option("layers [the preset's, as are the next three]", "model", Range(1, 1000))
@@ -74,102 +131,64 @@ class TrainConfig:
     block_size: int = option("tokens of one row, the model's context", "model", Range(1, 2**20))
 
     steps: int = option(
-        "updates in all: 76,292 x 524,288 tokens = 40B = 4 epochs of 10B", "recipe", COUNT, default=76_292
+        "updates; 76,292 x 524,288 tokens = 40B = 4 epochs of 10B", "recipe", COUNT, default=76_292
     )
     tokens_per_step: int = option("tokens of one update, over all devices", "recipe", COUNT, default=2**19)
-    optimizer: str = option("adamw, or muon with its own defaults: docs/options.md", "recipe", default="adamw")
-    learning_rate: float = option("peak of AdamW's rate", "recipe", Range(0, 100, without=(0,)), default=6e-4)
-    matrix_rate: float = option(
-        "peak of Muon's, for the matrices of the blocks", "recipe", Range(0, 100, without=(0,)), default=0.02
-    )
-    schedule: str = option(
-        "of the rates: cosine, or linear over the last 60%% of the steps", "recipe", default="cosine"
-    )
-    min_lr_ratio: float = option("the schedule ends at this share of the peak", "recipe", SHARE, default=0.1)
-    warmup_steps: int = option(
-        "linear warmup; 375M tokens, at most 5%% of the steps (muon: 2%%)", "recipe", Range(0, 10**9), default=715
-    )
+    optimizer: str = option("adamw, or muon with its own defaults", "recipe", choices=OPTIMIZERS, default="adamw")
+    learning_rate: float = option("peak of AdamW's rate", "recipe", RATE, default=6e-4)
+    matrix_rate: float = option("peak of Muon's, for the matrices of the blocks", "recipe", RATE, default=0.02)
+    schedule: str = option("cosine, or linear over the last 60%%", "recipe", choices=SCHEDULES, default="cosine")
+    min_lr_ratio: float = option("the schedule ends at this share of the peak", "recipe", Range(0, 1), default=0.1)
+    warmup_steps: int = option("375M tokens, at most 5%% of the steps (muon: 2%%)", "recipe", WHOLE, default=715)
     weight_decay: float = option("of matrices and embeddings", "recipe", Range(0, 100), default=0.1)
     beta1: float = option("AdamW's decay of the mean gradient", "recipe", DECAY, default=0.9)
     beta2: float = option("AdamW's decay of the mean square", "recipe", DECAY, default=0.95)
-    grad_clip: float | None = option(
-        "largest L2 norm of the gradient; 0: any", "recipe", Range(0, 10**9, without=(0,)), "off", default=1.0
-    )
+    grad_clip: float | None = option("largest norm of the gradient; 0: any", "recipe", CLIP, "off", default=1.0)
 
     device: str = option("auto, cpu, mps, cuda or cuda:N", "machine", default="auto")
     dtype: str = option("of matrix products: auto, float32, bfloat16 or float16", "machine", default="auto")
     micro_batch: int | None = option(
-        "rows per forward pass, or auto: the most that fit of 64 (16 on a CPU), 32, 16, ...",
-        "machine",
-        Range(1, 10**6),
-        "auto",
-        default=None,
+        "rows per pass; auto: the most that fit", "machine", COUNT, "auto", default=None
     )
     residual: str = option(
-        "of the sums between blocks, where products are not float32: float32 or bfloat16",
-        "machine",
-        default="float32",
+        "of the sums between blocks: float32 or bfloat16", "machine", choices=RESIDUALS, default="float32"
     )
     compile: bool | None = option("torch.compile the model [only on CUDA]", "machine", default=None)
-    deterministic: bool = option(
-        "the same bits on every run of a GPU too, at some speed", "machine", default=False
-    )
+    deterministic: bool = option("the same bits on every run of a GPU too, slower", "machine", default=False)
     timeout: float = option(
-        "seconds that ranks wait for one another before they give up",
-        "machine",
-        Range(0, 10**7, without=(0,)),
-        default=600.0,
+        "seconds that ranks wait for one another", "machine", Range(1e-3, 10**7), default=600.0
     )
 
-    max_skips: int = option(
-        "steps skipped in a row, for a loss or gradient not finite, before the end",
-        "safety",
-        Range(0, 10**9),
-        default=5,
-    )
-    skip_spikes: bool = option(
-        "skip steps whose loss or gradient norm is 6 sigma above the last 128", "safety", default=False
-    )
+    max_skips: int = option("steps in a row that may be skipped before the end", "safety", WHOLE, default=5)
+    skip_spikes: bool = option("skip steps 6 sigma above the last 128 in loss or norm", "safety", default=False)
 
     val_every: int | None = option(
-        "steps between validations (and samples); 0: only at the end", "watching", COUNT, "end", default=250
+        "steps between validations; 0: only at the end", "watching", COUNT, "end", default=250
     )
     val_tokens: int = option("tokens of one validation", "watching", Range(1, 10**12), default=20 * 2**19)
     hellaswag_every: int | None = option(
-        "steps between HellaSwag scores; 0: never", "watching", COUNT, "never", default=1000
+        "steps between scores; 0: never", "watching", COUNT, "never", default=1000
     )
     hellaswag_limit: int | None = option(
-        "examples of one score, evenly spaced; 0: all 10,042", "watching", COUNT, "all", default=None
+        "examples of a score; 0: all 10,042", "watching", COUNT, "all", default=None
     )
     checkpoint_every: int = option(
-        "steps between checkpoints; the last step always has one", "watching", COUNT, default=1000
+        "steps between checkpoints; the last step has one", "watching", COUNT, default=1000
     )
-    keep_last: int = option(
-        "checkpoints kept, the oldest is deleted first; 2 or more, so that a damaged one is never the only one",
-        "watching",
-        Range(2, 10**9),
-        default=3,
-    )
+    keep_last: int = option("newest checkpoints that are kept", "watching", Range(2, 10**9), default=3)
     keep_every: int | None = option(
-        "keep the checkpoints of these steps for good (every 10,000th, say); 0: none",
-        "watching",
-        COUNT,
-        "none",
-        default=None,
+        "steps between checkpoints that are kept for good; 0: none", "watching", COUNT, "none", default=None
     )
     keep_also: str | None = option(
-        "write a checkpoint at these steps too and keep it, as 20,100,500: play shows what it wrote then",
-        "watching",
-        default=None,
+        "write and keep checkpoints of these steps too, as 20,100,500, for play", "watching", default=None
     )
-    track: str | None = option("also send the numbers to tensorboard, wandb or trackio", "watching", default=None)
+    track: str | None = option(
+        "also send the numbers to tensorboard, wandb or trackio", "watching", choices=TRACKERS, default=None
+    )
 
     def __post_init__(self) -> None:
         for f in fields(self):
             check(f, getattr(self, f.name))
-        for name, known in (("optimizer", OPTIMIZERS), ("schedule", SCHEDULES)):
-            if (value := getattr(self, name)) not in known:
-                raise UsageError(f"{flag(name)} {value}: expected {' or '.join(known)}{nearest(value, known)}")
         self.kept_steps  # noqa: B018  # or its UsageError
         for name, divisor in (("tokens_per_step", "block_size"), ("n_embd", "n_head")):
             value, unit = getattr(self, name), getattr(self, divisor)
@@ -226,22 +245,18 @@ def check(f: Field[Any], value: Any) -> None:
     """UsageError, naming the option and what it may be, for a value that is of another type or out of range."""
     if value is None and type(None) in get_args(f.type):
         return
-    wanted, range = kind(f), f.metadata["range"]
-    if wanted is bool:
-        right = isinstance(value, bool)
+    wanted, range, choices = kind(f), f.metadata["range"], f.metadata["choices"]
+    if choices:
+        right, words = value in choices, ", ".join(choices) + nearest(str(value), choices)
+    elif wanted is bool:
+        right, words = isinstance(value, bool), "true or false"
     elif wanted is str:
-        right = isinstance(value, str) and is_name(value)
+        right, words = isinstance(value, str) and is_name(value), f"a name of 1 to {LONGEST_NAME} bytes"
     else:
         right = isinstance(value, int if wanted is int else int | float) and not isinstance(value, bool)
-        right = right and value in range
+        right, words = right and value in range, f"a {'whole ' if wanted is int else ''}number {range}"
     if not right:
-        words = {
-            bool: "true or false",
-            str: f"a name of 1 to {LONGEST_NAME} bytes",
-            int: f"a whole number {range}",
-        }
-        shown = repr(value) if isinstance(value, str) else str(value)
-        raise UsageError(f"{flag(f.name)} {shown[:60]}: expected {words.get(wanted, f'a number {range}')}")
+        raise UsageError(f"{flag(f.name)} {(value if choices else repr(value))!s:.60}: expected {words}")
 
 
 def is_name(text: str) -> bool:
@@ -262,67 +277,12 @@ def flag(name: str) -> str:
     return "--" + {"run": "run-dir"}.get(name, name.replace("_", "-"))
 
 
-def _gpt3(learning_rate: float, tokens_per_step: int) -> dict[str, Any]:
-    """A row of GPT-3's Table 2.1 (arXiv:2005.14165); every size was trained on 300B tokens."""
-    return {
-        "learning_rate": learning_rate,
-        "tokens_per_step": tokens_per_step,
-        "steps": 300_000_000_000 // tokens_per_step,
-    }
-
-
-# What each preset changes of TrainConfig's defaults; its shape stands in model/gpt.py. OpenAI never published
-# GPT-2's own rates: its larger sizes take those of the GPT-3 model of the same size.
-RECIPES: dict[str, dict[str, Any]] = {
-    "gpt2": {},
-    "gpt2-medium": {"learning_rate": 3e-4},
-    "gpt2-large": {"learning_rate": 2.5e-4},
-    "gpt2-xl": {"learning_rate": 2e-4, "tokens_per_step": 2**20, "steps": 76_292 // 2},
-    "gpt3-small": _gpt3(6e-4, 2**19),
-    "gpt3-medium": _gpt3(3e-4, 2**19),
-    "gpt3-large": _gpt3(2.5e-4, 2**19),
-    "gpt3-xl": _gpt3(2e-4, 2**20),
-    "gpt3-2.7b": _gpt3(1.6e-4, 2**20),
-    "gpt3-6.7b": _gpt3(1.2e-4, 2**21),
-    "gpt3-13b": _gpt3(1e-4, 2**21),
-    "gpt3-175b": _gpt3(0.6e-4, 3 * 2**20),
-    "demo": {
-        "data": "data/builtin",
-        "steps": 1000,
-        "tokens_per_step": 1024,
-        "learning_rate": 3e-3,
-        "val_every": 200,
-        "val_tokens": 2**15,
-        "hellaswag_every": 500,
-        "hellaswag_limit": 250,
-        "checkpoint_every": 100,
-        "keep_also": "30,100,300",
-    },
-    "tiny": {
-        "data": "data/builtin",
-        "steps": 20,
-        "tokens_per_step": 512,
-        "learning_rate": 3e-3,
-        "val_every": 10,
-        "val_tokens": 2**10,
-        "hellaswag_every": None,
-        "checkpoint_every": 10,
-    },
-}
-
-
-# What --optimizer muon changes of any preset. The rates suit a small model: benchmarks/recipe.py tunes them.
-MUON: dict[str, Any] = {"learning_rate": 3e-3, "weight_decay": 0.025, "schedule": "linear", "min_lr_ratio": 0.0}
-
-
 def resolve(given: dict[str, Any]) -> TrainConfig:
     """The run that a preset and the explicitly given options describe; UsageError for one that makes no sense."""
     from aymen_gpt.model.gpt import PRESETS
 
     preset = given.get("preset", TrainConfig.preset)
-    check(next(f for f in fields(TrainConfig) if f.name == "preset"), preset)
-    if preset not in RECIPES:
-        raise UsageError(f"--preset {preset}: expected {', '.join(RECIPES)}{nearest(preset, RECIPES)}")
+    check(fields(TrainConfig)[0], preset)
     shape = {name: size for name, size in asdict(PRESETS[preset]).items() if name != "vocab_size"}
     muon = MUON if given.get("optimizer") == "muon" else {}
     chosen = {"run": f"runs/{preset}"} | shape | RECIPES[preset] | muon | given

@@ -13,35 +13,26 @@ import torch
 
 from aymen_gpt.errors import UsageError, nearest
 
-
-@dataclass(frozen=True)
-class Kind:
-    """A kind of GPU, from its maker's data sheet: dense bf16 peak in FLOP/s, memory in GB."""
-
-    peak_flops: float
-    memory_gb: float
-
-
-# The first name that the device's name has as whole words counts. MFU is tokens/s x GPTConfig.flops_per_token /
-# peak, and is not reported for devices that are not here.
+# Of kinds of GPU, from their makers' data sheets: dense bf16 peak in TFLOP/s and memory in GB. The first name that
+# a device's name has as whole words counts.
 KINDS = {
-    "B200": Kind(2250e12, 180),
-    "GH200": Kind(989e12, 96),
-    "H200": Kind(989e12, 141),
-    "H100 NVL": Kind(835e12, 94),
-    "H100 PCIe": Kind(756e12, 80),
-    "H100": Kind(989e12, 80),
-    "H800": Kind(989e12, 80),
-    "A100": Kind(312e12, 80),
-    "A800": Kind(312e12, 80),
-    "L40S": Kind(362e12, 48),
-    "L40": Kind(181e12, 48),
-    "L4": Kind(121e12, 24),
-    "A10G": Kind(70e12, 24),
-    "A10": Kind(125e12, 24),
-    "RTX 5090": Kind(209e12, 32),
-    "RTX 4090": Kind(165e12, 24),
-    "RTX 3090": Kind(71e12, 24),
+    "B200": (2250, 180),
+    "GH200": (989, 96),
+    "H200": (989, 141),
+    "H100 NVL": (835, 94),
+    "H100 PCIe": (756, 80),
+    "H100": (989, 80),
+    "H800": (989, 80),
+    "A100": (312, 80),
+    "A800": (312, 80),
+    "L40S": (362, 48),
+    "L40": (181, 48),
+    "L4": (121, 24),
+    "A10G": (70, 24),
+    "A10": (125, 24),
+    "RTX 5090": (209, 32),
+    "RTX 4090": (165, 24),
+    "RTX 3090": (71, 24),
 }
 
 
@@ -104,25 +95,20 @@ def peak_flops(name: str) -> float | None:
     >>> peak_flops("NVIDIA A100-SXM4-80GB"), peak_flops("NVIDIA RTX A1000")
     (312000000000000.0, None)
     """
-    return next((k.peak_flops for key, k in KINDS.items() if re.search(rf"\b{key}\b", name)), None)
-
-
-DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+    found = (teraflops for key, (teraflops, _) in KINDS.items() if re.search(rf"\b{key}\b", name))
+    return next((1e12 * teraflops for teraflops in found), None)
 
 
 def _dtype(name: str, kind: str) -> torch.dtype:
-    if name == "auto":
-        name = "bfloat16" if has_fast_bfloat16(kind) else "float16" if kind == "cuda" else "float32"
-    if name not in DTYPES:
-        raise UsageError(f"--dtype {name}: expected auto, {', '.join(DTYPES)}")
-    return DTYPES[name]
-
-
-def residual(name: str) -> torch.dtype:
-    """The dtype of the residual stream; UsageError for another name than float32 and bfloat16."""
-    if name not in ("float32", "bfloat16"):
-        raise UsageError(f"--residual {name}: expected float32 or bfloat16")
-    return DTYPES[name]
+    """The dtype of a name; auto is the fastest that the hardware multiplies itself, not by emulation."""
+    if name == "auto" and kind == "cuda":
+        name = "bfloat16" if torch.cuda.is_bf16_supported(including_emulation=False) else "float16"
+    elif name == "auto":
+        fast = kind == "cpu" and re.search(r"\b(avx512_bf16|amx_bf16)\b", _cpu_info().get("flags", ""))
+        name = "bfloat16" if fast else "float32"
+    if name not in ("float32", "bfloat16", "float16"):
+        raise UsageError(f"--dtype {name}: expected auto, float32, bfloat16, float16")
+    return getattr(torch, name)
 
 
 def be_deterministic() -> None:
@@ -162,13 +148,9 @@ def device_elsewhere(name: str, dtype: str) -> tuple[Device, float]:
     known = {key.lower().replace(" ", "-"): key for key in KINDS}
     if name not in known:
         raise UsageError(f"--on {name}: expected {', '.join(known)}{nearest(name, known)}")
-    kind = KINDS[known[name]]
-    return Device(
-        torch.device("cuda"),
-        _dtype("bfloat16" if dtype == "auto" else dtype, "cuda"),
-        known[name],
-        kind.peak_flops,
-    ), kind.memory_gb
+    teraflops, memory = KINDS[known[name]]
+    chosen = _dtype("bfloat16" if dtype == "auto" else dtype, "cuda")
+    return Device(torch.device("cuda"), chosen, known[name], 1e12 * teraflops), memory
 
 
 def memory_in_words(device: Device) -> str:
@@ -183,15 +165,6 @@ def memory_in_words(device: Device) -> str:
     return f"this machine has {memory_gb() or math.nan:.1f} GB of memory"
 
 
-def has_fast_bfloat16(kind: str) -> bool:
-    """Whether the hardware multiplies bfloat16 (CPUs without AVX512-BF16 or AMX emulate it, slowly)."""
-    if kind == "cuda":
-        return torch.cuda.is_bf16_supported(including_emulation=False)
-    if kind == "cpu":
-        return any(flag in _cpu_flags() for flag in ("avx512_bf16", "amx_bf16"))
-    return False
-
-
 def _cpu_info() -> dict[str, str]:
     """First processor of /proc/cpuinfo, {} where there is none (macOS, Windows)."""
     try:
@@ -200,10 +173,6 @@ def _cpu_info() -> dict[str, str]:
     except OSError:
         return {}
     return {key.strip(): value.strip() for key, _, value in (line.partition(":") for line in lines)}
-
-
-def _cpu_flags() -> list[str]:
-    return _cpu_info().get("flags", "").split()
 
 
 def cpu_name() -> str:

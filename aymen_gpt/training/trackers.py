@@ -3,16 +3,13 @@
 import importlib
 import warnings
 from collections.abc import Callable
-from functools import partial
 from pathlib import Path
 from typing import Any
-
-from aymen_gpt.errors import UsageError
 
 Send = Callable[[dict[str, float], int], object]  # numbers by name, and their step
 
 
-def tensorboard(folder: Path, config: dict[str, Any]) -> Send:
+def tensorboard(folder: Path) -> Send:
     from torch.utils.tensorboard import SummaryWriter
 
     writer = SummaryWriter(folder / "tensorboard")
@@ -25,7 +22,7 @@ def tensorboard(folder: Path, config: dict[str, Any]) -> Send:
     return send
 
 
-def wandb(folder: Path, config: dict[str, Any], name: str = "wandb") -> Send:
+def wandb(name: str, folder: Path, config: dict[str, Any]) -> Send:
     """Weights & Biases, or Trackio, which has the same API but knows a run by its name alone."""
     own = {"id": folder.name, "dir": folder} if name == "wandb" else {}
     module = importlib.import_module(name)
@@ -33,23 +30,13 @@ def wandb(folder: Path, config: dict[str, Any], name: str = "wandb") -> Send:
     return lambda numbers, step: run.log(numbers, step=step)
 
 
-TRACKERS: dict[str, Callable[[Path, dict[str, Any]], Send]] = {
-    "tensorboard": tensorboard,
-    "wandb": wandb,
-    "trackio": partial(wandb, name="trackio"),
-}
-
-
 def tracker(name: str | None, folder: Path, config: dict[str, Any]) -> Callable[[dict[str, Any]], None] | None:
-    """Something to call with each row of metrics.jsonl, None without a name.
+    """Something to call with each row of metrics.jsonl, None without a name (one of config.TRACKERS).
 
-    Whatever fails in it is said once, then it stays silent: a run never depends on a tracker. UsageError for an
-    unknown name.
+    Whatever fails in it is said once, then it stays silent: a run never depends on a tracker.
     """
     if not name:
         return None
-    if name not in TRACKERS:
-        raise UsageError(f"--track {name}: expected {', '.join(TRACKERS)}")
     send: Send | None = None
     broken = False
 
@@ -58,7 +45,7 @@ def tracker(name: str | None, folder: Path, config: dict[str, Any]) -> Callable[
         if broken:
             return
         try:
-            send = send or TRACKERS[name](folder, config)
+            send = send or (tensorboard(folder) if name == "tensorboard" else wandb(name, folder, config))
             send(numbers(row), row["step"])
         except Exception as error:
             broken = True

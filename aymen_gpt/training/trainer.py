@@ -76,7 +76,7 @@ class Trainer:
         largest = c.largest_micro_batch(on_cuda=self.device.place.type == "cuda")
         self.micro_batch, _ = dealt(c.rows_per_step, self.ranks.world_size, largest)
         self.model = GPT(c.model, torch.Generator().manual_seed(c.seed)).to(self.device.place)
-        self.model.residual = devices.residual(c.residual)
+        self.model.residual = getattr(torch, c.residual)
         self.parameters = list(self.model.parameters())
         self.sum = GradientSum(self.ranks, self.parameters)
         betas = (c.beta1, c.beta2)
