@@ -82,11 +82,13 @@ def test_merged_shares_are_the_single_run_manifest_and_all(options, tmp_path, co
     assert single.totals.skipped["empty"] >= 5
 
 
-def test_shares_in_a_folder_inside_the_source_are_no_source(options):
+def test_shares_in_a_folder_inside_the_source_are_no_source_and_repair_reads_the_source(options):
     inside = replace(options, out=options.out.parent / "in/tokens")
     prepared(options)
     prepare_shares(inside, 2)
     merged(inside)
+    (inside.out / "shard_train_000003.bin").unlink()
+    assert repaired(inside.out) == ["shard_train_000003.bin"]
     assert digest(inside.out) == digest(options.out)
 
 
@@ -111,15 +113,6 @@ def test_limits_and_small_corpora_are_cut_as_by_one_machine(options, tmp_path, c
     else:
         merged(parted)
         assert digest(parted.out) == digest(options.out)
-
-
-def test_repair_of_a_merged_folder_works_from_the_source(options):
-    prepare_shares(options, 3)
-    merged(options)
-    expected = digest(options.out)
-    (options.out / "shard_train_000003.bin").unlink()
-    assert repaired(options.out) == ["shard_train_000003.bin"]
-    assert digest(options.out) == expected
 
 
 def times_killed(moments, work):
