@@ -31,19 +31,14 @@ RUN = {
 }
 
 
-def test_the_hub_reads_scores_with_their_protocol():
-    found = ModelCard(card(50, SHAPE, {"loss": 3.5, "val_loss": 3.25}, RUN, SCORES)).data
-    assert {(r.metric_type, r.metric_value) for r in found.eval_results} == {("acc", 0.3), ("acc_norm", 0.232)}
-    assert {r.dataset_name for r in found.eval_results} == {"HellaSwag, completion protocol"}
-    assert {r.metric_name for r in found.eval_results} == {
-        f"{m}, step 50, 250 examples" for m in ("acc", "acc_norm")
-    }
-    assert found.model_name == "edu: the 'first'"
-    assert found.datasets == ["HuggingFaceFW/fineweb-edu"]
-
-
-def test_the_text_says_what_is_known():
+def test_the_hub_reads_scores_with_their_protocol_and_the_text_says_what_is_known():
     text = card(50, SHAPE, {"loss": 3.5, "val_loss": 3.25}, RUN, SCORES)
+    found = ModelCard(text).data
+    assert {(r.metric_type, r.metric_value, r.metric_name, r.dataset_name) for r in found.eval_results} == {
+        (metric, value, f"{metric}, step 50, 250 examples", "HellaSwag, completion protocol")
+        for metric, value in (("acc", 0.3), ("acc_norm", 0.232))
+    }
+    assert (found.model_name, found.datasets) == ("edu: the 'first'", ["HuggingFaceFW/fineweb-edu"])
     for part in (
         "step 50",
         "50 of 100",

@@ -36,22 +36,22 @@ def test_greedy_equals_transformers(model):
     assert list(generate(model, prompt, 20, temperature=0)) == expected[0, 3:].tolist()
 
 
-def test_the_whole_distribution_is_sampled_at_temperature_one():
-    assert torch.allclose(drawn(), torch.tensor([0.5, 0.3, 0.15, 0.05]), atol=0.03)
-
-
-def test_temperature_sharpens():
-    squares = torch.tensor([0.25, 0.09, 0.0225, 0.0025])
-    assert torch.allclose(drawn(temperature=0.5), squares / squares.sum(), atol=0.03)
-
-
-def test_top_k_keeps_the_k_likeliest():
-    assert torch.allclose(drawn(top_k=2), torch.tensor([0.625, 0.375, 0, 0]), atol=0.03)
-
-
-@pytest.mark.parametrize(("top_p", "kept"), [(0.4, 1), (0.6, 2), (0.81, 3), (0.96, 4), (1.0, 4)])
-def test_top_p_keeps_the_smallest_sufficient_set(top_p, kept):
-    assert (drawn(top_p=top_p) > 0).tolist() == [i < kept for i in range(4)]
+@pytest.mark.parametrize(
+    ("options", "expected"),
+    [
+        ({}, [0.5, 0.3, 0.15, 0.05]),
+        ({"temperature": 0.5}, [0.685, 0.247, 0.062, 0.007]),  # the squares
+        ({"top_k": 2}, [0.625, 0.375, 0, 0]),
+        ({"top_p": 0.4}, [1, 0, 0, 0]),  # the smallest sufficient set
+        ({"top_p": 0.6}, [0.625, 0.375, 0, 0]),
+        ({"top_p": 0.81}, [0.526, 0.316, 0.158, 0]),
+        ({"top_p": 0.96}, [0.5, 0.3, 0.15, 0.05]),
+    ],
+)
+def test_what_is_drawn_has_the_distribution_asked_for(options, expected):
+    found = drawn(**options)
+    assert torch.allclose(found, torch.tensor(expected, dtype=torch.float), atol=0.03)
+    assert ((found > 0) == (torch.tensor(expected) > 0)).all()
 
 
 def test_the_same_seed_writes_the_same_text(model):
@@ -66,12 +66,8 @@ def test_generation_goes_on_past_the_context(model):
     whole = list(range(20)) + tokens
     expected = model(torch.tensor([whole[16:32]]))[0, -1].argmax()  # the context after the first 32 tokens
     assert tokens[12] == int(expected)
-
-
-def test_a_prompt_longer_than_the_context_keeps_its_end(model):
-    assert list(generate(model, list(range(100)), 3, temperature=0)) == list(
-        generate(model, list(range(68, 100)), 3, temperature=0)
-    )
+    long = list(range(100))  # a prompt that keeps its end
+    assert list(generate(model, long, 3, temperature=0)) == list(generate(model, long[68:], 3, temperature=0))
 
 
 def test_generation_ends_before_the_stop_token(model):
@@ -87,8 +83,5 @@ def test_generation_ends_before_the_stop_token(model):
 def test_senseless_sampling_is_refused_by_name(model, options, message):
     with pytest.raises(ValueError, match=message):
         list(generate(model, [1], 1, **options))
-
-
-def test_an_empty_prompt_is_refused(model):
     with pytest.raises(ValueError, match="prompt is empty"):
         list(generate(model, [], 1))

@@ -80,15 +80,11 @@ def row(step, **more):
 
 
 @pytest.mark.fault(61)
-def test_an_empty_run_has_a_page(tmp_path):
+def test_an_empty_run_and_the_first_row_have_a_page(tmp_path):
     page = page_of(make_run(tmp_path / "fresh", config={}))
-    assert "fresh" in page.words
-    for said in ("No loss yet", "No samples yet", "not scored yet", "No config.json in this run"):
+    for said in ("fresh", "No loss yet", "No samples yet", "not scored yet", "No config.json in this run"):
         assert said in page.words
     assert "svg" not in page.tags
-
-
-def test_the_first_row_has_a_page(tmp_path):
     page = page_of(make_run(tmp_path / "one", [row(1)]))
     assert "9.990 nats/token" in page.words
     assert page.tags.count("svg") == 4  # loss for wide windows and for phones, learning rate, gradient norm
@@ -134,7 +130,7 @@ def test_a_log_torn_at_any_byte_has_a_page_with_every_whole_row(tmp_path):
         assert [r["step"] for r in found.rows] == [1, 2, 3][:n_rows]
         torn = kept not in (0, *ends) and kept + 1 not in ends
         assert bool(found.problems) == torn
-        if kept % 25 == 0:
+        if kept % 50 == 0:
             words = page_of(run).words
             assert ("No loss yet" in words) == (n_rows == 0)
             assert ("1 line of metrics.jsonl could not be read" in words) == torn
@@ -152,7 +148,7 @@ def test_losses_that_are_not_finite_are_shown_as_such(tmp_path):
     assert "No loss yet" in page_of(make_run(tmp_path, [row(1, loss=None), row(2, loss=None)])).words
 
 
-def test_text_from_a_run_is_never_markup(tmp_path):
+def test_text_from_a_run_is_never_markup_and_the_page_loads_nothing(tmp_path):
     evil = '<script>alert("x")</script><img src=http://x.example/a.png onerror=y>'
     config = CONFIG | {
         "run": {"name": evil, "preset": evil, evil: evil},
@@ -168,14 +164,9 @@ def test_text_from_a_run_is_never_markup(tmp_path):
     page = page_of(make_run(tmp_path, rows, config=config, status=status, samples=samples))
     assert not {"script", "img"} & set(page.tags)
     assert page.words.count('alert("x")') > 10
-
-
-def test_the_page_loads_nothing(tmp_path):
-    path = write_report(read_run(make_run(tmp_path, [row(1)])))
-    html = path.read_text()
-    page = Page(html)
-    links = [(tag, v) for tag, k, v in page.attributes if k in ("src", "href", "action", "data", "xlink:href")]
-    assert {link for link in links if not link[1].startswith("#")} == {("link", "data:,")}
+    links = {v for _, k, v in page.attributes if k in ("src", "href", "action", "data", "xlink:href")}
+    assert {link for link in links if not link.startswith("#")} == {"data:,"}
+    html = (tmp_path / "report.html").read_text().replace("http://x.example", "")
     assert not re.search(r"https?://|url\((?!#)|@import", html)
     policy = next(v for _, k, v in page.attributes if k == "content" and "default-src" in v)
     assert policy.startswith("default-src 'none'")
@@ -224,7 +215,7 @@ def test_a_very_long_run_stays_small_and_keeps_its_spike(tmp_path):
 @pytest.mark.slow
 def test_any_key_may_be_absent_or_of_the_wrong_kind(tmp_path):
     for key in [*CONFIG, "history"]:
-        rows = [row(1)] if key in ("run", "data", "history") else [{"step": 1}]  # what charts ask for
+        rows = [row(1)] if key == "run" else [{"step": 1}]  # which has no chart to draw
         less = {k: v for k, v in CONFIG.items() if k != key}
         for config in (less, *(less | {key: wrong} for wrong in (None, "text", [1], {"a": []}, 3))):
             page_of(make_run(tmp_path, rows, config=config))
@@ -295,11 +286,8 @@ def test_several_runs_stand_on_one_page(tmp_path):
     ):
         assert said in page.words, said
     assert "tokens_per_step" not in page.words  # they agree
-
-
-def test_runs_without_anything_stand_on_one_page(tmp_path):
-    folders = [make_run(tmp_path / name, config={}) for name in "ab"]
-    page = Page(write_comparison([*map(read_run, folders)], tmp_path / "compare.html").read_text())
+    runs = [read_run(make_run(tmp_path / name, config={})) for name in "cd"]
+    page = Page(write_comparison(runs, tmp_path / "compare.html").read_text())
     assert "Nothing in their config.json" in page.words
 
 
