@@ -24,7 +24,9 @@ def run(tmp_path):
     optimizer = optim.adamw(model, lr=0.0, betas=(0.9, 0.9), weight_decay=0.0)
     model(torch.zeros(1, 4, dtype=torch.long)).sum().backward()
     optimizer.step()
-    checkpoint.publish(tmp_path / "runs/x", checkpoint.capture(model, optimizer), snapshot(3), keep_last=1)
+    checkpoint.publish(
+        tmp_path / "runs/x", checkpoint.capture(model, optimizer), snapshot(3), keep_last=1, keep=bool
+    )
     return "runs/x"
 
 

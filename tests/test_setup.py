@@ -16,14 +16,14 @@ def script(path: Path, text: str) -> None:
     path.chmod(0o755)
 
 
+CPU = ["pip uv==0.13.9", "uv cpu torch", "pip requirements"]
+USUAL = CPU[2:]
+MIRROR = "global.index-url='https://mirror.example/simple'"
+
+
 @pytest.mark.parametrize(
     ("gpu", "configured", "uv_works", "installs"),
-    [
-        (False, "", True, ["pip uv==0.13.9", "uv cpu torch", "pip requirements"]),
-        (False, "", False, ["pip uv==0.13.9", "uv cpu torch", "pip requirements"]),
-        (True, "", True, ["pip requirements"]),
-        (False, "global.index-url='https://mirror.example/simple'", True, ["pip requirements"]),
-    ],
+    [(False, "", True, CPU), (False, "", False, CPU), (True, "", True, USUAL), (False, MIRROR, True, USUAL)],
     ids=["no-gpu", "no-gpu-not-reachable", "gpu", "own-index"],
 )
 def test_setup_installs_the_cpu_build_only_where_it_should(tmp_path, gpu, configured, uv_works, installs):
@@ -33,19 +33,12 @@ def test_setup_installs_the_cpu_build_only_where_it_should(tmp_path, gpu, config
     for name in ("sh", "uname", "grep", "touch", "echo", "test"):
         tools.mkdir(exist_ok=True)
         (tools / name).symlink_to(shutil.which(name))
-    script(tools / "fake-python", "true")
-    script(venv / "python", "true")
+    for path in (tools / "fake-python", venv / "python", *([tools / "nvidia-smi"] if gpu else [])):
+        script(path, "true")
     script(venv / "pip", f'case "$*" in "config list") echo "{configured}";; *) echo "pip $*" >> {log};; esac')
     script(venv / "uv", f'echo "uv $*" >> {log}; exit {0 if uv_works else 1}')
-    if gpu:
-        script(tools / "nvidia-smi", "true")
-    make = subprocess.run(
-        [shutil.which("make"), "setup", "PYTHON=fake-python"],
-        cwd=tmp_path,
-        env={**os.environ, "PATH": str(tools)},
-        capture_output=True,
-        text=True,
-    )
+    words, env = [shutil.which("make"), "setup", "PYTHON=fake-python"], {**os.environ, "PATH": str(tools)}
+    make = subprocess.run(words, cwd=tmp_path, env=env, capture_output=True, text=True)
     assert make.returncode == 0, make.stderr
     lines = [line for line in log.read_text().splitlines() if "-e ." not in line]
     assert len(lines) == len(installs)

@@ -5,7 +5,6 @@ HellaSwag and lets it write. What is already done is not done again.
 """
 
 import os
-import re
 import shlex
 import signal
 import subprocess
@@ -25,7 +24,6 @@ from aymen_gpt.wording import percent
 CONFIG = resolve({"preset": "demo"})
 RUN = Path(CONFIG.run)
 EXAMPLES = 1000  # of HellaSwag's 10,042
-SAMPLES = 5  # texts of which one is shown
 
 
 def main() -> None:
@@ -46,9 +44,7 @@ def main() -> None:
     else:
         call("hellaswag.py", "-m", str(RUN), "--limit", str(EXAMPLES), "--json", str(score))
     stage(4, "the GPT writes")
-    words = ["-m", str(RUN), "Return a list of", "--max-tokens", "60", "-n", str(SAMPLES)]
-    written = subprocess.run(command("generate.py", *words), stdout=subprocess.PIPE, check=True, encoding="utf-8")
-    console.show(least_broken(written.stdout))
+    call("generate.py", "-m", str(RUN), "Return a list of", "--max-tokens", "60")
     print(console.as_typed(closing(read_json(score), time.monotonic() - began)))
 
 
@@ -56,17 +52,13 @@ def stage(number: int, title: str) -> None:
     print(f"\n=== {number}/4  {title}", flush=True)
 
 
-def command(*words: str) -> list[str]:
-    print(console.as_typed(f"$ python {shlex.join(words)}"), flush=True)
-    return [sys.executable, *words]
-
-
 def call(*words: str, stop_at: int | None = None) -> None:
     """Run one of the doors to its end, or until it has trained ``stop_at`` steps.
 
     It is stopped with SIGTERM, as a scheduler would that wants its machine back.
     """
-    process = subprocess.Popen(command(*words))
+    print(console.as_typed(f"$ python {shlex.join(words)}"), flush=True)
+    process = subprocess.Popen([sys.executable, *words])
     if stop_at is not None:
         while process.poll() is None and steps_done() < stop_at:
             time.sleep(0.2)
@@ -85,18 +77,6 @@ def rows() -> list[dict[str, Any]]:
 def steps_done() -> int:
     """The last step in the run's metrics, 0 before there is one."""
     return rows()[-1]["step"] if rows() else 0
-
-
-def least_broken(written: str) -> str:
-    """Of the samples that generate.py wrote, all as many tokens, the one with the most different words.
-
-    Blank lines are left out.
-    """
-    samples = re.split(r"^--- sample \d+\n", written, flags=re.MULTILINE)[1:]
-    words = [len(set(re.findall(r"[a-z]{2,}", sample.lower()))) for sample in samples]
-    best = words.index(max(words))
-    text = "\n".join(line.rstrip() for line in samples[best].splitlines() if line.strip())
-    return f"--- sample {best + 1} of {len(samples)}, picked as the least broken\n{text}"
 
 
 def closing(score: dict[str, Any], seconds: float) -> str:
