@@ -16,6 +16,7 @@ COMMANDS = {
     "play": "a model -> a page to play with it, and OpenAI's API",
     "report": "a run -> its report.html, several runs -> one page with all of them",
     "export": "a model -> a GGUF file for llama.cpp and Ollama, checked",
+    "push": "a run -> a model on the Hugging Face Hub, with its card, report and loss",
     "setup": "fetch the vocabulary and HellaSwag now, for work without a network",
 }
 

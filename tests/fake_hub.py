@@ -4,9 +4,10 @@ It answers what hf_hub_download, dataset_info and list_repo_tree ask (look-ups, 
 on demand: ``hub.faults["GET a.parquet"] = ["500", "wrong"]`` spoils the next two GETs of that file ("GET api": of
 any listing). The faults: an HTTP status, ``short`` (half the bytes, then a dead line), ``stall`` (half the bytes,
 then silence), ``wrong`` (other bytes of the same length). A list that ends in ``...`` repeats its last fault for
-ever.
+ever. It also takes what HfApi.create_repo and create_commit send: large files by Git LFS, without Xet.
 """
 
+import base64
 import hashlib
 import json
 import threading
@@ -24,6 +25,7 @@ def talk_to(hub, monkeypatch, cache):
     monkeypatch.setattr(constants, "HUGGINGFACE_CO_URL_TEMPLATE", template)
     monkeypatch.setattr(constants, "ENDPOINT", hub.endpoint)
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
+    monkeypatch.setattr(constants, "HF_HUB_DISABLE_XET", True)
     monkeypatch.setattr(constants, "HF_HUB_CACHE", str(cache))
     monkeypatch.setattr(constants, "DOWNLOAD_CHUNK_SIZE", 4096)
     monkeypatch.setattr("time.sleep", lambda seconds: None)
@@ -34,6 +36,9 @@ class FakeHub:
         self.files = files  # {path in the repository: bytes}
         self.faults = {}
         self.requests = []  # "METHOD path", in order
+        self.visibility = None  # as create_repo asked for it; None: there is no repository yet
+        self.tokens = set()  # that were sent
+        self.uploaded = {}  # {sha256: bytes} of large files
         self.starts = []  # the first byte of each answer to a GET
         self.closing = threading.Event()
         hub = self
@@ -77,6 +82,51 @@ class _Handler(BaseHTTPRequestHandler):
     def do_GET(self):
         self.answer()
 
+    def do_PUT(self):
+        oid = self.path.rsplit("/", 1)[1]
+        self.hub.uploaded[oid] = self.rfile.read(int(self.headers["Content-Length"]))
+        assert hashlib.sha256(self.hub.uploaded[oid]).hexdigest() == oid
+        self.reply(200, b"")
+
+    def do_POST(self):
+        path, hub = unquote(urlsplit(self.path).path), self.hub
+        sent = self.rfile.read(int(self.headers["Content-Length"]))
+        hub.requests.append(f"POST {path}")
+        hub.tokens.add(self.headers["Authorization"])
+        if fault := hub.fault("POST", path.removesuffix("/main")):
+            return self.reply(int(fault), b'{"error": "no"}')
+        take = {"create": self.create, "validate-yaml": lambda sent: {}, "preupload": self.preupload}
+        take |= {"batch": self.batch, "commit": self.commit}
+        answer = json.dumps(take[path.removesuffix("/main").rsplit("/", 1)[1]](sent)).encode()
+        self.reply(200, answer, {"Content-Type": "application/json"})
+
+    def create(self, sent):
+        self.hub.visibility = self.hub.visibility or json.loads(sent).get("visibility", "public")
+        return {"url": f"{self.hub.endpoint}/a/b"}
+
+    def preupload(self, sent):
+        modes = {True: "lfs", False: "regular"}
+        names = [file["path"] for file in json.loads(sent)["files"]]
+        large = [modes[name.endswith(".safetensors")] for name in names]
+        files = zip(names, large, strict=True)
+        return {"files": [{"path": name, "uploadMode": mode, "shouldIgnore": False} for name, mode in files]}
+
+    def batch(self, sent):
+        place = f"{self.hub.endpoint}/lfs/"
+        objects = json.loads(sent)["objects"]
+        return {"objects": [o | {"actions": {"upload": {"href": place + o["oid"]}}} for o in objects]}
+
+    def commit(self, sent):
+        for line in sent.splitlines():
+            kind, value = json.loads(line).values()
+            if kind == "file":
+                self.hub.files[value["path"]] = base64.b64decode(value["content"])
+            elif kind == "lfsFile":
+                self.hub.files[value["path"]] = self.hub.uploaded[value["oid"]]
+            elif kind == "deletedFile":
+                del self.hub.files[value["path"]]
+        return {"commitUrl": f"{self.hub.endpoint}/a/b/commit/{COMMIT}", "commitOid": COMMIT}
+
     def answer(self):
         path = unquote(urlsplit(self.path).path)
         if path == "/api/agent-harnesses":  # the client asks once a day, whatever it is called for
@@ -88,7 +138,9 @@ class _Handler(BaseHTTPRequestHandler):
             elif "/tree/" in path:
                 self.reply(200, json.dumps(self.tree(path.split("/tree/")[1].partition("/")[2])).encode())
             else:
-                self.reply(200, json.dumps({"id": "a/b", "sha": COMMIT, "siblings": [], "tags": []}).encode())
+                found = {"id": "a/b", "sha": COMMIT, "tags": [], "private": self.hub.visibility == "private"}
+                siblings = [{"rfilename": name} for name in self.hub.files]
+                self.reply(200, json.dumps(found | {"siblings": siblings}).encode())
         else:
             self.send_file(path.split("/resolve/")[1].partition("/")[2])
 
@@ -135,7 +187,7 @@ class _Handler(BaseHTTPRequestHandler):
         self.send_header("Content-Length", str(len(body)))
         self.end_headers()
         cut = fault in ("short", "stall")
-        if self.command == "GET":
+        if self.command != "HEAD":
             self.wfile.write(body[: len(body) // 2] if cut else body)
         if cut:
             self.hang_up(silent=fault == "stall")

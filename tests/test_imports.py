@@ -94,7 +94,9 @@ def test_data_and_reporting_need_no_torch():
     assert "torch" not in loaded
 
 
-@pytest.mark.parametrize("script", ["fineweb", "pretrain", "hellaswag", "generate", "report", "play", "export"])
+@pytest.mark.parametrize(
+    "script", ["fineweb", "pretrain", "hellaswag", "generate", "report", "play", "export", "push"]
+)
 def test_help_is_answered_before_anything_heavy_is_imported(script):
     code = f"""
 import contextlib

@@ -369,5 +369,24 @@ def export() -> argparse.ArgumentParser:
     return p
 
 
+def push() -> argparse.ArgumentParser:
+    p = parser(
+        "Put the newest checkpoint of a run on the Hugging Face Hub, with its model card, the loss in it, and the "
+        "run's report. One commit: all of it is there, or nothing.",
+        """\
+  aymen-gpt push -m runs/demo me/demo --dry-run    list what would go, and send nothing
+  aymen-gpt push -m runs/demo me/demo --private
+""",
+        "aymen-gpt push -m RUN OWNER/REPO [--private] [--dry-run]",
+    )
+    p.add_argument("repo", type=name, metavar="OWNER/REPO", help="is made where there is none")
+    p.add_argument("-m", "--model", type=path, required=True, metavar="RUN", help="a run folder of pretrain.py")
+    p.add_argument("--private", action="store_true", help="for you and OWNER's members only")
+    help = "send what continues the training too: twice the size of the model"
+    p.add_argument("--with-optimizer", action="store_true", help=help)
+    p.add_argument("--dry-run", action="store_true", help="list what would go, and send nothing")
+    return p
+
+
 def setup() -> argparse.ArgumentParser:
     return parser("Fetch GPT-2's vocabulary and HellaSwag, for work without a network.", "")

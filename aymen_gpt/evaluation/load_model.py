@@ -121,8 +121,9 @@ def find_model(name: str, shape: GPTConfig | None = None) -> tuple[Path, str]:
     return path, str(path)
 
 
-def newest_checkpoint(run: Path) -> Path:
-    folder, problems = folders.latest_valid(run, folders.model_problem)
+def newest_checkpoint(run: Path, why: Callable[[Path], str | None] = folders.model_problem) -> Path:
+    """The newest checkpoint of a run that ``why`` has nothing against; DataError when there is none."""
+    folder, problems = folders.latest_valid(run, why)
     if folder is None and not problems:
         raise DataError(f"no checkpoint yet in {run}: let its training get to one, or name another model")
     if folder is None:

@@ -64,6 +64,22 @@ def table(found: Any, *keys: str) -> Values:
     return found if isinstance(found, dict) else {}
 
 
+def for_hub(text: str, repo: str, *, training: bool) -> str:
+    """A card as the Hub shows it: OWNER/NAME in its commands, and loss.png unless a person has put it elsewhere.
+
+    Without ``training`` it says that the files which continue the run are not there.
+    """
+    text = text.replace('from_pretrained(".")', f'from_pretrained("{repo}")').replace("-m .`", f"-m {repo}`")
+    if not training:
+        gone = ", which continue the run, were not uploaded;"
+        text = text.replace(" beside this file continue the run;", gone)
+    if "loss.png" in text:
+        return text
+    curve = "![Loss of training and validation in nats per token](loss.png)\n\n[All curves](report.html).\n\n"
+    before, heading, after = text.partition("## HellaSwag\n")
+    return f"{before}## Loss\n\n{curve}{heading}{after}" if heading else f"{text}\n## Loss\n\n{curve}"
+
+
 def metadata(name: str, step: int, repo: Any, scores: Values) -> str:
     """The YAML of a card."""
     from huggingface_hub import EvalResult, ModelCardData
