@@ -4,7 +4,6 @@ import argparse
 import math
 import re
 import sys
-from collections.abc import Callable, Iterable
 from dataclasses import MISSING, Field, fields
 from pathlib import Path
 from typing import Any, NoReturn
@@ -31,6 +30,11 @@ class Parser(argparse.ArgumentParser):
 
     def _print_message(self, message: str, file: Any = None) -> None:
         print(message, end="", file=file)  # argparse's own keeps silent about a full disk
+
+    def _check_value(self, action: argparse.Action, value: Any) -> None:
+        known = list(action.choices or [value])
+        if value not in known:
+            raise argparse.ArgumentError(action, f"{value}: expected {', '.join(known)}{nearest(value, known)}")
 
     def error(self, message: str) -> NoReturn:
         of_one = re.match(r"argument (?:\S+/)?(-[\w-]+): (.*)", message, re.DOTALL)
@@ -104,18 +108,6 @@ def whole_number(text: str) -> int:
     return int(value)
 
 
-def choice(words: Iterable[str]) -> Callable[[str], str]:
-    """One of some words."""
-    known = list(words)
-
-    def read(text: str) -> str:
-        if text in known:
-            return text
-        raise argparse.ArgumentTypeError(f"{text}: expected {', '.join(known)}{nearest(text, known)}")
-
-    return read
-
-
 def name(text: str) -> str:
     """Text that is not empty."""
     if not text.strip():
@@ -187,9 +179,9 @@ Killed or failed? The same command again continues at the last finished shard.
     work = p.add_argument_group("work")
     help = "processes (default: one per CPU; 0: only this one)"
     work.add_argument("--workers", **number(Range(0, 10_000), whole=True), help=help)
-    encoders = choice(("gigatoken", "tiktoken"))
+    encoders = ["gigatoken", "tiktoken"]
     help = "gigatoken or tiktoken: both give the same ids, which is checked [gigatoken where it is installed]"
-    work.add_argument("--encoder", type=encoders, metavar="WORD", default="gigatoken", help=help)
+    work.add_argument("--encoder", choices=encoders, metavar="WORD", default="gigatoken", help=help)
     mode = work.add_mutually_exclusive_group().add_argument
     help = "prepare only the I-th of N shares of the source, on this machine of many"
     mode("--part", type=share, metavar="I/N", help=help)
@@ -276,9 +268,9 @@ def hellaswag() -> argparse.ArgumentParser:
     p.add_argument("-d", "--device", **DEVICE)
     help = "auto (bfloat16 where it is fast), float32, bfloat16, float16 [auto]"
     p.add_argument("--dtype", default="auto", help=help)
-    protocols = choice(("completion", "harness", "both"))
+    protocols = ["completion", "harness", "both"]
     help = "completion: the text as it is, as llm.c scores; harness: as lm-evaluation-harness [both]"
-    p.add_argument("--protocol", type=protocols, metavar="WORD", default="both", help=help)
+    p.add_argument("--protocol", choices=protocols, metavar="WORD", default="both", help=help)
     help = "score N examples, evenly spaced over the set; 0: all 10,042 [all]"
     p.add_argument("--limit", **number(COUNT, whole=True, unset="all"), help=help)
     p.add_argument("--data", **FILE, help="examples of your own, .jsonl or .parquet [validation set]")
@@ -362,9 +354,9 @@ def export() -> argparse.ArgumentParser:
         "aymen-gpt export -m NAME --to gguf [--type TYPE] [--out FILE]",
     )
     p.add_argument("-m", "--model", **MODEL, required=True)
-    p.add_argument("--to", type=choice(["gguf"]), required=True, metavar="FORMAT", help="gguf")
-    types = choice(("f32", "f16", "q8_0"))
-    p.add_argument("--type", type=types, default="f16", metavar="TYPE", help="f32, f16 or q8_0, of matrices [f16]")
+    p.add_argument("--to", choices=["gguf"], required=True, metavar="FORMAT", help="gguf")
+    types, help = ["f32", "f16", "q8_0"], "f32, f16 or q8_0, of matrices [f16]"
+    p.add_argument("--type", choices=types, default="f16", metavar="TYPE", help=help)
     p.add_argument("--out", **FILE | {"type": gguf}, default=Path("model.gguf"), help="[model.gguf]")
     return p
 
