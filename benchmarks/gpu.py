@@ -45,6 +45,7 @@ from aymen_gpt.evaluation.hellaswag_data import evenly_spaced, load_examples
 from aymen_gpt.model.folders import checkpoints
 from aymen_gpt.model.gpt import GPT, PRESETS, GPTConfig
 from aymen_gpt.model.loss import linear_cross_entropy
+from aymen_gpt.reporting.run_folder import read_lines
 from aymen_gpt.training import device as devices
 from aymen_gpt.training.config import resolve
 from aymen_gpt.training.distributed import Ranks
@@ -139,7 +140,9 @@ def resume(s: Setting) -> Iterator[Row]:
             with contextlib.suppress(Stopped):
                 short_run(s, data, runs[1], compiled, 3)
             short_run(s, data, runs[1], compiled, 99)
-            losses = [[row["loss"] for row in metrics(run) if "loss" in row] for run in runs]
+            losses = [
+                [row["loss"] for row in read_lines(run / "metrics.jsonl", []) if "loss" in row] for run in runs
+            ]
             weights = [(checkpoints(run)[0] / "model.safetensors").read_bytes() for run in runs]
             difference = max(abs(a - b) for a, b in zip(*losses, strict=True))
             same = weights[0] == weights[1]
@@ -160,10 +163,6 @@ def short_run(s: Setting, data: Path, run: Path, compiled: bool, stop_at: int) -
     trainer = build(resolve(options), s.device, Ranks())
     with RunLog(run, 8) as log:
         trainer.fit(run, log, StopAt(stop_at))
-
-
-def metrics(run: Path) -> list[Row]:
-    return [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
 
 
 def blocks_one_by_one(trainer: Trainer) -> None:
@@ -248,23 +247,16 @@ def curve(s: Setting) -> Iterator[Row]:
         yield {"skipped": "no --data"}
         return
     steps = 4 if s.quick else 200
-    options = {
-        "preset": "tiny" if s.quick else "gpt2",
-        "data": str(s.data),
-        "steps": steps,
-        "tokens_per_step": 512 if s.quick else 2**17,
-        "warmup_steps": steps // 10,
-        "val_every": steps // 4,
-        "val_tokens": 2**10 if s.quick else 2**19,
-        "hellaswag_every": 0,
-        "checkpoint_every": steps,
-    }
+    every = {"steps": steps, "warmup_steps": steps // 10, "val_every": steps // 4, "checkpoint_every": steps}
+    small = {"preset": "tiny", "tokens_per_step": 512, "val_tokens": 2**10}
+    large = {"preset": "gpt2", "tokens_per_step": 2**17, "val_tokens": 2**19}
+    options = every | (small if s.quick else large) | {"data": str(s.data), "hellaswag_every": 0}
     with tempfile.TemporaryDirectory() as temporary:
         run = Path(temporary) / "run"
         trainer = build(resolve(options), s.device, Ranks())
         with RunLog(run, steps) as log, contextlib.redirect_stdout(sys.stderr):
             seconds = s.seconds(lambda: trainer.fit(run, log, StopAt(0)))
-        for row in metrics(run):
+        for row in read_lines(run / "metrics.jsonl", []):
             if "val_loss" in row:
                 yield {k: row.get(k) for k in ("step", "tokens", "loss", "val_loss", "tokens_per_second")}
         yield {"seconds": seconds}
