@@ -9,7 +9,7 @@ Options that are not listed below are pretrain.py's: the model, its data, the to
 Tuning: each arm begins at a usual rate and climbs, trial after trial, to a neighbour of the best point so far,
 with one rate twice or half as high; where all neighbours are known the factor becomes its root. All arms have the
 same number of trials, runs of --tune of the tokens with a whole schedule each, and of a seed that is none of the
-later ones. Then each arm trains --seeds models with its best rates on all tokens, and muon also on --shares of them.
+later ones. Then each arm trains --seeds models with its best rates on all tokens, muon also on --shares of them.
 adamw is the published recipe (5 % warm-up, cosine to a tenth of the peak), adamw-linear has muon's schedule.
 
 A process has one thread; --jobs of them run side by side. A finished run is a file of --out and is not trained

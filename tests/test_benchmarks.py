@@ -1,5 +1,7 @@
 """The benchmarks start and finish, so that they cannot rot between two machines worth measuring on."""
 
+import doctest
+import importlib
 import json
 import os
 import subprocess
@@ -10,13 +12,12 @@ import pytest
 from conftest import ROOT, make_shards
 
 pytestmark = pytest.mark.slow
+ENV = os.environ | {"PYTHONPATH": str(ROOT), "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}"}
 
 
 def benchmark(found, *words):
     """Run a benchmark, and read what it wrote to the file ``found``."""
-    path = f"{Path(sys.executable).parent}:{os.environ['PATH']}"
-    env = os.environ | {"PYTHONPATH": str(ROOT), "OUT": str(found.parent), "PATH": path}
-    done = subprocess.run(words, env=env, capture_output=True, text=True, timeout=580)
+    done = subprocess.run(words, env=ENV | {"OUT": str(found.parent)}, capture_output=True, text=True, timeout=580)
     assert done.returncode == 0, done.stdout + done.stderr
     return json.loads(found.read_text())
 
@@ -46,3 +47,29 @@ def test_the_step_benchmark_compares_losses_that_are_alike(tmp_path):
     results = benchmark(out, sys.executable, ROOT / "benchmarks/train.py", *words)["results"]
     assert [r["variant"] for r in results] == variants
     assert all(r["last_loss"] == pytest.approx(10.85, abs=0.2) for r in results)
+
+
+@pytest.mark.timeout(600)
+def test_the_recipe_benchmark_trains_nothing_twice(tmp_path):
+    words = [sys.executable, ROOT / "benchmarks/recipe.py", "--tokens", 20_000, "--arms", "muon", "--trials", 1]
+    words += ["--seeds", 1, "--shares", "--validations", 4, "--out", tmp_path / "out", "--work", tmp_path / "work"]
+    words += ["--preset", "tiny", "--data", make_shards(tmp_path / "shards"), "--dtype", "float32"]
+    words = [*map(str, words)]
+    first = subprocess.run(words, env=ENV, capture_output=True, text=True, timeout=580)
+    assert first.returncode == 0, first.stderr
+    assert "| muon | 0.02, 0.003 | 20,000 |" in first.stdout
+    curves = {path.name: path.stat().st_mtime_ns for path in (tmp_path / "out").glob("*.jsonl")}
+    assert sorted(curves) == ["muon-0.02-0.003-20000-seed1.jsonl", "muon-0.02-0.003-4000-seed1000.jsonl"]
+    head, *rows = [json.loads(line) for line in (tmp_path / "out" / min(curves)).open()]
+    assert head["run"]["optimizer"] == "muon"
+    assert rows[0]["val_loss"] > rows[-1]["val_loss"]
+    again = subprocess.run(words, env=ENV, capture_output=True, text=True, timeout=60)
+    assert again.stdout == first.stdout
+    assert {path.name: path.stat().st_mtime_ns for path in (tmp_path / "out").glob("*.jsonl")} == curves
+    other = subprocess.run([*words, "--micro-batch", "2"], env=ENV, capture_output=True, text=True, timeout=60)
+    assert "is of a run with another micro_batch: choose another --out" in other.stderr
+
+
+def test_the_recipe_benchmarks_climb_and_crossing_are_as_its_examples_say():
+    found = doctest.testmod(importlib.import_module("benchmarks.recipe"))
+    assert (found.attempted, found.failed) == (2, 0)

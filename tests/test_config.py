@@ -61,6 +61,15 @@ def test_given_options_win_over_the_preset_and_warmup_is_at_most_a_twentieth_of_
     assert resolve({"steps": 200, "warmup_steps": 50}).warmup_steps == 50
 
 
+def test_muon_brings_its_recipe_to_every_preset_and_given_options_win():
+    c = resolve({"optimizer": "muon", "steps": 200, "min_lr_ratio": 0.2})
+    assert (c.schedule, c.min_lr_ratio, c.learning_rate, c.weight_decay) == ("linear", 0.2, 3e-3, 0.025)
+    assert (c.warmup_steps, c.model, c.tokens_per_step) == (4, PRESETS["gpt2"], 2**19)
+    assert doubts(c, None) == []
+    (line,) = doubts(resolve({"matrix_rate": 0.1}), None)
+    assert line == "warning: --matrix-rate 0.1 changes nothing without --optimizer muon"
+
+
 @pytest.mark.parametrize(
     ("options", "message"),
     [({"preset": "gpt5"}, "--preset gpt5: expected gpt2, gpt2-medium"),
@@ -83,6 +92,8 @@ def test_given_options_win_over_the_preset_and_warmup_is_at_most_a_twentieth_of_
      ({"steps": None}, "--steps None: expected a whole number"),
      ({"compile": "yes"}, "--compile 'yes': expected true or false"),
      ({"tokens_per_step": 1000}, "--tokens-per-step 1000 is not a multiple of --block-size 1024: try 1024"),
+     ({"optimizer": "moun"}, "--optimizer moun: expected adamw or muon; did you mean muon?"),
+     ({"schedule": "flat"}, "--schedule flat: expected cosine or linear"),
      ({"learning_rate": math.nan}, "--learning-rate nan: expected a number above 0 and up to 100")],
 )  # fmt: skip
 def test_nonsense_is_refused_by_its_flag(options, message):

@@ -13,6 +13,7 @@ import torch.distributed as dist
 from safetensors.torch import load_file
 from training_runs import rows
 
+from aymen_gpt.commands import options
 from aymen_gpt.commands import pretrain as command
 from aymen_gpt.errors import AymenError
 from aymen_gpt.model.folders import checkpoints
@@ -176,7 +177,7 @@ def pretrain(world_size, *words, dying=None):
         if dying and dying[0] == rank:
             crashes.arm(dying[1])
         try:
-            return command.main([*map(str, words)])
+            return command.main(options.pretrain().parse_args([*map(str, words)]))
         except AymenError as error:
             print(error, file=sys.stderr)
             return error.exit_code

@@ -7,7 +7,9 @@ import torch
 
 from aymen_gpt.model.gpt import GPT, PRESETS, GPTConfig
 from aymen_gpt.training import checkpoint, optim, plan
+from aymen_gpt.training.distributed import Ranks
 from aymen_gpt.training.guard import Guard
+from aymen_gpt.training.muon import Muon
 from aymen_gpt.wording import duration
 
 
@@ -16,15 +18,17 @@ def test_the_parts_add_up_to_the_parameters(name):
     assert sum(plan.parameters(PRESETS[name]).values()) == PRESETS[name].n_params
 
 
-def test_a_checkpoint_is_as_large_as_was_said(tmp_path):
+@pytest.mark.parametrize("name", ["adamw", "muon"])
+def test_a_checkpoint_is_as_large_as_was_said(tmp_path, name):
     config = GPTConfig(block_size=64, n_layer=4, n_head=4, n_embd=64)
     model = GPT(config, torch.Generator().manual_seed(0))
-    optimizer = optim.adamw(model, lr=1e-3, betas=(0.9, 0.95), weight_decay=0.1)
+    rates = {"lr": 1e-3, "betas": (0.9, 0.95), "weight_decay": 0.1}
+    optimizer = Muon(model, Ranks(), matrix_rate=0.02, **rates) if name == "muon" else optim.adamw(model, **rates)
     optim.start_moments(model, optimizer)
     snapshot = checkpoint.Snapshot(1, 1, 8, {}, {}, Guard().state(), {"step": 1})
     folder = checkpoint.publish(tmp_path, checkpoint.capture(model, optimizer), snapshot, keep_last=2, keep=bool)
     size = sum(path.stat().st_size for path in folder.iterdir())
-    assert plan.checkpoint_bytes(config) == pytest.approx(size, rel=0.01)
+    assert plan.checkpoint_bytes(config, name) == pytest.approx(size, rel=0.01)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
@@ -79,6 +83,9 @@ def test_another_device_is_planned_for_by_its_name(planned):
     assert f"{speed:,.0f} tokens/s a device" in said
     assert f"time      {duration(seconds)} on 8 devices" in said
     assert f"cost      {seconds / 3600 * 8 * 2.5:.2f} dollars at 2.5 a device and hour" in said
+    said = planned(*words, "--optimizer", "muon")
+    assert "muon      1.63e+12 float32 FLOPs more an update (0.36 %)" in said
+    assert re.search(r"gradients, moments +1.65 GB", said)  # 1.99 less a moment of 85M numbers
     small = planned("--preset", "tiny", *words, "--gpus", 1)
     assert re.search(r"time      \d+ s on 1 device\n", small)
     assert "cost      less than 0.01 dollars" in small

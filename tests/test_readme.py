@@ -36,6 +36,10 @@ SMALL = {  # a command of README -> what is added to it here
     "python pretrain.py --preset demo --init-from runs/demo --run-dir runs/tuned --learning-rate 3e-4": (
         f"{TINY} {EDU} --init-from runs/gpt2"
     ),
+    "python pretrain.py --preset demo --optimizer muon --run-dir runs/muon": f"{TINY} {EDU}",
+    "python benchmarks/recipe.py --tokens 1e6 --preset demo --data data/edu10B": (
+        "--tokens 2e3 --preset tiny --arms muon --trials 1 --seeds 1 --shares --out recipe --work recipe/work"
+    ),
     "python pretrain.py --plan --gpus 8": "",
     "python pretrain.py --preset demo --plan --probe": "--preset tiny",
     "python pretrain.py --plan --on h100 --gpus 8 --mfu 0.4 --dollars-per-gpu-hour 2.5": "",

@@ -43,3 +43,9 @@ def test_it_rises_then_falls_and_never_leaves_its_bounds():
 
 def test_no_warmup_starts_at_the_peak():
     assert learning_rate(0, peak=1.0, warmup_steps=0, steps=1, min_ratio=0.0) == 1.0
+
+
+def test_the_linear_schedule_stays_at_its_peak_and_falls_over_the_last_60_percent():
+    law = {"peak": 1.0, "warmup_steps": 2, "steps": 100, "min_ratio": 0.1, "schedule": "linear"}
+    rates = [learning_rate(step, **law) for step in (0, 1, 2, 40, 70, 99, 100, 200)]
+    assert rates == pytest.approx([0.5, 1, 1, 1, 0.55, 0.1 + 0.9 / 60, 0.1, 0.1])

@@ -14,7 +14,7 @@ from aymen_gpt.data.loader import TokenRows
 from aymen_gpt.errors import DataError, UsageError
 from aymen_gpt.model import cpu
 from aymen_gpt.model.loss import default_chunk
-from aymen_gpt.training import optim, plan
+from aymen_gpt.training import muon, optim, plan
 from aymen_gpt.training.config import TrainConfig, doubts
 from aymen_gpt.training.device import Device, choose_device, device_elsewhere, memory_there, peak_memory
 from aymen_gpt.training.distributed import Ranks, ranks_from_environment
@@ -68,6 +68,10 @@ def model_lines(c: TrainConfig) -> Iterator[str]:
     flops = f"{m.flops_per_token:,} FLOPs a token (forward and backward), {tokens * m.flops_per_token:.3g} in all"
     yield f"compute   {flops}"
     yield "            6 N + 12 L C T: parameters but positions, layers, width, context (PaLM, arXiv:2204.02311)"
+    if c.optimizer == "muon":
+        beside = muon.flops(m.n_layer, m.n_embd)
+        more = 100 * beside / (c.tokens_per_step * m.flops_per_token)
+        yield f"muon      {beside:.3g} float32 FLOPs more an update ({more:.2g} %), of which each device does its share"
 
 
 def model_line(c: TrainConfig) -> str:
@@ -88,14 +92,15 @@ def data_lines(c: TrainConfig) -> list[str]:
 
 
 def disk_lines(c: TrainConfig) -> list[str]:
-    one = plan.checkpoint_bytes(c.model)
+    one = plan.checkpoint_bytes(c.model, c.optimizer)
     n = c.keep_last + 1 + (c.steps // c.keep_every if c.keep_every else 0) + len(c.kept_steps)
     return [f"disk      {gb(one)} a checkpoint, {gb(n * one)} for the {n} that are kept or being written"]
 
 
 def memory(c: TrainConfig, device: Device, rows: int) -> plan.Memory:
     """Memory of a micro-batch of so many rows."""
-    return plan.step_memory(c.model, rows, size=device.dtype.itemsize, chunk=default_chunk(device.place.type))
+    chunk = default_chunk(device.place.type)
+    return plan.step_memory(c.model, rows, size=device.dtype.itemsize, chunk=chunk, optimizer=c.optimizer)
 
 
 def micro_batch(c: TrainConfig, device: Device, gpus: int, there: float | None) -> tuple[int, int]:
@@ -110,9 +115,10 @@ def memory_lines(
     c: TrainConfig, device: Device, gpus: int, there: float | None, rows: int, passes: int
 ) -> Iterator[str]:
     m, dtype = memory(c, device, rows), str(device.dtype).removeprefix("torch.")
+    moments = "two moments" if c.optimizer == "adamw" else "moments"
     yield f"memory    {gpus} x {device.name}, micro-batch of {rows} row{'s' * (rows > 1)}, {dtype}, of each:"
     parts = {
-        "weights, gradients, two moments": m.state,
+        f"weights, gradients, {moments}": m.state,
         "copies of weights for products": m.copies,
         "activations": m.activations,
         "logits of one chunk": m.logits,
@@ -134,7 +140,7 @@ def memory_lines(
 def probe(c: TrainConfig, device: Device, rows: int, passes: int) -> float:
     """Tokens a second of one device, by updates of one micro-batch of random tokens, or two where there are more.
 
-    An update is its micro-batches one after the other, then AdamW. No file is read or written.
+    An update is its micro-batches one after the other, then the optimizer. No file is read or written.
     """
     if device.place.type == "cpu":
         cpu.keep_freed_memory()
@@ -147,9 +153,10 @@ def probe(c: TrainConfig, device: Device, rows: int, passes: int) -> float:
         seconds.append(probe_update(trainer, tokens, min(passes, 2)))
     micro, update = (median(column) for column in zip(*seconds, strict=True))
     speed, peak = passes * rows * c.block_size / (passes * micro + update), device.peak_flops
+    optimizer = "AdamW" if c.optimizer == "adamw" else "Muon"
     share = f", MFU {100 * speed * c.model.flops_per_token / peak:.1f} %" if peak else ""
     print(
-        f"probe     {PROBE_UPDATES} updates, medians: {micro:.3g} s a micro-batch, {update:.3g} s AdamW: "
+        f"probe     {PROBE_UPDATES} updates, medians: {micro:.3g} s a micro-batch, {update:.3g} s {optimizer}: "
         f"{speed:,.0f} tokens/s a device{share}\n"
         f"            memory {gb(peak_memory(device.place))} at the most"
     )

@@ -32,6 +32,7 @@ from aymen_gpt.model.gpt import GPT
 from aymen_gpt.training.config import TrainConfig, doubts, flag, read_options, resolve
 from aymen_gpt.training.device import Device, be_deterministic, choose_device, memory_gb, memory_there
 from aymen_gpt.training.distributed import Ranks, process_group, ranks_from_environment
+from aymen_gpt.training.plan import moments
 from aymen_gpt.training.runlog import RunLog
 from aymen_gpt.training.signals import StopSignal
 from aymen_gpt.training.trackers import tracker
@@ -52,7 +53,8 @@ def main(args: argparse.Namespace) -> None:
             raise UsageError(f"{flag(key)} {getattr(args, key)} is for planning, and this would train: add --plan")
     stop, ranks = StopSignal(), ranks_from_environment()
     device = choose_device(config.device, config.dtype, ranks.local_rank)
-    there, needed = memory_there(device), 16 * config.model.n_params / 1e9
+    there, numbers = memory_there(device), 2 * config.model.n_params + moments(config.model, config.optimizer)
+    needed = 4 * numbers / 1e9
     if there and needed > there:
         raise AymenError(
             f"{config.preset} does not fit: weights, gradients and moments take {needed:,.0f} GB and there are "
@@ -162,12 +164,13 @@ def introduction(trainer: Trainer) -> str:
     """What is about to be trained, on what, in a few lines."""
     c, device = trainer.config, trainer.device
     tokens, epochs = c.steps * c.tokens_per_step, c.steps * c.rows_per_step / trainer.train_rows.rows_per_epoch
+    muon = f"Muon's {c.matrix_rate:g}, " if c.optimizer == "muon" else ""
     rows = c.micro_batch or f"up to {trainer.micro_batch}"
     return f"""\
 {model_line(c)}
 data      {c.data}: {trainer.train_rows.n_tokens:,} train and {trainer.val_rows.n_tokens:,} val tokens
 recipe    {c.steps:,} steps x {c.tokens_per_step:,} tokens = {tokens:,} tokens = {epochs:.2f} epochs, \
-peak rate {c.learning_rate:g}, {c.warmup_steps} warmup steps
+peak rate {c.learning_rate:g}, {muon}{c.warmup_steps} warmup steps
 machine   {trainer.ranks.world_size} x {device.name}, {name_of(device.dtype)}, micro-batch {rows}\
 {", compiled" if trainer.compiled else ""}
 run       {c.run}"""

@@ -109,29 +109,27 @@ class Muon(torch.optim.Optimizer):
         """Make one update from the gradients ``p.grad``."""
         assert closure is None
         group = self.param_groups[0]
-        same: dict[torch.Size, list[tuple[Tensor, Tensor, float]]] = {}  # by shape: weight, Nesterov's, rate
+        same: dict[torch.Size, list[tuple[Tensor, Tensor, Tensor, float]]] = {}  # matrices, by shape
         for name, p in self.matrices.items():
             assert p.grad is not None, name
             momentum = self.state[p]["momentum"].lerp_(p.grad, 1 - MOMENTUM)
             p.mul_(1 - group["lr"] * group["weight_decay"])
             weights = list(pieces(name, p))
-            ahead = pieces(name, p.grad.lerp(momentum, MOMENTUM))
-            rows, columns = p.size(0) // len(weights), p.size(1)
-            rate = group["lr"] * math.sqrt(max(1, rows / columns))
-            for weight, direction in zip(weights, ahead, strict=True):
-                same.setdefault(weight.shape, []).append((weight, direction, rate))
+            rate = group["lr"] * math.sqrt(max(1, p.size(0) / len(weights) / p.size(1)))
+            for piece in zip(weights, pieces(name, p.grad), pieces(name, momentum), strict=True):
+                same.setdefault(piece[0].shape, []).append((*piece, rate))
         for shape, matrices in same.items():
             at_once = max(BATCH // shape.numel(), 1) * self.ranks.world_size
             for first in range(0, len(matrices), at_once):
                 self._move(matrices[first : first + at_once])
         self.adamw.step()
 
-    def _move(self, matrices: list[tuple[Tensor, Tensor, float]]) -> None:
-        """Orthogonalise the matrices, which are of one shape, and add them to their weights."""
+    def _move(self, matrices: list[tuple[Tensor, Tensor, Tensor, float]]) -> None:
+        """Move weights of one shape, each given with its gradient, momentum and rate."""
         share = -(-len(matrices) // self.ranks.world_size)
         mine = matrices[self.ranks.rank * share :][:share]
-        batch = matrices[0][1].new_zeros(share, *matrices[0][1].shape)  # zeros where the last ranks have less
-        for place, (_, direction, _) in zip(batch, mine, strict=False):
-            place.copy_(direction)
-        for (weight, _, rate), moved in zip(matrices, self.ranks.share(orthogonalise(batch)), strict=False):
+        batch = matrices[0][0].new_zeros(share, *matrices[0][0].shape)  # zeros where the last ranks have less
+        for place, (_, gradient, momentum, _) in zip(batch, mine, strict=False):
+            torch.lerp(gradient, momentum, MOMENTUM, out=place)
+        for (weight, _, _, rate), moved in zip(matrices, self.ranks.share(orthogonalise(batch)), strict=False):
             weight.add_(moved, alpha=-rate)

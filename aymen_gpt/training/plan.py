@@ -35,7 +35,7 @@ def dealt(rows_per_step: int, world_size: int, micro_batch: int) -> tuple[int, i
 class Memory:
     """Bytes of the tensors that one rank holds in a training step."""
 
-    state: int  # weights, gradients and two moments: 16 bytes a parameter
+    state: int  # weights, gradients and moments
     copies: int  # of the weights of the blocks, in the dtype of products
     activations: int
     logits: int  # of one chunk of tokens, and their softmax
@@ -68,19 +68,24 @@ def saved_by_layer(m: "GPTConfig", size: int) -> int:
     return (2 * FLOAT + 14 * size) * m.n_embd + 4 * FLOAT + FLOAT * m.n_head
 
 
-def step_memory(m: "GPTConfig", rows: int, *, size: int, chunk: int) -> Memory:
+def moments(m: "GPTConfig", optimizer: str) -> int:
+    """Numbers that an optimizer remembers: two a parameter, of which Muon spares the blocks' matrices one."""
+    return 2 * m.n_params - (12 * m.n_layer * m.n_embd**2 if optimizer == "muon" else 0)
+
+
+def step_memory(m: "GPTConfig", rows: int, *, size: int, chunk: int, optimizer: str = "adamw") -> Memory:
     """Memory of a micro-batch of ``rows``, with products of ``size`` bytes (4; 2 under autocast) and logits made
     for ``chunk`` tokens at a time. torch.compile keeps fewer activations; allocators leave some space empty.
     """
-    tokens = rows * m.block_size
+    tokens, padding = rows * m.block_size, (m.padded_vocab_size - m.vocab_size) * m.n_embd
     return Memory(
-        state=4 * FLOAT * (m.n_params + (m.padded_vocab_size - m.vocab_size) * m.n_embd),
+        state=FLOAT * (2 * m.n_params + moments(m, optimizer) + 4 * padding),
         copies=0 if size == FLOAT else size * m.n_layer * 12 * m.n_embd**2,
         activations=tokens * (m.n_layer * saved_by_layer(m, size) + FLOAT * (m.n_embd + 2)),  # and ln_f's
         logits=min(tokens, chunk) * m.padded_vocab_size * (size + FLOAT),
     )
 
 
-def checkpoint_bytes(m: "GPTConfig") -> int:
-    """Weights and two moments in float32, without padding, and the vocabulary files."""
-    return 3 * FLOAT * m.n_params + TOKENIZER_FILES
+def checkpoint_bytes(m: "GPTConfig", optimizer: str = "adamw") -> int:
+    """Weights and moments in float32, without padding, and the vocabulary files."""
+    return FLOAT * (m.n_params + moments(m, optimizer)) + TOKENIZER_FILES
