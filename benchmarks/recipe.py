@@ -35,8 +35,9 @@ from pathlib import Path
 from threading import Semaphore
 from typing import Any
 
-from aymen_gpt.commands import pretrain
-from aymen_gpt.commands.console import number
+from aymen_gpt.commands import console, options
+from aymen_gpt.commands.options import number
+from aymen_gpt.errors import AymenError, UsageError
 from aymen_gpt.model.folders import checkpoints
 from aymen_gpt.reporting.run_folder import read_lines
 from aymen_gpt.training.config import COUNT, Range, TrainConfig, flag, resolve
@@ -126,7 +127,7 @@ class Runner:
         head, *rows = [json.loads(line) for line in file.read_text().splitlines()]
         if head["run"] != json.loads(json.dumps(what)):
             changed = sorted(k for k in what if head["run"].get(k) != json.loads(json.dumps(what[k])))
-            raise SystemExit(f"{file} is of a run with another {', '.join(changed)}: choose another --out")
+            raise UsageError(f"{file} is of a run with another {', '.join(changed)}: choose another --out")
         return rows
 
     def _train(self, config: TrainConfig) -> None:
@@ -137,13 +138,13 @@ class Runner:
         command = [sys.executable, str(ROOT / "pretrain.py"), "--config", str(options)]
         env = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
         if self.stopped:
-            raise SystemExit("stopped: the same command continues")
+            raise AymenError("stopped: the same command continues")
         child = subprocess.Popen(command, env=env, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
         self.children.append(child)
         _, said = child.communicate()
         self.children.remove(child)
         if child.returncode and not (Path(config.run) / "failure.json").exists():
-            raise SystemExit(f"{config.run}: {(said.strip() or 'no message').splitlines()[-1]}")
+            raise AymenError(f"{config.run}: {(said.strip() or 'no message').splitlines()[-1]}")
 
 
 def validations(folder: Path) -> list[dict[str, Any]]:
@@ -245,27 +246,25 @@ def table(args: argparse.Namespace, run: Runner, tuned: dict[str, dict[Rates, fl
 def main() -> None:
     p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     count, share = number(COUNT, whole=True), number(Range(0, 1, without=(0,)))
-    p.add_argument("--tokens", type=count, required=True, help="of each final run")
-    p.add_argument("--tune", type=share, default=0.2, help="tokens of a trial, as a share [0.2]")
-    p.add_argument("--trials", type=count, default=6, help="of each arm [6]")
-    p.add_argument("--seeds", type=count, default=3, help="of each arm's final runs [3]")
+    p.add_argument("--tokens", **count, required=True, help="of each final run")
+    p.add_argument("--tune", **share, default=0.2, help="tokens of a trial, as a share [0.2]")
+    p.add_argument("--trials", **count, default=6, help="of each arm [6]")
+    p.add_argument("--seeds", **count, default=3, help="of each arm's final runs [3]")
     p.add_argument(
-        "--shares", type=share, nargs="*", default=[0.6], help="of the tokens, for shorter muon runs [0.6]"
+        "--shares", **share, nargs="*", default=[0.6], help="of the tokens, for shorter muon runs [0.6]"
     )
     p.add_argument("--arms", choices=ARMS, nargs="+", default=["adamw", "muon"], help="[adamw muon]")
-    p.add_argument("--validations", type=count, default=40, help="of each run [40]")
-    p.add_argument("--jobs", type=count, default=1, help="processes side by side [1]")
+    p.add_argument("--validations", **count, default=40, help="of each run [40]")
+    p.add_argument("--jobs", **count, default=1, help="processes side by side [1]")
     p.add_argument("--out", type=Path, default=ROOT / "docs/results/recipe", help="[docs/results/recipe]")
     p.add_argument("--work", type=Path, default=ROOT / "runs/recipe", help="unfinished runs [runs/recipe]")
     args, rest = p.parse_known_args()
-    given = vars(pretrain.parser().parse_args(rest))
-    options = {f.name for f in fields(TrainConfig)}
-    if left := [flag(name) for name, value in given.items() if name not in options and value not in USUAL]:
-        p.error(f"{', '.join(left)}: only options of a run can be passed on to pretrain.py")
-    run = Runner(
-        {name: given[name] for name in options & given.keys()}, args.out, args.work, args.jobs, args.validations
-    )
-
+    given = vars(options.pretrain().parse_args(rest))
+    of_run = {f.name for f in fields(TrainConfig)}
+    if left := [flag(name) for name, value in given.items() if name not in of_run and value not in USUAL]:
+        raise UsageError(f"{', '.join(left)}: only options of a run can be passed on to pretrain.py")
+    given = {name: given[name] for name in of_run & given.keys()}
+    run = Runner(given, args.out, args.work, args.jobs, args.validations)
     for name in (signal.SIGINT, signal.SIGTERM):
         signal.signal(name, run.stop)
 
@@ -283,4 +282,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    console.run(main)
