@@ -41,8 +41,7 @@ def write_report(run: Run, out: Path | None = None) -> Path:
     """Write the page of a run to report.html in its folder, or to ``out``, whole or not at all; its path."""
     path = out or run.folder / "report.html"
     rows = [row for row in run.rows if "val_loss" in row or "hellaswag" in row]
-    page = render(
-        "report.html.j2",
+    page = TEMPLATES.get_template("report.html.j2").render(
         run=run,
         shape=shape(run.table("model"), run.get("n_params")) or "GPT",
         now=standing(run),
@@ -65,8 +64,7 @@ def write_comparison(runs: Sequence[Run], out: Path) -> Path:
     if len(set(names)) < len(names):
         names = [run.folder.as_posix() for run in runs]
     title = "Loss by tokens read"
-    page = render(
-        "compare.html.j2",
+    page = TEMPLATES.get_template("compare.html.j2").render(
         title=" · ".join(names),
         runs=[(name, run, standing(run)) for name, run in zip(names, runs, strict=True)],
         colours=[plots.RUNS[i % len(plots.RUNS)] for i in range(len(runs))],
@@ -75,22 +73,6 @@ def write_comparison(runs: Sequence[Run], out: Path) -> Path:
     )
     replace_text(out, page, follow=True)
     return out
-
-
-def render(template: str, **values: Any) -> str:
-    """A template beside this file, filled in; every value is escaped unless it is Markup of ours."""
-    environment = Environment(
-        loader=FileSystemLoader(HERE),
-        autoescape=True,
-        trim_blocks=True,
-        lstrip_blocks=True,
-        undefined=StrictUndefined,
-    )
-    for word in (human, percent, duration, perplexity, value_text, day):
-        environment.filters[word.__name__] = word
-    environment.filters |= {"count": "{:,.0f}".format, "finite": number}
-    css = Markup((HERE / "page.css").read_text("utf-8"))
-    return environment.get_template(template).render(css=css, all_examples=HELLASWAG_EXAMPLES, **values)
 
 
 # ---- where a run stands ------------------------------------------------------------------------------
@@ -339,3 +321,11 @@ def differences(runs: Sequence[Run]) -> list[tuple[str, str, list[str]]]:
             if len(set(texts)) > 1 and key not in ("run", "name", "started"):
                 found.append((title, key, texts))
     return found
+
+
+TEMPLATES = Environment(  # which escape every value unless it is Markup of ours
+    loader=FileSystemLoader(HERE), autoescape=True, trim_blocks=True, lstrip_blocks=True, undefined=StrictUndefined
+)
+TEMPLATES.filters |= {word.__name__: word for word in (human, percent, duration, perplexity, value_text, day)}
+TEMPLATES.filters |= {"count": "{:,.0f}".format, "finite": number}
+TEMPLATES.globals |= {"css": Markup((HERE / "page.css").read_text("utf-8")), "all_examples": HELLASWAG_EXAMPLES}
