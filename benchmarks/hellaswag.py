@@ -70,13 +70,13 @@ def naive(name: str | None, dtype: str) -> Work:
 @torch.no_grad()
 def naive_choice(model: GPT, example: Example, device: devices.Device) -> int:
     """The ending with the least loss per character, from four whole rows."""
-    tokens, (_, endings) = tokenize(example, "harness"), render(example, "harness")
-    rows = [tokens.context + ending for ending in tokens.endings]
+    texts, (_, endings) = tokenize(example, "harness"), render(example, "harness")
+    rows = [context + ending for context, ending in texts]
     ids = torch.zeros(len(rows), max(map(len, rows)), dtype=torch.long)
     scored = torch.zeros_like(ids)
     for i, row in enumerate(rows):
         ids[i, : len(row)] = torch.tensor(row)
-        scored[i, len(tokens.context) : len(row)] = 1
+        scored[i, len(texts[0][0]) : len(row)] = 1
     ids, scored = ids.to(device.place), scored.to(device.place)
     with device.autocast():
         logits = model(ids[:, :-1])[..., : tokenizer.VOCAB_SIZE].float()

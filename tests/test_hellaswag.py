@@ -13,7 +13,7 @@ from questions import EXAMPLES, HOW_TO, VIDEO, make_model
 from aymen_gpt.data import tokenizer
 from aymen_gpt.evaluation import hellaswag
 from aymen_gpt.evaluation.hellaswag import Answer, Result, evaluate, render, tokenize
-from aymen_gpt.evaluation.scoring import EndingScores
+from aymen_gpt.evaluation.scoring import Score
 
 
 def harness_text(text):
@@ -52,8 +52,7 @@ def harness_pairs(example):
 def test_harness_texts_and_tokens_are_the_harnesses(real):
     for example in [*EXAMPLES, *real[::100]]:
         assert render(example, "harness")[1] == [harness_text(ending) for ending in example.endings]
-        ours = tokenize(example, "harness")
-        assert [(ours.context, ending) for ending in ours.endings] == list(harness_pairs(example))
+        assert tokenize(example, "harness") == list(harness_pairs(example))
 
 
 def test_harness_texts_by_eye():
@@ -70,18 +69,18 @@ def test_harness_texts_by_eye():
 def test_completion_texts_are_untouched_and_tokenized_apart():
     assert render(HOW_TO, "completion") == (HOW_TO.ctx, HOW_TO.endings)
     decode = tokenizer.gpt2().decode
-    tokens = tokenize(HOW_TO, "completion")
-    assert decode(tokens.context) == HOW_TO.ctx
-    assert [decode(ending) for ending in tokens.endings] == [" " + ending for ending in HOW_TO.endings]
+    texts = [(decode(context), decode(ending)) for context, ending in tokenize(HOW_TO, "completion")]
+    assert texts == [(HOW_TO.ctx, " " + ending) for ending in HOW_TO.endings]
 
 
 def test_length_counts_in_tokens_or_in_characters_of_the_cleaned_text():
-    scores = EndingScores([-10.0, -9.0, -12.0, -30.0], [4, 3, 6, 9])
+    scores = [Score(*values, False) for values in ((-10.0, 4), (-9.0, 3), (-12.0, 6), (-30.0, 9))]
     texts = replace(VIDEO, endings=["a" * 10, "b" * 2, "c" * 11, "[cut away]" + "d" * 60])
     completion, harness = (hellaswag.answer(texts, scores, protocol) for protocol in hellaswag.PROTOCOLS)
     assert (completion.choice, completion.choice_norm) == (1, 2)  # -12 / 6 tokens
     assert (harness.choice, harness.choice_norm) == (1, 3)  # -30 / 60 characters
-    tied = hellaswag.answer(VIDEO, EndingScores([-4.0, -2.0, -2.0, -2.0], [2, 1, 1, 1]), "completion")
+    scores = [Score(*values, False) for values in ((-4.0, 2), (-2.0, 1), (-2.0, 1), (-2.0, 1))]
+    tied = hellaswag.answer(VIDEO, scores, "completion")
     assert (tied.choice, tied.choice_norm) == (1, 0)  # of equals the first
 
 
@@ -101,16 +100,15 @@ def test_evaluate_chooses_as_a_plain_scorer_does(real, protocol):
     model, examples = make_model(), [*EXAMPLES, *real[5::1500]]
     found = evaluate(model, examples, protocols=[protocol])
     for example, answer in zip(examples, found.answers[protocol], strict=True):
-        tokens = tokenize(example, protocol)
-        sums = []
-        for ending in tokens.endings:
-            text = (tokens.context + ending)[-65:]
+        sums, lengths = [], []
+        for context, ending in tokenize(example, protocol):
+            text = (context + ending)[-65:]
             with torch.no_grad():
                 log_p = model(torch.tensor([text[:-1]]))[0].log_softmax(-1)
             n = min(len(ending), 64)
             sums.append(log_p[-n:].gather(1, torch.tensor(text[-n:])[:, None]).sum().item())
+            lengths.append(len(ending))
         np.testing.assert_allclose(answer.log_likelihoods, sums, atol=1e-3)
-        lengths = [len(e) for e in tokens.endings]
         if protocol == "harness":
             lengths = [max(1, len(harness_text(e))) for e in example.endings]
         assert answer.choice == int(np.argmax(sums))

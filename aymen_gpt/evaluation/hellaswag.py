@@ -20,7 +20,7 @@ import math
 import re
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
-from itertools import zip_longest
+from itertools import islice, zip_longest
 from typing import Any, Literal
 
 import numpy as np
@@ -28,7 +28,7 @@ import torch
 
 from aymen_gpt.data import tokenizer
 from aymen_gpt.evaluation.hellaswag_data import N_ENDINGS, Example
-from aymen_gpt.evaluation.scoring import EndingScores, TokenizedExample, score
+from aymen_gpt.evaluation.scoring import Score, Text, score
 from aymen_gpt.model.gpt import GPT
 
 Protocol = Literal["completion", "harness"]
@@ -55,15 +55,15 @@ def _clean(text: str) -> str:
     return re.sub(r"\[.*?\]", "", text).replace("  ", " ")
 
 
-def tokenize(example: Example, protocol: Protocol) -> TokenizedExample:
-    """The token ids of a rendering. The harness's endings are what the whole text has after the context's tokens;
-    blanks that end a context count to the ending there."""
+def tokenize(example: Example, protocol: Protocol) -> list[Text]:
+    """The token ids of the context and of each ending. The harness's endings are what the whole text has after the
+    context's tokens; blanks that end a context count to the ending there."""
     encode = tokenizer.gpt2().encode_ordinary
     context, endings = render(example, protocol)
     if protocol == "completion":
-        return TokenizedExample(encode(context), [encode(f" {ending}") for ending in endings])
+        return [(encode(context), encode(f" {ending}")) for ending in endings]
     ids = encode(context.rstrip())
-    return TokenizedExample(ids, [encode(f"{context} {ending}")[len(ids) :] for ending in endings])
+    return [(ids, encode(f"{context} {ending}")[len(ids) :]) for ending in endings]
 
 
 @dataclass(frozen=True)
@@ -140,12 +140,10 @@ def evaluate(
             progress(done // (N_ENDINGS * len(protocols)), len(examples))
 
     count(0)
-    tokenized = [tokenize(example, protocol) for protocol in protocols for example in examples]
-    scores = iter(score(model, tokenized, dtype=dtype, batch_tokens=batch_tokens, progress=count))
-    return Result(
-        list(examples),
-        {protocol: [answer(example, next(scores), protocol) for example in examples] for protocol in protocols},
-    )
+    texts = [text for protocol in protocols for example in examples for text in tokenize(example, protocol)]
+    scores = iter(score(model, texts, dtype=dtype, batch_tokens=batch_tokens, progress=count))
+    answers = {p: [answer(e, list(islice(scores, N_ENDINGS)), p) for e in examples] for p in protocols}
+    return Result(list(examples), answers)
 
 
 def merge(results: Sequence[Result]) -> Result:
@@ -160,15 +158,10 @@ def merge(results: Sequence[Result]) -> Result:
     )
 
 
-def answer(example: Example, scores: EndingScores, protocol: Protocol) -> Answer:
+def answer(example: Example, scores: list[Score], protocol: Protocol) -> Answer:
     """The most likely ending, and the most likely per token (completion) or per character (harness)."""
-    likely = np.array(scores.log_likelihoods)
-    lengths = scores.token_counts
+    likely, counts = [s.log_likelihood for s in scores], [s.n_tokens for s in scores]
+    lengths = counts
     if protocol == "harness":
         lengths = [max(1, len(ending)) for ending in render(example, protocol)[1]]
-    return Answer(
-        scores.log_likelihoods,
-        scores.token_counts,
-        choice=int(likely.argmax()),
-        choice_norm=int((likely / lengths).argmax()),
-    )
+    return Answer(likely, counts, int(np.argmax(likely)), int(np.argmax(np.divide(likely, lengths))))

@@ -25,7 +25,7 @@ from aymen_gpt.data import tokenizer
 from aymen_gpt.errors import UsageError
 from aymen_gpt.evaluation.hellaswag_data import Example, load_examples, parquet
 from aymen_gpt.evaluation.load_model import load_model
-from aymen_gpt.evaluation.scoring import TokenizedExample, score
+from aymen_gpt.evaluation.scoring import score
 from aymen_gpt.files import replace_text, write_whole
 from aymen_gpt.model.generation import generate
 from aymen_gpt.model.gpt import GPT
@@ -78,11 +78,11 @@ class AymenLM(TemplateLM):
         self, requests: Sequence[tuple[Any, list[int], list[int]]], disable_tqdm: bool = False, **_options: Any
     ) -> list[tuple[float, bool]]:
         """Of (texts, context, continuation), the latter as tokens: log-likelihood, and whether it is greedy."""
-        examples = [TokenizedExample(context, [continuation]) for _, context, continuation in requests]
+        pairs = [(context, continuation) for _, context, continuation in requests]
         with tqdm(total=len(requests), desc="log-likelihoods", disable=disable_tqdm) as bar:
             options: dict[str, Any] = {"dtype": self.dtype, "batch_tokens": self.batch_tokens}
-            scores = score(self.model, examples, greedy=True, progress=bar.update, **options)
-        answers = [(s.log_likelihoods[0], s.greedy[0]) for s in scores]
+            scores = score(self.model, pairs, greedy=True, progress=bar.update, **options)
+        answers = [(s.log_likelihood, s.greedy) for s in scores]
         for (texts, _, _), answer in zip(requests, answers, strict=True):
             if texts is not None:
                 self.cache_hook.add_partial("loglikelihood", texts, answer)

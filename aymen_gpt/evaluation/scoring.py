@@ -13,7 +13,7 @@ one row, and a mask keeps the endings apart:
 Over HellaSwag's validation set that is half of the tokens and a third of the logits.
 
 Pure: no file is read, nothing is printed, no process group is known, and the model is only read. To share the work
-among ranks, give each ``examples[rank::world_size]`` and put together what they find.
+among ranks, give each ``texts[rank::world_size]`` and put together what they find.
 """
 
 from collections.abc import Callable, Iterator, Sequence
@@ -35,35 +35,25 @@ ROW_TOKENS = 1024  # of a context with many endings, which otherwise are several
 LOGIT_ROWS = {"cpu": 512, "mps": 1024, "cuda": 4096}  # tokens whose logits exist at once
 SOFTMAX_ROWS = {"cpu": 32, "mps": 1024, "cuda": 4096}  # of these at once in the softmax: 6 MB stay in the cache
 
-
-@dataclass(frozen=True)
-class TokenizedExample:
-    """A context and the endings it may have, as token ids, at least one token each."""
-
-    context: list[int]
-    endings: list[list[int]]
-
-    def __post_init__(self) -> None:
-        if not self.context or not all(self.endings):
-            raise ValueError(f"a context or an ending without tokens has no likelihood: {self}")
+Text = tuple[list[int], list[int]]  # token ids of a context and of an ending, at least one each
 
 
 @dataclass(frozen=True)
-class EndingScores:
-    """One value per ending, in the example's order."""
+class Score:
+    """What a model says of an ending after its context."""
 
-    log_likelihoods: list[float]  # sum over the ending's tokens, in nats
-    token_counts: list[int]  # tokens summed over: all of the ending's, unless it was too long for the model
-    greedy: list[bool]  # whether each of them is the likeliest token; False where that was not asked for
+    log_likelihood: float  # sum over the ending's tokens, in nats
+    n_tokens: int  # summed over: all of the ending's, unless it was too long for the model
+    greedy: bool  # whether each of them is the likeliest token; False where that was not asked for
 
 
 @dataclass(frozen=True)
 class Row:
-    """A context, endings to score after it, and of which (example, ending) they are."""
+    """A context, endings to score after it, and the number of each one."""
 
     context: list[int]
     endings: list[list[int]] = field(default_factory=list)
-    places: list[tuple[int, int]] = field(default_factory=list)
+    numbers: list[int] = field(default_factory=list)
 
     def __len__(self) -> int:
         return len(self.context) + sum(len(ending) - 1 for ending in self.endings)
@@ -95,19 +85,20 @@ def fit(context: list[int], ending: list[int], block_size: int) -> tuple[list[in
     return text[:-scored], text[-scored:]
 
 
-def rows_of(examples: Sequence[TokenizedExample], block_size: int) -> list[Row]:
+def rows_of(texts: Sequence[Text], block_size: int) -> list[Row]:
     """The endings behind their contexts; what has the same context shares a row up to ROW_TOKENS."""
     rows: list[Row] = []
     by_context: dict[tuple[int, ...], Row] = {}
-    for i, example in enumerate(examples):
-        for j, whole in enumerate(example.endings):
-            context, ending = fit(example.context, whole, block_size)
-            row = by_context.get(tuple(context))
-            if row is None or len(row) + len(ending) - 1 > ROW_TOKENS:
-                row = by_context[tuple(context)] = Row(context)
-                rows.append(row)
-            row.endings.append(ending)
-            row.places.append((i, j))
+    for number, (context, ending) in enumerate(texts):
+        if not context or not ending:
+            raise ValueError(f"a context or an ending without tokens has no likelihood: {context}, {ending}")
+        context, ending = fit(context, ending, block_size)
+        row = by_context.get(tuple(context))
+        if row is None or len(row) + len(ending) - 1 > ROW_TOKENS:
+            row = by_context[tuple(context)] = Row(context)
+            rows.append(row)
+        row.endings.append(ending)
+        row.numbers.append(number)
     return rows
 
 
@@ -189,14 +180,14 @@ def log_total(logits: Tensor) -> Tensor:
 @torch.no_grad()
 def score(
     model: GPT,
-    examples: Sequence[TokenizedExample],
+    texts: Sequence[Text],
     *,
     dtype: torch.dtype = torch.float32,
     batch_tokens: int | None = None,
     greedy: bool = False,
-    progress: Callable[[int], None] | None = None,
-) -> list[EndingScores]:
-    """The scores of all examples, in their order, computed on the model's device.
+    progress: Callable[[int], object] | None = None,
+) -> list[Score]:
+    """The score of each text's ending, in their order, computed on the model's device.
 
     ``dtype`` is what matrix products run in; with bfloat16 the scores keep about three digits. Texts longer than
     the model's context lose their beginning, see ``fit``. Memory is bounded by ``batch_tokens``. ``progress`` is
@@ -205,23 +196,23 @@ def score(
     """
     device = model.wte.weight.device
     output = OutputLayer(model, dtype)
-    found: dict[tuple[int, int], tuple[float, int, bool]] = {}  # by (example, ending)
+    found: dict[int, Score] = {}
     # cuDNN, first choice on an H100, would build a plan for each of the hundreds of shapes there are
     kernels = (
         sdpa_kernel([SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]) if device.type == "cuda" else nullcontext()
     )
     with kernels, torch.autocast(device.type, dtype, enabled=dtype != torch.float32):
-        for rows in batches(rows_of(examples, model.config.block_size), batch_tokens or BATCH_TOKENS[device.type]):
+        every_row = rows_of(texts, model.config.block_size)
+        for rows in batches(every_row, batch_tokens or BATCH_TOKENS[device.type]):
             batch = collate(rows, device)
             log_p, hits = predict(model, output, batch, greedy=greedy)
             ending = np.repeat(np.arange(len(batch.counts)), batch.counts)  # of each target
             sums, all_hit = np.bincount(ending, log_p), np.bincount(ending, hits) == batch.counts
-            values = zip(sums.tolist(), batch.counts.tolist(), all_hit.tolist(), strict=True)
-            found |= zip((place for row in rows for place in row.places), values, strict=True)
+            scores = map(Score, sums.tolist(), batch.counts.tolist(), all_hit.tolist())
+            found |= zip((number for row in rows for number in row.numbers), scores, strict=True)
             if progress is not None:
                 progress(len(batch.counts))
-    own = ([found[i, j] for j in range(len(example.endings))] for i, example in enumerate(examples))
-    return [EndingScores(*map(list, zip(*values, strict=True))) for values in own]
+    return [found[number] for number in range(len(texts))]
 
 
 def predict(model: GPT, output: OutputLayer, batch: Batch, *, greedy: bool) -> tuple[np.ndarray, np.ndarray]:
