@@ -103,12 +103,7 @@ def transformers(shape: Shape, device: devices.Device, compiled: bool = False) -
 def _plain_step(
     model: torch.nn.Module, loss: Callable[[torch.Tensor], torch.Tensor], device: devices.Device
 ) -> Step:
-    decayed, spared = optim.decay_groups(model)
-    named = dict(model.named_parameters())
-    groups = [
-        {"params": [named[n] for n in names], "weight_decay": wd} for names, wd in ((decayed, 0.1), (spared, 0.0))
-    ]
-    optimizer = torch.optim.AdamW(groups, lr=6e-4, betas=(0.9, 0.95), eps=1e-8)
+    optimizer = torch.optim.AdamW(optim.decay_groups(model, 0.1), lr=6e-4, betas=(0.9, 0.95), eps=1e-8)
 
     def step(tokens: torch.Tensor) -> float:
         tokens = tokens.to(device.place)

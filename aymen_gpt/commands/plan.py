@@ -98,7 +98,7 @@ def disk_lines(c: TrainConfig) -> list[str]:
     return [f"disk      {gb(one)} a checkpoint, {gb(n * one)} for the {n} that are kept or being written"]
 
 
-def memory(c: TrainConfig, device: Device, rows: int) -> plan.Memory:
+def memory(c: TrainConfig, device: Device, rows: int) -> dict[str, int]:
     """Memory of a micro-batch of so many rows."""
     chunk = default_chunk(device.place.type)
     return plan.step_memory(c.model, rows, size=device.dtype.itemsize, chunk=chunk, optimizer=c.optimizer)
@@ -107,7 +107,7 @@ def memory(c: TrainConfig, device: Device, rows: int) -> plan.Memory:
 def micro_batch(c: TrainConfig, device: Device, gpus: int, there: float | None) -> tuple[int, int]:
     """Rows of one forward pass (as asked for, or what fits into ``there`` GB), passes of the first device."""
     rows, _ = plan.dealt(c.rows_per_step, gpus, c.largest_micro_batch(on_cuda=device.place.type == "cuda"))
-    while not c.micro_batch and rows > 1 and there and memory(c, device, rows).total > there * 1e9:
+    while not c.micro_batch and rows > 1 and there and sum(memory(c, device, rows).values()) > there * 1e9:
         rows = (rows + 1) // 2
     return plan.dealt(c.rows_per_step, gpus, rows)
 
@@ -115,21 +115,14 @@ def micro_batch(c: TrainConfig, device: Device, gpus: int, there: float | None) 
 def memory_lines(
     c: TrainConfig, device: Device, gpus: int, there: float | None, rows: int, passes: int
 ) -> Iterator[str]:
-    m, dtype = memory(c, device, rows), str(device.dtype).removeprefix("torch.")
-    moments = "two moments" if c.optimizer == "adamw" else "moments"
+    parts, dtype = memory(c, device, rows), str(device.dtype).removeprefix("torch.")
     yield f"memory    {gpus} x {device.name}, micro-batch of {rows} row{'s' * (rows > 1)}, {dtype}, of each:"
-    parts = {
-        f"weights, gradients, {moments}": m.state,
-        "copies of weights for products": m.copies,
-        "activations": m.activations,
-        "logits of one chunk": m.logits,
-        "all": m.total,
-    }
-    for part, size in parts.items():
+    total = sum(parts.values())
+    for part, size in (*parts.items(), ("all", total)):
         if size:
             yield f"            {part:<32} {gb(size):>15}"
     into = f" into {there:,.0f} GB" if there else ""
-    if there and m.total > there * 1e9:
+    if there and total > there * 1e9:
         advice = "a smaller --preset, --block-size or --micro-batch, or another device (--on h200)"
         yield f"            does not fit{into}: {advice}"
     else:

@@ -1,6 +1,7 @@
 """pretrain.py: options -> a run folder with checkpoints, curves and samples."""
 
 import argparse
+import gc
 import os
 import platform
 import shlex
@@ -75,6 +76,8 @@ def main(args: argparse.Namespace) -> None:
         if log:
             told = [introduction(trainer), *doubts(config, trainer.train_rows.n_tokens)]
             log.say(console.as_typed("\n".join(told)))
+        gc.collect()
+        gc.freeze()  # what is there now: Python's collector of cycles stops a rank, and all others wait for it
         trainer.fit(folder, log, stop, lambda: describe(trainer), args.resume, args.override_resume)
     if ranks.is_first:
         console.show(console.as_typed(closing(folder)))

@@ -96,7 +96,12 @@ def first_not_finite(tensors: Tensors) -> str | None:
 
 
 def publish(
-    run: Path, captured: Capture, snapshot: Snapshot, *, keep_last: int, keep: Callable[[int], bool]
+    run: Path,
+    captured: Capture,
+    snapshot: Snapshot,
+    *,
+    keep_last: int,
+    keep: Callable[[int], bool] = lambda step: False,
 ) -> Path:
     """Write the checkpoint of ``snapshot.step``, then drop old ones; its folder.
 

@@ -1,6 +1,5 @@
 """What to compute on, in which precision, chosen once at the start of a command."""
 
-import math
 import os
 import platform
 import re
@@ -151,18 +150,6 @@ def device_elsewhere(name: str, dtype: str) -> tuple[Device, float]:
     teraflops, memory = KINDS[known[name]]
     chosen = _dtype("bfloat16" if dtype == "auto" else dtype, "cuda")
     return Device(torch.device("cuda"), chosen, known[name], 1e12 * teraflops), memory
-
-
-def memory_in_words(device: Device) -> str:
-    """How much memory is taken, for a message.
-
-    >>> memory_in_words(Device(torch.device("cpu"), torch.float32, "", None)).endswith("GB of memory")
-    True
-    """
-    if device.place.type == "cuda":
-        free, total = torch.cuda.mem_get_info(device.place)
-        return f"{(total - free) / 1e9:.1f} of {total / 1e9:.1f} GB in use"
-    return f"this machine has {memory_gb() or math.nan:.1f} GB of memory"
 
 
 def _cpu_info() -> dict[str, str]:

@@ -8,13 +8,10 @@ import math
 import statistics
 from collections import deque
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 WINDOW, SIGMAS = 128, 6.0
-
-
-def _window() -> deque[float]:
-    return deque(maxlen=WINDOW)
 
 
 @dataclass
@@ -23,16 +20,14 @@ class Guard:
 
     skip_spikes: bool = False
     skipped: int = 0  # steps in a row
-    losses: deque[float] = field(default_factory=_window)
-    norms: deque[float] = field(default_factory=_window)
+    losses: deque[float] = field(default_factory=partial(deque, maxlen=WINDOW))
+    norms: deque[float] = field(default_factory=partial(deque, maxlen=WINDOW))
 
     def judge(self, loss: float, norm: float) -> tuple[str | None, bool]:
         """What is wrong with a step of this loss and gradient norm (None: nothing), and whether to skip it."""
-        why: str | None = None
-        if not math.isfinite(loss):
-            why = "non-finite loss"
-        elif not math.isfinite(norm):
-            why = "non-finite gradient"
+        why = None
+        if not math.isfinite(loss) or not math.isfinite(norm):
+            why = f"non-finite {'gradient' if math.isfinite(loss) else 'loss'}"
         else:
             if is_spike(self.losses, loss) or is_spike(self.norms, norm):
                 why = "spike"
@@ -47,10 +42,8 @@ class Guard:
         return {"skipped": self.skipped, "losses": list(self.losses), "norms": list(self.norms)}
 
     def restore(self, state: dict[str, Any]) -> None:
-        """Raises KeyError, TypeError, ValueError or OverflowError when it is no state."""
-        self.skipped = int(state["skipped"])
-        self.losses = deque(map(float, state["losses"]), WINDOW)
-        self.norms = deque(map(float, state["norms"]), WINDOW)
+        self.skipped = state["skipped"]
+        self.losses, self.norms = deque(state["losses"], WINDOW), deque(state["norms"], WINDOW)
 
 
 def is_spike(past: deque[float], value: float) -> bool:

@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Iterable
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -9,22 +10,16 @@ from torch import Tensor, nn
 from aymen_gpt.training.muon import Muon
 
 
-def decay_groups(model: nn.Module) -> tuple[list[str], list[str]]:
-    """Names of the parameters that weight decay acts on (two or more dimensions) and of those it spares."""
-    decayed = [name for name, p in model.named_parameters() if p.dim() >= 2]
-    spared = [name for name, p in model.named_parameters() if p.dim() < 2]
-    return decayed, spared
+def decay_groups(model: nn.Module, weight_decay: float) -> list[dict[str, Any]]:
+    """The parameters that weight decay acts on (two or more dimensions), and those it spares."""
+    decayed = [p for p in model.parameters() if p.dim() >= 2]
+    spared = [p for p in model.parameters() if p.dim() < 2]
+    return [{"params": decayed, "weight_decay": weight_decay}, {"params": spared, "weight_decay": 0.0}]
 
 
 def adamw(model: nn.Module, *, lr: float, betas: tuple[float, float], weight_decay: float) -> torch.optim.AdamW:
     """AdamW (arXiv:1711.05101) with eps 1e-8, in one fused kernel where torch has it: on CUDA, MPS and CPU."""
-    parameters = dict(model.named_parameters())
-    decayed, spared = decay_groups(model)
-    groups = [
-        {"params": [parameters[name] for name in decayed], "weight_decay": weight_decay},
-        {"params": [parameters[name] for name in spared], "weight_decay": 0.0},
-    ]
-    return torch.optim.AdamW(groups, lr=lr, betas=betas, eps=1e-8, fused=True)
+    return torch.optim.AdamW(decay_groups(model, weight_decay), lr=lr, betas=betas, eps=1e-8, fused=True)
 
 
 MOMENTS = ("exp_avg", "exp_avg_sq")  # of AdamW

@@ -1,6 +1,5 @@
 """What a run takes, by arithmetic alone: parameters, micro-steps, memory of tensors, disk. Allocates nothing."""
 
-from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from aymen_gpt.data.loader import deal
@@ -31,20 +30,6 @@ def dealt(rows_per_step: int, world_size: int, micro_batch: int) -> tuple[int, i
     return rows, -(-most // rows)
 
 
-@dataclass(frozen=True)
-class Memory:
-    """Bytes of the tensors that one rank holds in a training step."""
-
-    state: int  # weights, gradients and moments
-    copies: int  # of the weights of the blocks, in the dtype of products
-    activations: int
-    logits: int  # of one chunk of tokens, and their softmax
-
-    @property
-    def total(self) -> int:
-        return self.state + self.copies + self.activations + self.logits
-
-
 def saved_by_layer(m: "GPTConfig", size: int) -> int:
     """Bytes that one block keeps of each token for its backward pass, products being of ``size`` bytes.
 
@@ -73,17 +58,19 @@ def moments(m: "GPTConfig", optimizer: str) -> int:
     return 2 * m.n_params - (12 * m.n_layer * m.n_embd**2 if optimizer == "muon" else 0)
 
 
-def step_memory(m: "GPTConfig", rows: int, *, size: int, chunk: int, optimizer: str = "adamw") -> Memory:
-    """Memory of a micro-batch of ``rows``, with products of ``size`` bytes (4; 2 under autocast) and logits made
-    for ``chunk`` tokens at a time. torch.compile keeps fewer activations; allocators leave some space empty.
+def step_memory(m: "GPTConfig", rows: int, *, size: int, chunk: int, optimizer: str = "adamw") -> dict[str, int]:
+    """Bytes of the tensors of one rank in a step with a micro-batch of ``rows``, by what they are.
+
+    Products are of ``size`` bytes (4; 2 under autocast), and logits made for ``chunk`` tokens at a time.
+    torch.compile keeps fewer activations; allocators leave some space empty.
     """
     tokens, padding = rows * m.block_size, (m.padded_vocab_size - m.vocab_size) * m.n_embd
-    return Memory(
-        state=FLOAT * (2 * m.n_params + moments(m, optimizer) + 4 * padding),
-        copies=0 if size == FLOAT else size * m.n_layer * 12 * m.n_embd**2,
-        activations=tokens * (m.n_layer * saved_by_layer(m, size) + FLOAT * (m.n_embd + 2)),  # and ln_f's
-        logits=min(tokens, chunk) * m.padded_vocab_size * (size + FLOAT),
-    )
+    return {
+        "weights, gradients, moments": FLOAT * (2 * m.n_params + moments(m, optimizer) + 4 * padding),
+        "copies of weights for products": 0 if size == FLOAT else size * m.n_layer * 12 * m.n_embd**2,
+        "activations": tokens * (m.n_layer * saved_by_layer(m, size) + FLOAT * (m.n_embd + 2)),  # and ln_f's
+        "logits of one chunk": min(tokens, chunk) * m.padded_vocab_size * (size + FLOAT),
+    }
 
 
 def checkpoint_bytes(m: "GPTConfig", optimizer: str = "adamw") -> int:

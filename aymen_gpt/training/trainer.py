@@ -5,13 +5,11 @@ takes them ``micro_batch`` at a time, every token's loss is divided by the same 
 So the mean is over tokens, and world size and micro-batch change nothing but the order of additions.
 """
 
-import gc
 import math
 import time
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -79,20 +77,13 @@ class Trainer:
         self.model.residual = getattr(torch, c.residual)
         self.parameters = list(self.model.parameters())
         self.sum = GradientSum(self.ranks, self.parameters)
-        betas = (c.beta1, c.beta2)
+        adamw: Any = {"lr": c.learning_rate, "betas": (c.beta1, c.beta2), "weight_decay": c.weight_decay}
         self.optimizer: torch.optim.Optimizer
         if c.optimizer == "muon":
             zero_residual_projections(self.model)
-            self.optimizer = Muon(
-                self.model,
-                self.ranks,
-                lr=c.learning_rate,
-                matrix_rate=c.matrix_rate,
-                betas=betas,
-                weight_decay=c.weight_decay,
-            )
+            self.optimizer = Muon(self.model, self.ranks, matrix_rate=c.matrix_rate, **adamw)
         else:
-            self.optimizer = optim.adamw(self.model, lr=c.learning_rate, betas=betas, weight_decay=c.weight_decay)
+            self.optimizer = optim.adamw(self.model, **adamw)
         optim.start_moments(self.model, self.optimizer)
         self.scaler = torch.amp.GradScaler(self.device.place.type, enabled=self.device.dtype == torch.float16)
         self.guard = Guard(c.skip_spikes)
@@ -109,10 +100,9 @@ class Trainer:
 
     def _loss(self, x: Tensor, y: Tensor) -> Tensor:
         """Summed loss of the tokens y (b, T) that follow x (b, T), in nats."""
+        m = self.model
         with self.device.autocast():
-            return linear_cross_entropy(
-                self.model.hidden(x), self.model.wte.weight, y, self.model.config.vocab_size
-            )
+            return linear_cross_entropy(m.hidden(x), m.wte.weight, y, m.config.vocab_size)
 
     def batch_loss(self, tokens: Tensor) -> Tensor:
         """Summed loss of a micro-batch (b, T + 1) in host memory."""
@@ -178,7 +168,12 @@ class Trainer:
         self.scaler.update()
         if self.guard.skipped <= c.max_skips:  # else failure_report looks at the gradients once more
             self.sum.clear()
-        return row | self.speed(time.monotonic() - began), [count > 0 for count in counts]
+        seconds = max(time.monotonic() - began, 1e-9)
+        rate, peak = c.tokens_per_step / seconds, self.device.peak_flops
+        row |= {"step_seconds": round(seconds, 4), "tokens_per_second": round(rate, 1)}
+        if peak:
+            row["mfu"] = rate * self.model.config.flops_per_token / (peak * self.ranks.world_size)
+        return row, [count > 0 for count in counts]
 
     def judge(self, loss: float, norm: float) -> tuple[str | None, bool]:
         """What is wrong with a step, None mostly, and whether it may not touch the weights."""
@@ -198,13 +193,6 @@ class Trainer:
         except DataError as error:  # no reason to stop training
             return [str(error)]
         return list(dict.fromkeys(read.id or f"{read.shard} document {read.document}" for read in reads))
-
-    def speed(self, seconds: float) -> Row:
-        rate, peak = self.config.tokens_per_step / max(seconds, 1e-9), self.device.peak_flops
-        row: Row = {"step_seconds": round(seconds, 4), "tokens_per_second": round(rate, 1)}
-        if peak:
-            row["mfu"] = rate * self.model.config.flops_per_token / (peak * self.ranks.world_size)
-        return row
 
     def fit_micro_batch(self) -> None:
         """Halve the micro-batch until forward and backward fit in the memory of every rank."""
@@ -239,8 +227,8 @@ class Trainer:
         smaller = f"try --micro-batch {self.micro_batch // 2}, the result is the same"
         if self.micro_batch == 1:
             smaller = "try a smaller --preset, a shorter --block-size or another device"
-        memory = devices.memory_in_words(self.device)
-        return AymenError(f"out of memory {when} with micro-batch {self.micro_batch} ({memory}): {smaller}")
+        memory = devices.memory_there(self.device) or math.nan
+        return AymenError(f"out of memory ({memory:.0f} GB) {when} with micro-batch {self.micro_batch}: {smaller}")
 
     @torch.no_grad()
     def validation_loss(self) -> float:
@@ -336,7 +324,6 @@ class Trainer:
         with (
             checkpoint.Saver(folder, warn, keep_last=c.keep_last, keep=c.is_milestone) as saver,
             ThreadPoolExecutor(1, "batches") as reader,
-            no_garbage_collection(),
         ):
             ready = reader.submit(self.batches_of, step)
             while step < c.steps:
@@ -357,11 +344,8 @@ class Trainer:
                 due = step % c.checkpoint_every == 0 or step in c.kept_steps
                 if self.ranks.is_first and (last or stopping or due):
                     saver.start(self.model, self.optimizer, self.snapshot(row))
-                if step % c.checkpoint_every == 0:
-                    gc.collect()  # now, and on all ranks at once
-                must_be_saved = last or stopping or cannot_save
-                if must_be_saved or self.scores_after(step):
-                    self.wait_for_save(saver, required=must_be_saved)
+                if last or stopping or cannot_save:
+                    self.wait_for_save(saver)
                 self.report(log, row)
                 if self.guard.skipped > c.max_skips:
                     self.give_up(log, row)
@@ -371,11 +355,10 @@ class Trainer:
                         "again to continue"
                     )
 
-    def wait_for_save(self, saver: checkpoint.Saver, *, required: bool) -> None:
-        """Wait until the save under way is done; if it is ``required``, every rank raises when it failed."""
+    def wait_for_save(self, saver: checkpoint.Saver) -> None:
+        """Return when the save under way is done; every rank raises CannotWrite when it failed."""
         saver.wait()
-        error = self.ranks.broadcast(str(saver.error) if saver.error else None) if required else None
-        if error:
+        if error := self.ranks.broadcast(str(saver.error or "")):
             raise CannotWrite(f"{error}; make room, then run the same command again")
 
     def scores_after(self, step: int) -> bool:
@@ -413,16 +396,3 @@ class Trainer:
             f"those before step {row['step'] - self.guard.skipped + 1}; failure.json has the documents and the "
             "gradients; try a lower --learning-rate or --dtype float32"
         )
-
-
-@contextmanager
-def no_garbage_collection() -> Iterator[None]:
-    """Python's collector of cycles stops a rank when it likes, and then all ranks wait for that one."""
-    gc.collect()
-    gc.freeze()  # what is there now is never looked at again
-    gc.disable()
-    try:
-        yield
-    finally:
-        gc.enable()
-        gc.unfreeze()
