@@ -127,7 +127,7 @@ def by_llama_cpp(
     """Logits (P, V) that llama.cpp computes from the file, or None without it, and what else it said."""
     if find_spec("cyllama") is None:
         return None, {}
-    prompt = min(16, len(ids) // 2)
+    prompt = max(1, min(16, len(ids) // 2))
     with tempfile.TemporaryDirectory() as folder:
         out = Path(folder) / "logits.npy"
         asked = {"file": str(path), "out": str(out), "text": TEXT, "vocab_size": vocab_size, "ids": ids}
