@@ -142,8 +142,8 @@ def test_missing_or_broken_weights_are_named(model):
         ({"layer_norm_epsilon": 1e-6}, "layer_norm_epsilon is '1e-06'"),
         ({"tie_word_embeddings": False}, "tie_word_embeddings is 'False'"),
         ({"scale_attn_by_inverse_layer_idx": True}, "scale_attn_by_inverse_layer_idx is 'True'"),
-        ({"n_embd": 32}, r"h\.0\.attn\.c_attn\.bias is 48, a model of this shape has 96"),
-        ({"n_layer": 3}, "missing"),
+        ({"n_embd": 32}, r"size mismatch for wte.weight: .*\[50304, 16\].*\[50304, 32\]"),
+        ({"n_layer": 3}, "Missing key.*h.2.ln_1.weight"),
         ({"n_layer": 10**9}, "1,000,000,000 layers, and only 28 tensors"),
         *(({"n_layer": size}, "n_layer is .*, expected a whole number") for size in ("2", None, [2], True)),
         ({"n_head": 5}, "n_embd 16 does not divide into n_head 5"),
@@ -172,13 +172,17 @@ def test_json_of_another_shape_is_named(model):
 @pytest.mark.parametrize(
     ("name", "tensor", "message"),
     [
-        ("wte.weight", torch.zeros(5), "wte.weight is 5, the model has 50,257 tokens"),
-        ("wte.weight", torch.zeros(5, 16), "wte.weight is 5 x 16"),
+        ("wte.weight", torch.zeros(5), r"wte.weight has the shape \(5,\), the model 50,257 tokens"),
+        ("wte.weight", torch.zeros(5, 16), r"wte.weight has the shape \(5, 16\)"),
         ("lm_head.weight", torch.zeros(50257, 16), "lm_head.weight differs"),
-        ("h.0.ln_1.weight", torch.tensor(1.0), "h.0.ln_1.weight is one number, a model of this shape has 16"),
+        (
+            "h.0.ln_1.weight",
+            torch.tensor(1.0),
+            r"size mismatch for h.0.ln_1.weight: copying .* torch.Size\(\[\]\) from checkpoint, .*\[16\]",
+        ),
         ("h.1.attn.c_attn.weight", torch.zeros(2, 2, 2), "t.. expects a tensor with <= 2 dim"),
         ("wpe.weight", torch.zeros(16, 16, dtype=torch.int64), "wpe.weight holds torch.int64"),
-        ("h.1.attn.c_attn.weigth", torch.zeros(2), r"unknown h.1.attn.c_attn.weigth"),
+        ("h.1.attn.c_attn.weigth", torch.zeros(2), "Unexpected key.*h.1.attn.c_attn.weigth"),
     ],
 )
 def test_weights_of_another_shape_are_named(model, name, tensor, message):

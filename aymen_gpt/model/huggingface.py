@@ -58,32 +58,20 @@ def from_huggingface(
 def padded(wte: Tensor, config: GPTConfig) -> Tensor:
     """The rows of an embedding that are tokens, and zeros below them: (Vp, C)."""
     if wte.dim() != 2 or not config.vocab_size <= wte.size(0) <= MOST_ROWS:
-        raise ValueError(f"wte.weight is {shape(wte)}, the model has {config.vocab_size:,} tokens")
+        raise ValueError(f"wte.weight has the shape {tuple(wte.shape)}, the model {config.vocab_size:,} tokens")
     rows = wte[: config.vocab_size]
     return torch.cat([rows, rows.new_zeros(config.padded_vocab_size - len(rows), rows.size(1))])
 
 
-def shape(t: Tensor) -> str:
-    return " x ".join(map(str, t.shape)) or "one number"
-
-
 def gpt(config: GPTConfig, state: dict[str, Tensor]) -> GPT:
-    """The GPT with these weights, in float32; ValueError says what does not fit. ``state`` is by our names."""
+    """The GPT with these weights, by our names, in float32; ValueError or RuntimeError says what does not fit."""
     if len(state) < config.n_layer:
         raise ValueError(f"{config.n_layer:,} layers, and only {len(state)} tensors")
-    with torch.device("meta"):
-        model = GPT(config)
-    expected = model.state_dict()
-    missing, unknown = sorted(expected.keys() - state.keys()), sorted(state.keys() - expected.keys())
-    if missing or unknown:
-        found = {"missing": missing, "unknown": unknown}
-        said = (f"{what} {', '.join(names[:3])}" for what, names in found.items() if names)
-        raise ValueError(f"the weights do not fit: {'; '.join(said)}")
     for name, t in state.items():
         if not t.is_floating_point():
             raise ValueError(f"{name} holds {t.dtype}, expected floating point")
-        if t.shape != expected[name].shape:
-            raise ValueError(f"{name} is {shape(t)}, a model of this shape has {shape(expected[name])}")
+    with torch.device("meta"):
+        model = GPT(config)
     model.load_state_dict({name: t.float().contiguous() for name, t in state.items()}, assign=True)
     return model
 

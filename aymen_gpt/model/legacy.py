@@ -16,7 +16,7 @@ import torch
 
 from aymen_gpt.errors import DataError
 from aymen_gpt.model.gpt import GPT, GPTConfig
-from aymen_gpt.model.huggingface import VOCAB_SIZE, from_huggingface, gpt, one_line, shape
+from aymen_gpt.model.huggingface import VOCAB_SIZE, from_huggingface, gpt, one_line
 
 WRAPPERS = r"^(_orig_mod\.)?(module\.)?(transformer\.)?"
 
@@ -47,7 +47,7 @@ def _gpt(state: dict[Any, Any], n_head: int) -> GPT:
         raise ValueError(f"{no_weights[0]} is no tensor" if no_weights else "no wte.weight and wpe.weight")
     wte, wpe = weights["wte.weight"], weights["wpe.weight"]
     if wte.dim() != 2 or wpe.dim() != 2:
-        raise ValueError(f"wte.weight is {shape(wte)}, wpe.weight {shape(wpe)}: expected two matrices")
+        raise ValueError("wte.weight and wpe.weight are not two matrices")
     layers = {name.split(".")[1] for name in weights if name.startswith("h.")}
     config = GPTConfig(wpe.size(0), min(wte.size(0), VOCAB_SIZE), max(len(layers), 1), n_head, wte.size(1))
     weights = from_huggingface(weights, config, transposed=())
