@@ -1,9 +1,13 @@
 """A small model and three questions, which the tests of HellaSwag share."""
 
+import json
+
 import torch
+from safetensors.torch import save_file
 
 from aymen_gpt.evaluation.hellaswag_data import Example
 from aymen_gpt.model.gpt import GPT, GPTConfig
+from aymen_gpt.model.huggingface import config_to_huggingface, to_huggingface
 
 CONFIG = GPTConfig(block_size=64, n_layer=1, n_head=2, n_embd=16)
 
@@ -43,3 +47,11 @@ def make_model(config=CONFIG):
         for p in model.parameters():
             p.mul_(8 if p.dim() == 2 else 1)
     return model
+
+
+def write_model(folder):
+    """The model as Hugging Face keeps one; its folder."""
+    folder.mkdir(exist_ok=True)
+    (folder / "config.json").write_text(json.dumps(config_to_huggingface(CONFIG)))
+    save_file(to_huggingface(make_model().state_dict(), CONFIG.vocab_size), folder / "model.safetensors")
+    return folder

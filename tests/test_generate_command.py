@@ -6,28 +6,15 @@ import stat
 import subprocess
 
 import pytest
-import torch
 from conftest import door_command
-from test_checkpoint import snapshot
-
-from aymen_gpt.model.gpt import GPT, PRESETS
-from aymen_gpt.training import checkpoint, optim
+from questions import write_model
 
 pytestmark = pytest.mark.slow
 
 
 @pytest.fixture
 def run(tmp_path):
-    model = GPT(PRESETS["tiny"], torch.Generator().manual_seed(0))
-    with torch.no_grad():
-        model.wte.weight *= 10  # a model with opinions
-    optimizer = optim.adamw(model, lr=0.0, betas=(0.9, 0.9), weight_decay=0.0)
-    model(torch.zeros(1, 4, dtype=torch.long)).sum().backward()
-    optimizer.step()
-    checkpoint.publish(
-        tmp_path / "runs/x", checkpoint.capture(model, optimizer), snapshot(3), keep_last=1, keep=bool
-    )
-    return "runs/x"
+    return write_model(tmp_path / "model").name
 
 
 @pytest.fixture

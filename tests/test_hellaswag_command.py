@@ -6,47 +6,28 @@ import shlex
 import shutil
 import subprocess
 import sys
+from dataclasses import asdict
 
 import numpy as np
 import pytest
-import torch
 from conftest import ROOT, make_shards
+from questions import EXAMPLES, write_model
 from safetensors.torch import load_file, save_file
-
-from aymen_gpt.model.gpt import GPT, GPTConfig
-from aymen_gpt.model.huggingface import config_to_huggingface, to_huggingface
 
 pytestmark = pytest.mark.slow
 
-CONFIG = GPTConfig(block_size=32, n_layer=1, n_head=1, n_embd=16)
-N = 8
+N = len(EXAMPLES)
 
 
 @pytest.fixture(scope="module")
 def model(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("model")
-    weights = GPT(CONFIG, torch.Generator().manual_seed(0)).state_dict()
-    (folder / "config.json").write_text(json.dumps(config_to_huggingface(CONFIG)))
-    save_file(to_huggingface(weights, CONFIG.vocab_size), folder / "model.safetensors")
-    return folder
+    return write_model(tmp_path_factory.mktemp("model"))
 
 
 @pytest.fixture
 def data(tmp_path):
-    rows = [
-        {
-            "ind": 100 + i,
-            "activity_label": "Counting",
-            "ctx_a": f"She counts to {i}.",
-            "ctx_b": "then she",
-            "ctx": f"She counts to {i}. then she",
-            "endings": ["stops.", "goes on and on and on.", "laughs.", "starts again."],
-            "label": i % 4,
-        }
-        for i in range(N)
-    ]
     path = tmp_path / "own.jsonl"
-    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    path.write_text("".join(json.dumps(asdict(example)) + "\n" for example in EXAMPLES))
     return path
 
 
@@ -68,7 +49,7 @@ def test_both_protocols_are_printed_and_every_answer_is_written(score, model, da
     found = json.loads((tmp_path / "new/s.json").read_text())
     assert (found["model"], found["checkpoint"], found["step"]) == (str(model), str(model), None)
     assert re.fullmatch("[0-9a-f]{64}", found["weights_sha256"])
-    assert [row["ind"] for row in found["examples"]] == list(range(100, 100 + N))
+    assert [row["ind"] for row in found["examples"]] == [example.ind for example in EXAMPLES]
     assert lines.keys() == {"completion", "harness"}
     for protocol, line in lines.items():
         s = found[protocol]
@@ -103,9 +84,9 @@ def test_the_score_of_a_run_stands_in_its_page_and_in_its_card(call, score, tmp_
 
 def test_one_protocol_and_a_subset_say_so(score, model, data):
     words = ["-m", model, "--protocol", "harness", "--data", data, "--limit"]
-    done, lines = score(*words, 5)
+    done, lines = score(*words, 2)
     assert lines.keys() == {"harness"}
-    assert f"a subset: 5 of {N} examples" in done.stdout
+    assert f"a subset: 2 of {N} examples" in done.stdout
     for whole in ("0", "all"):
         assert f"all {N} examples of {data}" in score(*words, whole)[0].stdout
 
@@ -195,6 +176,7 @@ def test_two_scorings_are_compared(call, score, model, data, tmp_path):
 def test_comparing_needs_no_torch():
     code = """
 import sys
+from dataclasses import asdict
 from aymen_gpt.__main__ import command
 try: command("hellaswag", ["--compare", "a.json", "b.json"])
 except ValueError: pass
