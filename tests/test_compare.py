@@ -11,36 +11,29 @@ from aymen_gpt.errors import DataError
 from aymen_gpt.evaluation import compare
 
 
-def record(choices, *, labels=None, protocols=("completion", "harness"), model="m", questions="abc"):
-    """What --json writes of a model that chose ``choices``, by sum and by length alike."""
-    return {
-        "model": model,
-        "step": None,
-        "n": len(choices),
-        **{protocol: {"acc": 0.5, "questions_sha256": f"{questions} {protocol}"} for protocol in protocols},
-        "examples": [
-            {"ind": 10 + i, "label": label} | {protocol: {"choice": c, "choice_norm": c} for protocol in protocols}
-            for i, (c, label) in enumerate(zip(choices, labels or [0] * len(choices), strict=True))
-        ],
-    }
+def record(choices, *, protocols=("completion", "harness"), model="m", questions="abc"):
+    """What --json writes of a model that chose ``choices``, by sum and by length alike, where 0 is right."""
+    hashes = {protocol: {"acc": 0.5, "questions_sha256": f"{questions} {protocol}"} for protocol in protocols}
+    rows = [{"label": 0} | {p: {"choice": c, "choice_norm": c} for p in protocols} for c in choices]
+    return {"model": model, "step": None, "n": len(choices), **hashes, "examples": rows}
 
 
-def files(tmp_path, *records):
-    paths = [tmp_path / f"{'ab'[i]}.json" for i in range(len(records))]
-    for path, found in zip(paths, records, strict=True):
-        path.write_text(json.dumps(found))
-    return paths
+@pytest.fixture
+def compared(tmp_path):
+    def compared(*records):
+        for name, found in zip("ab", records, strict=True):
+            (tmp_path / f"{name}.json").write_text(json.dumps(found))
+        return compare.compare_files(tmp_path / "a.json", tmp_path / "b.json")
+
+    return compared
 
 
-def test_counts_are_those_of_the_examples(tmp_path):
-    a = [0, 0, 0, 1, 1, 0, 2, 0]
-    b = [0, 1, 0, 0, 0, 0, 2, 3]
-    found = compare.compare_files(*files(tmp_path, record(a), record(b))).comparisons
+def test_counts_are_those_of_the_examples(compared):
+    found = compared(record([0, 0, 0, 1, 1, 0, 2, 0]), record([0, 1, 0, 0, 0, 0, 2, 3])).comparisons
     assert [(c.protocol, c.measure) for c in found] == [
         (protocol, measure) for protocol in ("completion", "harness") for measure in ("acc", "acc_norm")
     ]
-    assert {(c.n, c.right_a, c.right_b, c.only_a, c.only_b) for c in found} == {(8, 5, 5, 2, 2)}
-    assert {c.difference for c in found} == {0.0}
+    assert {(c.n, c.right_a, c.right_b, c.only_a, c.only_b, c.difference) for c in found} == {(8, 5, 5, 2, 2, 0.0)}
 
 
 @given(st.integers(0, 8), st.integers(0, 8))
@@ -71,33 +64,30 @@ def test_the_interval_is_that_of_resampled_examples():
     assert compare.bootstrap(0, 0, 10) == (0.0, 0.0)
 
 
-def test_a_real_difference_is_seen_and_luck_is_not(tmp_path):
+def test_a_real_difference_is_seen_and_luck_is_not(compared):
     rng = np.random.default_rng(0)
     base = rng.integers(0, 4, 1000).tolist()
-    better = [0 if rng.random() < 0.1 else c for c in base]
-    c = compare.compare_files(*files(tmp_path, record(base), record(better))).comparisons[0]
+    c = compared(record(base), record([0 if rng.random() < 0.1 else c for c in base])).comparisons[0]
     assert c.p < 1e-6
     assert c.low > 0
-    other = rng.permutation(base).tolist()
-    c = compare.compare_files(*files(tmp_path, record(base), record(other))).comparisons[0]
+    c = compared(record(base), record(rng.permutation(base).tolist())).comparisons[0]
     assert c.low <= 0 <= c.high
     assert c.p == 1.0  # as many right
 
 
-def test_only_protocols_of_both_are_compared(tmp_path):
-    paths = files(tmp_path, record([0]), record([1], protocols=("harness",)))
-    assert {c.protocol for c in compare.compare_files(*paths).comparisons} == {"harness"}
-    paths = files(tmp_path, record([0], protocols=("completion",)), record([1], protocols=("harness",)))
+def test_only_protocols_of_both_are_compared(compared):
+    found = compared(record([0]), record([1], protocols=("harness",))).comparisons
+    assert {c.protocol for c in found} == {"harness"}
     with pytest.raises(DataError, match="no protocol in common"):
-        compare.compare_files(*paths)
+        compared(record([0], protocols=("completion",)), record([1], protocols=("harness",)))
 
 
 @pytest.mark.parametrize("other", [record([0, 0]), record([0, 0, 0], questions="others, just as long")])
-def test_files_about_other_questions_are_refused(tmp_path, other):
+def test_files_about_other_questions_are_refused(compared, other):
     n = other["n"]
     message = rf"a\.json \(3 examples\) and .*b\.json \({n}\) do not compare: other questions.*--data and --limit"
     with pytest.raises(DataError, match=message) as caught:
-        compare.compare_files(*files(tmp_path, record([0, 0, 0]), other))
+        compared(record([0, 0, 0]), other)
     assert caught.value.exit_code == 65
 
 
@@ -117,25 +107,26 @@ ROW = record([0])["examples"][0]
         *({"examples": [ROW | {"harness": {"choice": c, "choice_norm": 0}}]} for c in ([0], 4, 2**70, None)),
     ],
 )
-def test_files_that_are_something_else_are_refused(tmp_path, change):
-    paths = files(tmp_path, record([0]), record([0]) | change)
+def test_files_that_are_something_else_are_refused(compared, change):
     with pytest.raises(DataError, match=r"b\.json is not what python hellaswag\.py --json writes; score the"):
-        compare.compare_files(*paths)
-    paths[1].write_text("[]")
+        compared(record([0]), record([0]) | change)
+
+
+def test_no_json_and_no_file_are_refused(compared, tmp_path):
     with pytest.raises(DataError, match=r"cannot read .*b\.json: expected a JSON object"):
-        compare.compare_files(*paths)
+        compared(record([0]), [])
     with pytest.raises(DataError, match=r"c\.json: no such file"):
-        compare.compare_files(paths[0], tmp_path / "c.json")
+        compare.compare_files(tmp_path / "a.json", tmp_path / "c.json")
 
 
-def test_the_verdict_names_the_better_model_or_says_that_none_is_shown(tmp_path):
+def test_the_verdict_names_the_better_model_or_says_that_none_is_shown(compared):
     better, worse = record([0] * 60, model="runs/b"), record([0] * 40 + [1] * 20, model="runs/a") | {"step": 19073}
-    found = compare.compare_files(*files(tmp_path, worse, better))
+    found = compared(worse, better)
     assert found.names == ("runs/a, step 19,073", "runs/b")
     assert found.verdicts() == [
         f"By {protocol}, runs/b is better than runs/a, step 19,073: "
         "its acc_norm is 33.33 points higher (p = 1.9e-06)."
         for protocol in ("completion", "harness")
     ]
-    even = compare.compare_files(*files(tmp_path, better, record([0] * 59 + [1], model="runs/c")))
+    even = compared(better, record([0] * 59 + [1], model="runs/c"))
     assert even.verdicts()[1] == "By harness, no difference between runs/b and runs/c is shown (acc_norm, p = 1)."
