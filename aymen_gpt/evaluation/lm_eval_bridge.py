@@ -23,7 +23,7 @@ from tqdm import tqdm
 
 from aymen_gpt.data import tokenizer
 from aymen_gpt.errors import UsageError
-from aymen_gpt.evaluation.hellaswag_data import Example, load_examples, parquet
+from aymen_gpt.evaluation.hellaswag_data import Example, json_lines, load_examples
 from aymen_gpt.evaluation.load_model import load_model
 from aymen_gpt.evaluation.scoring import score
 from aymen_gpt.files import replace_text, write_whole
@@ -142,11 +142,11 @@ def offline_hellaswag(folder: Path, examples: Sequence[Example] | None = None) -
     from lm_eval.tasks import TaskManager
 
     task = Path(lm_eval.__file__).parent / "tasks/hellaswag/hellaswag.yaml"
-    data = folder.absolute() / "hellaswag.parquet"
-    write_whole(data, parquet(load_examples() if examples is None else examples))
+    data = folder.absolute() / "hellaswag.jsonl"
+    write_whole(data, json_lines(load_examples() if examples is None else examples))
     replace_text(
         folder / "offline_hellaswag.yaml",
-        f"include: {task}\ntask: offline_hellaswag\ndataset_path: parquet\ntraining_split: null\n"
+        f"include: {task}\ntask: offline_hellaswag\ndataset_path: json\ntraining_split: null\n"
         f"dataset_kwargs:\n  cache_dir: {data.parent / 'cache'}\n  data_files:\n    validation: {data}\n",
     )
     return TaskManager(include_path=str(folder), include_defaults=False)
