@@ -1,5 +1,7 @@
 """aymen-gpt push: a run becomes a model on the Hub, here the fake one."""
 
+import shutil
+
 import pytest
 import torch
 from fake_hub import FakeHub, talk_to
@@ -25,13 +27,18 @@ def hub(tmp_path, monkeypatch):
         yield hub
 
 
-@pytest.fixture
-def run(tmp_path):
+@pytest.fixture(scope="module")
+def saved(tmp_path_factory):
     rows = [{"step": step, "loss": 11 - step, "tokens": 64 * step} for step in (1, 2, 3)]
-    folder = write_run(tmp_path / "runs/x", rows, config={"run": {"run": "runs/x", "steps": 3}})
+    folder = write_run(tmp_path_factory.mktemp("work") / "x", rows, config={"run": {"run": "runs/x", "steps": 3}})
     save(folder, 2)
     (save(folder, 3, trained(seed=1)) / "secrets.txt").write_text("not of the checkpoint")
     return folder
+
+
+@pytest.fixture
+def run(saved, tmp_path):
+    return shutil.copytree(saved, tmp_path / "runs/x")
 
 
 def listed(text):
@@ -127,7 +134,7 @@ def test_no_network_is_one_line(hub, run, call, monkeypatch):
 
 
 @pytest.mark.parametrize("repo", ["x", "me/x/y", "me/x y", "../x", "me/"])
-def test_a_name_that_the_hub_cannot_have_is_refused(run, refused, repo):
+def test_a_name_that_the_hub_cannot_have_is_refused(refused, repo):
     refused(2, "expected OWNER/REPO", "push.py", "-m", "runs/x", repo)
 
 
