@@ -129,15 +129,21 @@ def _readable(path: Path, version: tuple[int, int] | None = None) -> Iterator[No
     """DataError when the file cannot be read, or does not have this version before and after it is read."""
     import pyarrow as pa
 
+    def check() -> None:
+        status = status_of(path)
+        if version not in (None, (status.st_size, status.st_mtime_ns)):
+            sizes = f"{status.st_size:,} bytes, {version[0]:,} before"
+            raise DataError(f"{path} changed while it was read ({sizes}): {RESTART}")
+
     try:
-        _check_version(path, version)
+        check()
         yield
+    except AymenError:
+        raise
     except (pa.ArrowException, zlib.error, OSError, EOFError) as error:
-        if isinstance(error, AymenError):
-            raise
-        _check_version(path, version)
+        check()
         raise DataError(_why_unreadable(path, error)) from None
-    _check_version(path, version)
+    check()
 
 
 def _why_unreadable(path: Path, error: Exception) -> str:
@@ -146,17 +152,7 @@ def _why_unreadable(path: Path, error: Exception) -> str:
     reason = fetch.one_line(str(error))
     if "too much memory" in reason:
         return f"{path} was compressed with a window of more than 128 MB (zstd --long): compress it again without"
-    again = f"get it again or remove it, then {RESTART}"
-    return f"{path} is damaged or cut off ({reason}): {again}"
-
-
-def _check_version(path: Path, version: tuple[int, int] | None) -> None:
-    if version is None:
-        return
-    status = status_of(path)
-    if (status.st_size, status.st_mtime_ns) != version:
-        sizes = f"{status.st_size:,} bytes, {version[0]:,} before"
-        raise DataError(f"{path} changed while it was read ({sizes}): {RESTART}")
+    return f"{path} is damaged or cut off ({reason}): get it again or remove it, then {RESTART}"
 
 
 def _document(row: int, value: object, id: object = None, url: object = None) -> Document:
