@@ -8,7 +8,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
-from questions import EXAMPLES, HOW_TO, VIDEO, make_model
+from questions import EXAMPLES, HOW_TO, ODD, VIDEO, make_model
 
 from aymen_gpt.data import tokenizer
 from aymen_gpt.evaluation import hellaswag
@@ -16,61 +16,35 @@ from aymen_gpt.evaluation.hellaswag import Answer, Result, evaluate, render, tok
 from aymen_gpt.evaluation.scoring import Score
 
 
-def harness_text(text):
-    """lm-evaluation-harness's cleaning, stated anew: character by character instead of by patterns."""
-    out, depth = [], None
-    text = text.strip()
-    while (at := text.find(" [title]")) >= 0:
-        text = text[:at] + ". " + text[at + len(" [title]") :]
-    for i, letter in enumerate(text):
-        if depth is None and letter == "[" and "]" in text[i:]:
-            depth = i
-        elif depth is not None and letter == "]":
-            depth = None
-        elif depth is None:
-            out.append(letter)
-    words, i = "", 0
-    text = "".join(out)
-    while i < len(text):
-        words += text[i]
-        i += 2 if text[i : i + 2] == "  " else 1
-    return words
-
-
-def harness_pairs(example):
-    """(context ids, ending ids) of each ending, as the harness cuts the ids of the whole text."""
+@pytest.mark.parametrize(
+    ("example", "context", "endings"),
+    [
+        (
+            VIDEO,
+            "Roof work: A man is sitting on a roof. He slowly",
+            ["pulls up tiles.", "wraps skis.", "sings to a cat twice.", "leaves, naïvely."],
+        ),
+        (
+            HOW_TO,
+            "Food and Entertaining: How to make tea. Boil water. Use a kettle.",
+            [" Wait.", "Pour it. Drink. Slowly.", " Stop.", "Add  milk."],
+        ),
+        (ODD, "Odd here: One two  three.  École ends ", ["", "", "a. ", "x"]),
+    ],
+)
+def test_texts_and_tokens_of_the_harness_by_eye(example, context, endings):
+    """Blanks that end a context go to the endings. test_lm_eval_bridge.py asks the harness itself."""
+    assert render(example, "harness") == (context, endings)
     encode = tokenizer.gpt2().encode_ordinary
-    second = example.ctx_b[:1].upper() + example.ctx_b[1:].lower()
-    context = harness_text(example.activity_label + ": " + example.ctx_a + " " + second)
-    for ending in example.endings:
-        before, after = context, " " + harness_text(ending)
-        while before.endswith(" "):
-            before, after = before[:-1], " " + after
-        yield encode(before), encode(before + after)[len(encode(before)) :]
-
-
-def test_harness_texts_and_tokens_are_the_harnesses(real):
-    for example in [*EXAMPLES, *real[::100]]:
-        assert render(example, "harness")[1] == [harness_text(ending) for ending in example.endings]
-        assert tokenize(example, "harness") == list(harness_pairs(example))
-
-
-def test_harness_texts_by_eye():
-    assert render(VIDEO, "harness") == (
-        "Roof work: A man is sitting on a roof. He slowly",
-        ["pulls up tiles.", "wraps skis.", "sings to a cat twice.", "leaves, naïvely."],
-    )
-    assert render(HOW_TO, "harness") == (
-        "Food and Entertaining: How to make tea. Boil water. Use a kettle.",
-        [" Wait.", "Pour it. Drink. Slowly.", " Stop.", "Add  milk."],
-    )
+    ids, blanks = encode(context.rstrip()), context[len(context.rstrip()) :]
+    assert tokenize(example, "harness") == [(ids, encode(f"{blanks} {ending}")) for ending in endings]
 
 
 def test_completion_texts_are_untouched_and_tokenized_apart():
     assert render(HOW_TO, "completion") == (HOW_TO.ctx, HOW_TO.endings)
-    decode = tokenizer.gpt2().decode
-    texts = [(decode(context), decode(ending)) for context, ending in tokenize(HOW_TO, "completion")]
-    assert texts == [(HOW_TO.ctx, " " + ending) for ending in HOW_TO.endings]
+    encode = tokenizer.gpt2().encode_ordinary
+    texts = [(encode(HOW_TO.ctx), encode(" " + ending)) for ending in HOW_TO.endings]
+    assert tokenize(HOW_TO, "completion") == texts
 
 
 def test_length_counts_in_tokens_or_in_characters_of_the_cleaned_text():
@@ -110,7 +84,7 @@ def test_evaluate_chooses_as_a_plain_scorer_does(real, protocol):
             lengths.append(len(ending))
         np.testing.assert_allclose(answer.log_likelihoods, sums, atol=1e-3)
         if protocol == "harness":
-            lengths = [max(1, len(harness_text(e))) for e in example.endings]
+            lengths = [max(1, len(e)) for e in render(example, protocol)[1]]
         assert answer.choice == int(np.argmax(sums))
         assert answer.choice_norm == int(np.argmax(np.array(sums) / lengths))
 
