@@ -9,8 +9,10 @@ import signal
 import subprocess
 import sys
 import time
+import warnings
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -23,6 +25,7 @@ from aymen_gpt.errors import AymenError
 from aymen_gpt.model.folders import checkpoints, latest_valid, problem
 from aymen_gpt.training import distributed
 from aymen_gpt.training.runlog import RunLog
+from aymen_gpt.training.trackers import tracker
 
 pytestmark = pytest.mark.slow
 
@@ -48,20 +51,17 @@ def ended(done, code):
     return done
 
 
-@pytest.mark.fault(1, 2, 7, 11)
+@pytest.mark.fault(1, 2, 7, 11, 25)
 @pytest.mark.timeout(600)
-@pytest.mark.parametrize("processes", [None, 2, 3])
+@pytest.mark.parametrize("processes", [None, 3])
 def test_five_kills_change_no_bit(door, shards, tmp_path, processes):
     """40 steps at once, and 40 steps of which five attempts are killed, some inside a save, on one rank of all."""
     words = ["pretrain.py", *SMALL, "--data", shards, "--steps", 40, "--run-dir"]
     ended(door(*words, "whole", processes=processes), 0)
     draw = random.Random(processes or 1)
-    inside_save = [f"after:3:{SAVE}:save_file", f"before:2:{SAVE}:_write_manifest", f"before:2:{SAVE}:_drop_old"]
-    points = [
-        f"before:{draw.randint(3, 9)}:aymen_gpt.training.optim:{name}" for name in ("updates", "clip_gradients")
-    ]
-    points[0] = f"after:{draw.randint(3, 9)}:aymen_gpt.training.optim:set_learning_rate"
-    points += inside_save
+    points = [f"after:3:{SAVE}:save_file", f"after:2:{SAVE}:_write_manifest", f"before:2:{SAVE}:_drop_old"]
+    points.append(f"after:{draw.randint(3, 9)}:aymen_gpt.training.optim:set_learning_rate")
+    points.append(f"before:{draw.randint(3, 9)}:aymen_gpt.training.optim:clip_gradients")
     draw.shuffle(points)
     for point in points:
         rank = 0 if SAVE in point else draw.randrange(processes or 1)
@@ -69,30 +69,10 @@ def test_five_kills_change_no_bit(door, shards, tmp_path, processes):
         killed = door("tests/crashes.py", point, *where, *words, "parts", processes=processes)
         assert killed.returncode == (1 if processes else 137), (point, killed.stderr)
         assert not any(problem(folder) for folder in checkpoints(tmp_path / "parts"))
+        assert (tmp_path / "parts/.lock").read_text().startswith("pid ")  # which the next one takes over
     again = ended(door(*words, "parts", processes=processes), 0)
     assert "resuming from step" in again.stderr
     same_run(tmp_path / "parts", tmp_path / "whole")
-
-
-@pytest.mark.fault(2)
-@pytest.mark.parametrize(
-    ("point", "step"),
-    [
-        (f"after:3:{SAVE}:save_file", 5),  # the weights of step 10 are written, nothing else
-        (f"before:2:{SAVE}:_write_manifest", 5),
-        (f"after:2:{SAVE}:_write_manifest", 5),  # complete, but without its name
-        (f"before:2:{SAVE}:_drop_old", 10),
-    ],
-)
-def test_a_kill_inside_a_save_costs_at_most_that_save(door, shards, tmp_path, point, step):
-    words = ["pretrain.py", *SMALL, "--data", shards, "--steps", 12, "--run-dir", "run"]
-    ended(door("tests/crashes.py", point, *words), 137)
-    left = list((tmp_path / "run/checkpoints").glob(".tmp-*"))
-    assert bool(left) == (step == 5)
-    again = ended(door(*words), 0)
-    assert f"resuming from step {step}\n" in again.stderr
-    assert ("warning: removed 1 checkpoint of a save that was cut short" in again.stderr) == bool(left)
-    assert not list((tmp_path / "run/checkpoints").glob(".tmp-*"))
 
 
 @pytest.mark.fault(10, 11)
@@ -179,7 +159,6 @@ def test_the_death_of_a_rank_ends_the_others_who_name_it(door, shards, tmp_path)
     assert re.search(r"error: rank 1 did not answer: dead or hanging; run the same command again", done.stderr)
     assert latest_valid(tmp_path / "run")[0].name == "step-000000005"
     assert status(tmp_path / "run")["state"] == "failed"
-    assert "resuming from step 5" in ended(door(*words, processes=3), 0).stderr
 
 
 @pytest.mark.fault(8)
@@ -240,13 +219,10 @@ def gpu_ranks(monkeypatch, polls, timeout):
     return [distributed.Ranks(rank, 2, store=store, timeout=timeout) for rank in range(2)]
 
 
-def test_on_nccl_a_sum_ends_when_the_gpu_has_it(monkeypatch):
+@pytest.mark.fault(8)
+def test_on_nccl_a_sum_ends_when_the_gpu_has_it_and_a_rank_that_does_not_come_is_named(monkeypatch):
     ours, _ = gpu_ranks(monkeypatch, polls=20, timeout=60)
     assert ours.sum(torch.ones(1)).item() == 1.0
-
-
-@pytest.mark.fault(8)
-def test_on_nccl_a_rank_that_does_not_come_is_named_after_the_timeout(monkeypatch):
     ours, _ = gpu_ranks(monkeypatch, polls=10**9, timeout=0.5)
     with pytest.raises(AymenError, match=r"^rank 1 did not answer: dead or hanging; .*\(nothing for 0.5 s\)"):
         ours.sum(torch.ones(1))
@@ -268,7 +244,7 @@ def test_on_nccl_a_rank_that_fails_ends_the_others_with_its_words(monkeypatch):
 
 
 @pytest.mark.fault(7)
-@pytest.mark.parametrize("error", [AymenError("runs/x is in use"), ValueError("a bug"), KeyError("x")])
+@pytest.mark.parametrize("error", [AymenError("runs/x is in use"), KeyError("x")])
 def test_a_rank_that_fails_takes_no_leave_that_waits_for_the_others(monkeypatch, error):
     left, store = [], dist.HashStore()
     monkeypatch.setattr(distributed, "rendezvous", lambda *a, **k: iter([(store, 0, 2)]))
@@ -412,14 +388,6 @@ def test_a_run_folder_that_cannot_be_written_is_refused_before_all_else(door, di
     )
 
 
-@pytest.mark.fault(25)
-def test_the_lock_of_a_dead_process_is_taken_over(door, shards, tmp_path):
-    words = ["pretrain.py", *SMALL, "--data", shards, "--steps", 6, "--run-dir", "run"]
-    ended(door("tests/crashes.py", "before:3:aymen_gpt.training.optim:set_learning_rate", *words), 137)
-    assert (tmp_path / "run/.lock").read_text().startswith("pid ")
-    ended(door(*words), 0)
-
-
 @pytest.mark.fault(54)
 def test_secrets_are_in_nothing_that_is_written(door, shards, tmp_path):
     secrets = {"HF_TOKEN": "hf_canary_12345", "WANDB_API_KEY": "wandb_canary_12345"}
@@ -446,16 +414,24 @@ def test_secrets_are_in_nothing_that_is_written(door, shards, tmp_path):
 
 @pytest.mark.fault(55)
 @pytest.mark.parametrize(
-    ("code", "why"),
-    [("raise ConnectionError('the server is down')", "ConnectionError: the server is down"),
-     ("raise ImportError('no')", "pip install wandb")],
+    ("error", "why"),
+    [(ConnectionError("the server is down"), "ConnectionError: the server is down"),
+     (ImportError("no"), "pip install wandb")],
 )  # fmt: skip
-def test_a_tracker_that_fails_is_told_once_and_harms_nothing(door, shards, tmp_path, code, why):
-    (tmp_path / "wandb.py").write_text(f"def init(**config):\n    {code}\n")
-    words = [*SMALL, "--data", shards, "--steps", 6, "--run-dir", "run", "--track", "wandb"]
-    done = ended(door("pretrain.py", *words, PYTHONPATH=f"{tmp_path}:{os.environ.get('PYTHONPATH', '')}"), 0)
-    assert done.stderr.count(f"warning: --track wandb does not work ({why})") == 1
-    assert rows(tmp_path / "run")[-1]["step"] == 6
+def test_a_tracker_that_fails_is_told_once_and_harms_nothing(monkeypatch, tmp_path, error, why):
+    def init(**config):
+        raise error
+
+    monkeypatch.setitem(sys.modules, "wandb", SimpleNamespace(init=init))
+    with (
+        warnings.catch_warnings(record=True) as told,
+        RunLog(tmp_path, 2, track=tracker("wandb", tmp_path, {})) as log,
+    ):
+        log.start({}, None)
+        for step in (1, 2):
+            log.write({"step": step, "val_loss": 5.0})
+    assert [str(w.message) for w in told] == [f"--track wandb does not work ({why}); training goes on without it"]
+    assert [row["step"] for row in rows(tmp_path)] == [1, 2]
 
 
 @pytest.mark.fault(58)
