@@ -13,9 +13,9 @@ from dataclasses import replace
 from itertools import cycle, islice, takewhile
 
 import pytest
+import test_prepare
 from conftest import door_command
 from crashes import killed, points
-from fake_hub import FakeHub, talk_to
 from test_prepare import (
     digest,
     grow_until_done,
@@ -36,6 +36,7 @@ from aymen_gpt.data.shares import Merge, SharePreparation, share_folder
 from aymen_gpt.errors import CannotWrite, DataError, NetworkError, UsageError
 
 pytestmark = pytest.mark.slow
+hub, hub_options = test_prepare.hub, test_prepare.hub_options  # fixtures
 
 
 @pytest.fixture(autouse=True)
@@ -77,9 +78,12 @@ def test_merged_shares_are_the_single_run_manifest_and_all(options, tmp_path, co
     found = prepare_shares(parted, count)
     assert sum(part.totals.documents for part in found) == single.totals.documents
     assert sum(part.totals.tokens > 0 for part in found) >= min(count, 10)
+    assert prepare_shares(parted, count) == [replace(part, already=True) for part in found]
     assert merged(parted) == replace(single, folder=parted.out)
     assert digest(parted.out) == digest(options.out)
     assert single.totals.skipped["empty"] >= 5
+    shutil.rmtree(parted.out / "parts")
+    assert merged(parted) == replace(single, folder=parted.out, already=True) == prepared(parted)
 
 
 def test_shares_in_a_folder_inside_the_source_are_no_source_and_repair_reads_the_source(options):
@@ -144,16 +148,6 @@ def test_a_disk_that_is_full_loses_nothing_of_a_share_or_a_merge(options, disk):
     assert digest(small.out) == digest(options.out)
 
 
-def test_a_finished_share_and_a_finished_merge_need_nothing(options):
-    first = prepare_shares(options, 2)
-    assert prepare_shares(options, 2) == [replace(part, already=True) for part in first]
-    done = merged(options)
-    for number in (1, 2):
-        for path in share_folder(options.out, number, 2).iterdir():
-            path.unlink()
-    assert merged(options) == replace(done, already=True) == prepared(options)
-
-
 def test_missing_and_unfinished_parts_are_named(options):
     with pytest.raises(DataError, match=r"parts holds no parts: run python fineweb.py --part 1/N"):
         merged(options)
@@ -171,22 +165,19 @@ def test_missing_and_unfinished_parts_are_named(options):
     assert not (options.out / "manifest.json").exists()
 
 
-@pytest.mark.parametrize("damage", ["flipped", "missing"])
-def test_a_damaged_part_is_named_and_can_be_made_again(options, tmp_path, damage):
+def test_a_damaged_part_is_named_and_can_be_made_again(options, tmp_path):
     prepared(options)
     parted = replace(options, out=tmp_path / "merged")
     prepare_shares(parted, 2)
     victim = share_folder(parted.out, 2, 2) / "tokens_000001.arrow"
     content = bytearray(victim.read_bytes())
     content[len(content) // 2] ^= 1
-    victim.write_bytes(content) if damage == "flipped" else victim.unlink()
-    message = (
-        rf"{victim.name} is missing or damaged: delete .*2-of-2 and run python fineweb.py --part 2/2 with the same"
-    )
-    with pytest.raises(DataError, match=message):
-        merged(parted)
-    for path in victim.parent.iterdir():
-        path.unlink()
+    again = "delete .*2-of-2 and run python fineweb.py --part 2/2 with the same"
+    for damage in (lambda: victim.write_bytes(content), victim.unlink):
+        damage()
+        with pytest.raises(DataError, match=rf"{victim.name} is missing or damaged: {again}"):
+            merged(parted)
+    shutil.rmtree(victim.parent)
     prepare_shares(parted, 2)
     merged(parted)
     assert digest(parted.out) == digest(options.out)
@@ -200,17 +191,10 @@ def test_parts_of_other_options_or_other_files_are_refused(options):
         share_prepared(replace(options, text_column="x"), 1, 2)
     folder = share_folder(options.out, 2, 2)
     manifest = shards.read_manifest(folder)
-    manifest["source"]["files"][0]["bytes"] += 1
-    shards.write_manifest(folder, manifest)
-    with pytest.raises(DataError, match=r"2-of-2 has another source than .*1-of-2"):
-        merged(options)
-
-
-def test_parts_of_two_encoders_do_not_fit_together(options):
-    share_prepared(options, 1, 2)
-    share_prepared(replace(options, encoder="tiktoken"), 2, 2)
-    with pytest.raises(DataError, match=r"2-of-2 has another encoder than .*1-of-2: delete one of them"):
-        merged(options)
+    for key, value in (("source", {"repo": None}), ("encoder", {"name": "tiktoken", "version": "0"})):
+        shards.write_manifest(folder, manifest | {key: value})
+        with pytest.raises(DataError, match=rf"2-of-2 has another {key} than .*1-of-2: delete one of them"):
+            merged(options)
 
 
 def test_too_many_bad_rows_are_found_at_the_merge_and_mended_by_its_advice(tmp_path):
@@ -238,29 +222,22 @@ def test_each_share_is_held_by_one_process(options):
             share_prepared(options, 2, 2)
 
 
-def test_shares_of_the_hub_download_only_their_files(tmp_path, monkeypatch):
-    contents = {}
-    for number in range(4):
-        path = write_parquet(tmp_path / "hub" / f"{number}.parquet", make_texts(120, number))
-        contents[f"sample/10BT/00{number}_00000.parquet"] = path.read_bytes()
-    with FakeHub(contents) as hub:
-        talk_to(hub, monkeypatch, tmp_path / "hf")
-        single = PrepareOptions(out=tmp_path / "single", shard_tokens=1000, workers=0)
-        prepared(single)
-        options = replace(single, out=tmp_path / "out")
-        hub.requests.clear()
-        share_prepared(options, 2, 2)
-        assert hub.count("GET", "000_00000.parquet") == 0
-        hub.faults["HEAD 001_00000.parquet"] = ["403", ...]
-        with pytest.raises(NetworkError):
-            share_prepared(options, 1, 2)
-        hub.faults.clear()
+def test_shares_of_the_hub_download_only_their_files(hub_options, hub, tmp_path):
+    prepared(hub_options)
+    options = replace(hub_options, out=tmp_path / "parted")
+    hub.requests.clear()
+    share_prepared(options, 2, 2)
+    assert hub.count("GET", "000_00000.parquet") == 0
+    hub.faults["HEAD 001_00000.parquet"] = ["403", ...]
+    with pytest.raises(NetworkError):
         share_prepared(options, 1, 2)
-        assert not list(tmp_path.glob("out/parts/*/.source"))
-        hub.requests.clear()
-        merged(options)
-        assert hub.requests == []
-    assert digest(options.out) == digest(single.out)
+    hub.faults.clear()
+    share_prepared(options, 1, 2)
+    assert not list(options.out.glob("parts/*/.source"))
+    hub.requests.clear()
+    merged(options)
+    assert hub.requests == []
+    assert digest(options.out) == digest(hub_options.out)
 
 
 @pytest.mark.parametrize("text", ["0/2", "3/2", "1", "1/0", "-1/2", "a/b", "1/2/3", ""])
