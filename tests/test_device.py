@@ -9,47 +9,28 @@ from aymen_gpt.errors import UsageError
 from aymen_gpt.training import device as devices
 
 
-def test_the_cpu_is_always_there():
-    found = devices.choose_device("cpu", "float32")
-    assert (found.place, found.dtype, found.peak_flops) == (torch.device("cpu"), torch.float32, None)
-    assert found.name
-
-
-@pytest.mark.parametrize(
-    ("flags", "expected"),
-    [
-        ("fma avx512_bf16", torch.bfloat16),
-        ("amx_bf16", torch.bfloat16),
-        ("fma avx2", torch.float32),
-        ("", torch.float32),
-    ],
-)
-def test_bfloat16_is_chosen_where_the_cpu_multiplies_it(monkeypatch, flags, expected):
-    monkeypatch.setattr(devices, "_cpu_info", lambda: {"flags": flags})
-    assert devices.choose_device("cpu", "auto").dtype == expected
-
-
-def test_auto_falls_back_to_the_cpu(monkeypatch):
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-    monkeypatch.setattr(torch.backends.mps, "is_available", lambda: False)
-    assert devices.choose_device("auto", "float32").place.type == "cpu"
+def test_bfloat16_is_chosen_where_the_cpu_multiplies_it(monkeypatch):
+    for flags, fast in (("fma avx512_bf16", True), ("amx_bf16", True), ("fma avx2", False), ("", False)):
+        monkeypatch.setattr(devices, "_cpu_info", lambda flags=flags: {"flags": flags})
+        assert devices.choose_device("cpu", "auto").dtype == (torch.bfloat16 if fast else torch.float32)
 
 
 @pytest.mark.parametrize(
     ("name", "dtype", "message"),
-    [
-        ("cuda", "auto", "--device cuda: this machine has no CUDA device"),
-        ("cuda:1", "auto", "--device cuda:1: this machine has no CUDA device"),
-        ("mps", "auto", "--device mps: this machine has no Apple GPU"),
-        ("tpu", "auto", "--device tpu: expected auto, cpu, mps, cuda or cuda:N"),
-        ("cpu", "fp8", "--dtype fp8: expected auto, float32, bfloat16, float16"),
-    ],
-)
-def test_what_is_not_there_is_refused(monkeypatch, name, dtype, message):
+    [("cuda", "auto", "--device cuda: this machine has no CUDA device"),
+     ("cuda:1", "auto", "--device cuda:1: this machine has no CUDA device"),
+     ("mps", "auto", "--device mps: this machine has no Apple GPU"),
+     ("tpu", "auto", "--device tpu: expected auto, cpu, mps, cuda or cuda:N"),
+     ("cpu", "fp8", "--dtype fp8: expected auto, float32, bfloat16, float16")],
+)  # fmt: skip
+def test_what_is_not_there_is_refused_and_the_cpu_is_always_there(monkeypatch, name, dtype, message):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     monkeypatch.setattr(torch.backends.mps, "is_available", lambda: False)
     with pytest.raises(UsageError, match=message):
         devices.choose_device(name, dtype)
+    found = devices.choose_device("auto", "float32")
+    assert (found.place, found.dtype, found.peak_flops) == (torch.device("cpu"), torch.float32, None)
+    assert found.name
 
 
 def test_each_rank_takes_the_gpu_of_its_local_rank(monkeypatch):
@@ -82,37 +63,21 @@ def test_a_gpu_that_is_not_there_or_taken_is_one_line(monkeypatch, name, local_r
         devices.choose_device(name, "auto", local_rank)
 
 
-@pytest.mark.parametrize(
-    ("name", "tflops"),
-    [
-        ("NVIDIA H100 NVL", 835),
-        ("NVIDIA H100 PCIe", 756),
-        ("NVIDIA H100 80GB HBM3", 989),
-        ("NVIDIA GH200 480GB", 989),
-        ("NVIDIA A10G", 70),
-        ("NVIDIA A10", 125),
-        ("NVIDIA L4", 121),
-        ("NVIDIA L40S", 362),
-        ("NVIDIA GeForce RTX 5090", 209),
-        ("NVIDIA RTX A1000 Laptop GPU", None),
-        ("Tesla T4", None),
-    ],
-)
-def test_mfu_is_stated_for_devices_whose_peak_is_known(name, tflops):
-    peak = devices.peak_flops(name)
-    assert (peak and peak / 1e12) == tflops
+def test_mfu_is_stated_for_devices_whose_peak_is_known():
+    found = {"H100 NVL": 835, "H100 PCIe": 756, "H100 80GB HBM3": 989, "GH200 480GB": 989, "A10G": 70, "A10": 125,
+             "L4": 121, "L40S": 362, "GeForce RTX 5090": 209, "RTX A1000 Laptop GPU": None}  # fmt: skip
+    for name, tflops in found.items():
+        assert devices.peak_flops(f"NVIDIA {name}") == (tflops and tflops * 1e12), name
 
 
 @pytest.mark.parametrize(
     ("text", "expected"),
-    [
-        ("CUDA error: out of memory", True),
-        ("MPS backend out of memory (MPS allocated: 8.00 GB)", True),
-        ("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`", True),
-        ("NCCL error: Failed to CUDA calloc 4194304 bytes", True),
-        ("CUDA error: an illegal memory access was encountered", False),
-    ],
-)
+    [("CUDA error: out of memory", True),
+     ("MPS backend out of memory (MPS allocated: 8.00 GB)", True),
+     ("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`", True),
+     ("NCCL error: Failed to CUDA calloc 4194304 bytes", True),
+     ("CUDA error: an illegal memory access was encountered", False)],
+)  # fmt: skip
 def test_every_failed_allocation_is_known_for_one(text, expected):
     assert devices.is_out_of_memory(RuntimeError(text)) is expected
 

@@ -64,10 +64,6 @@ class Ranks:
         self._together(dist.broadcast_object_list, box, src=0)
         return box[0]
 
-    def all(self, condition: bool) -> bool:
-        """Whether the condition holds on every rank."""
-        return all(self.gather(condition))
-
     def first(self, make: Callable[[], T]) -> T:
         """What ``make`` returns on the first rank, on every rank; its AymenError too."""
         made: T | AymenError | None = None

@@ -15,7 +15,7 @@ import math
 import os
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import suppress
 from datetime import UTC, datetime
 from pathlib import Path
@@ -83,11 +83,7 @@ class RunLog:
 
     def status(self, state: str, message: str = "") -> None:
         found = {"state": state, "step": self.step, "steps": self.steps, "message": message, "updated": now()}
-        self._replace("status.json", found)
-
-    def failure(self, found: dict[str, Any]) -> None:
-        """Keep what is known of the step that ended the run."""
-        self._replace("failure.json", found)
+        self.replace("status.json", found)
 
     def start(self, config: dict[str, Any], step: int | None, changed: dict[str, list[Any]] | None = None) -> None:
         """Begin (None), or go on after ``step``: what was logged past it will be done, and logged, again.
@@ -104,7 +100,7 @@ class RunLog:
         history.append({"step": self.step, "changed": changed or {}})
         history[-1] |= {key: config.get(key) for key in ("started", "command")}
         started = history[0].get("started") or config.get("started")
-        self._replace("config.json", config | {"started": started, "history": history})
+        self.replace("config.json", config | {"started": started, "history": history})
         self._keep_up_to("metrics.jsonl", -1 if step is None else step)
         self._keep_up_to("samples.jsonl", self.last_step())  # a kill can come between a step's samples and its row
         self.status("running")
@@ -152,9 +148,10 @@ class RunLog:
             return -1
         return json_object(lines[-2])["step"] if len(lines) > 1 else -1
 
-    def write(self, row: dict[str, Any]) -> None:
-        """Log one finished step: to the files, and to the console when it is due."""
+    def write(self, row: dict[str, Any], samples: Sequence[dict[str, Any]] = ()) -> None:
+        """Log a finished step, and what the model wrote after it; on the console too when it is due."""
         self.step = row["step"]
+        self._append("samples.jsonl", "".join(json.dumps(sample) + "\n" for sample in samples))
         self._append("metrics.jsonl", json.dumps(row, allow_nan=False) + "\n")
         if self.track:
             self.track(row)
@@ -170,20 +167,24 @@ class RunLog:
                 self._drawing = Thread(target=self.refresh, args=(self.folder,), name="report")
                 self._drawing.start()
 
-    def samples(self, written: list[dict[str, Any]]) -> None:
-        """Log what the model wrote after a step; the row of that step is written next."""
-        self._append("samples.jsonl", "".join(json.dumps(sample) + "\n" for sample in written))
-
     def _append(self, name: str, text: str) -> None:
         """Add text to a file, with all that could not be added before."""
         self._waiting[name] = self._waiting.get(name, "") + text
+        data = self._waiting[name].encode()
+        if not data:
+            return
         try:
-            append(self.folder / name, self._waiting[name])
+            with (self.folder / name).open("ab", buffering=0) as f:
+                end = f.seek(0, os.SEEK_END)
+                if f.write(data) != len(data):
+                    f.truncate(end)
+                    raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
             self._waiting[name] = ""
         except OSError as error:
             self._warn(name, error)
 
-    def _replace(self, name: str, value: dict[str, Any]) -> None:
+    def replace(self, name: str, value: dict[str, Any]) -> None:
+        """Write a JSON file whole."""
         try:
             replace_text(self.folder / name, json.dumps(redact(value), indent=2) + "\n")
         except OSError as error:
@@ -201,18 +202,6 @@ class RunLog:
         if not first < self.step < self.steps:
             return ""
         return f" | {duration((time.monotonic() - began) / (self.step - first) * (self.steps - self.step))} left"
-
-
-def append(path: Path, text: str) -> None:
-    """Add text to a file, or leave the file as it was and raise OSError."""
-    with path.open("ab", buffering=0) as f:
-        end, data = f.seek(0, os.SEEK_END), text.encode()
-        try:
-            if f.write(data) != len(data):
-                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
-        except OSError:
-            f.truncate(end)
-            raise
 
 
 def number(value: float | None) -> float:

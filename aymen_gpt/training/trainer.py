@@ -196,7 +196,7 @@ class Trainer:
 
     def fit_micro_batch(self) -> None:
         """Halve the micro-batch until forward and backward fit in the memory of every rank."""
-        while not self.ranks.all(self._fits(self.micro_batch)):
+        while not all(self.ranks.gather(self._fits(self.micro_batch))):
             if self.micro_batch == 1:
                 raise self.too_large("in the first try")
             self.micro_batch = (self.micro_batch + 1) // 2
@@ -371,9 +371,7 @@ class Trainer:
         if self.score and self.scores_after(row["step"]):
             row = row | {"hellaswag": self.score(self.model)}
         if log:
-            if "val_loss" in row:
-                log.samples(self.sample(row["step"]))
-            log.write(row)
+            log.write(row, self.sample(row["step"]) if "val_loss" in row else [])
 
     def give_up(self, log: RunLog | None, row: Row) -> None:
         """AymenError; failure.json has the last skipped step and the norms of all parameters and gradients."""
@@ -383,13 +381,14 @@ class Trainer:
 
         parameters = list(self.model.named_parameters())
         if log:
-            log.failure(
+            log.replace(
+                "failure.json",
                 row
                 | {
                     "last_losses": list(self.guard.losses)[-20:],
                     "weights": {name: size(p.detach()) for name, p in parameters},
                     "gradients": {name: size(p.grad) for name, p in parameters if p.grad is not None},
-                }
+                },
             )
         raise AymenError(
             f"{self.guard.skipped} steps in a row were skipped, the last for a {row['skipped']}: the weights are "
