@@ -103,43 +103,34 @@ def test_without_a_seed_rows_follow_the_files(tmp_path):
     assert rows.tolist() == [list(range(start, start + T + 1)) for start in starts]
 
 
+@pytest.fixture(scope="module")
+def small(tmp_path_factory):
+    """Builds the rows of four small shards anew."""
+    rng = np.random.default_rng(0)
+    lists = [chain.from_iterable(documents(rng, 15, 9, 1000 * i)) for i in range(4)]
+    folder = write(tmp_path_factory.mktemp("small") / "data", lists)
+    return lambda: TokenRows(folder, "train", block_size=4, seed=3)
+
+
 @settings(deadline=None, max_examples=60)
 @given(st.data())
-def test_seeking_equals_reading_from_the_start(data):
-    folder, count = _small_corpus()
-    source = TokenRows(folder, "train", block_size=4, seed=3)
-    everything = source.rows(0, 3 * count)
-    start = data.draw(st.integers(0, 3 * count))
-    length = data.draw(st.integers(0, 3 * count - start))
-    assert np.array_equal(
-        TokenRows(folder, "train", block_size=4, seed=3).rows(start, length), everything[start:][:length]
-    )
-
-
-@pytest.fixture(scope="module", autouse=True)
-def _folder(tmp_path_factory):
-    rng = np.random.default_rng(0)
-    folder = tmp_path_factory.mktemp("small") / "data"
-    write(folder, [chain.from_iterable(documents(rng, 15, 9, 1000 * i)) for i in range(4)])
-    _small_corpus.folder = folder
-
-
-def _small_corpus():
-    return _small_corpus.folder, TokenRows(_small_corpus.folder, "train", block_size=4, seed=3).rows_per_epoch
+def test_seeking_equals_reading_from_the_start(small, data):
+    count = 3 * small().rows_per_epoch
+    start = data.draw(st.integers(0, count))
+    length = data.draw(st.integers(0, count - start))
+    assert np.array_equal(small().rows(start, length), small().rows(0, count)[start:][:length])
 
 
 @pytest.mark.parametrize("world_size", [1, 2, 3, 8])
 @pytest.mark.parametrize("micro_batch", [1, 3, 50])
-def test_the_global_batch_is_the_same_however_it_is_dealt(world_size, micro_batch):
-    folder, _ = _small_corpus()
-    whole = TokenRows(folder, "train", block_size=4, seed=3).rows(20, 20)
+def test_the_global_batch_is_the_same_however_it_is_dealt(small, world_size, micro_batch):
     read = []
     for rank in range(world_size):
-        data = TokenRows(folder, "train", block_size=4, seed=3)
+        data = small()
         start, count = deal(20, rank, world_size)
         for at in range(start, start + count, micro_batch):
             read.append(data.rows(20 + at, min(micro_batch, start + count - at)))
-    assert np.array_equal(np.concatenate(read), whole)
+    assert np.array_equal(np.concatenate(read), small().rows(20, 20))
 
 
 @given(st.integers(0, 1000), st.integers(1, 64))

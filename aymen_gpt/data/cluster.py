@@ -11,23 +11,20 @@ from aymen_gpt.data import shares
 from aymen_gpt.data.prepare import PrepareOptions, Progress
 from aymen_gpt.errors import UsageError
 
-
-def _pipeline_step() -> Any:
-    try:
-        from datatrove.pipeline.base import PipelineStep
-    except ImportError:
-        return object
-    return PipelineStep
+try:
+    from datatrove.pipeline.base import PipelineStep
+except ImportError:
+    PipelineStep = object
 
 
-class PreparePart(_pipeline_step()):  # type: ignore[misc]
+class PreparePart(PipelineStep):
     """The one step of a pipeline. Documents neither enter nor leave it: the source and the result are files."""
 
     name = "Prepare part"
     type = "Aymen-GPT"
 
     def __init__(self, options: PrepareOptions) -> None:
-        if type(self).__base__ is object:
+        if PipelineStep is object:
             raise UsageError("datatrove is not installed: pip install 'aymen-gpt[datatrove]'")
         super().__init__()
         self.options = options

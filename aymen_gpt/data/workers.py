@@ -126,12 +126,12 @@ def _result(future: "Future[Batch]", pool: ProcessPoolExecutor) -> Batch:
 
 def _begin_worker() -> None:
     """Leave Ctrl-C to the parent, and end when the parent does, even by kill -9."""
+
+    def end_with_parent() -> None:
+        parent = multiprocessing.parent_process()
+        assert parent is not None
+        parent.join()
+        os._exit(1)
+
     signal.signal(signal.SIGINT, signal.SIG_IGN)
-    threading.Thread(target=_end_with_parent, daemon=True).start()
-
-
-def _end_with_parent() -> None:
-    parent = multiprocessing.parent_process()
-    assert parent is not None
-    parent.join()
-    os._exit(1)
+    threading.Thread(target=end_with_parent, daemon=True).start()
