@@ -55,22 +55,6 @@ def test_padding_rows_of_the_embedding_stay_zero():
     assert (model.wte.weight[100:] == 0).all()
 
 
-def test_restored_moments_continue_bit_for_bit():
-    model, optimizer = model_and_optimizer()
-    for step in range(3):
-        update(model, optimizer, seed=step)
-    twin, twins_optimizer = model_and_optimizer()
-    twin.load_state_dict(model.state_dict())
-    stored = {which: optim.moments(model, optimizer, which) for which in optim.MOMENTS}
-    stored = {which: {n: t.clone() for n, t in tensors.items()} for which, tensors in stored.items()}
-    optim.restore_moments(twin, twins_optimizer, 3, stored)
-    for step in range(3, 6):
-        update(model, optimizer, seed=step)
-        update(twin, twins_optimizer, seed=step)
-    for p, q in zip(model.parameters(), twin.parameters(), strict=True):
-        assert torch.equal(p, q)
-
-
 def test_gradients_are_scaled_to_the_limit_and_the_norm_before_is_told():
     p = torch.nn.Parameter(torch.zeros(2))
     p.grad = torch.tensor([3.0, 4.0])

@@ -5,7 +5,7 @@ import os
 import shlex
 import tomllib
 from collections.abc import Iterable
-from dataclasses import Field, asdict, dataclass, field, fields, replace
+from dataclasses import MISSING, Field, asdict, dataclass, field, fields, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, get_args
 
@@ -49,13 +49,9 @@ SEEDS = Range(0, 2**63 - 1)
 RATE, DECAY = Range(0, 100, without=(0,)), Range(0, 1, without=(1,))
 
 
-def _gpt3(learning_rate: float, tokens_per_step: int) -> dict[str, Any]:
+def _gpt3(rate: float, tokens: int) -> dict[str, Any]:
     """A row of GPT-3's Table 2.1 (arXiv:2005.14165); every size was trained on 300B tokens."""
-    return {
-        "learning_rate": learning_rate,
-        "tokens_per_step": tokens_per_step,
-        "steps": 300_000_000_000 // tokens_per_step,
-    }
+    return {"learning_rate": rate, "tokens_per_step": tokens, "steps": 300_000_000_000 // tokens}
 
 
 # What each preset changes of TrainConfig's defaults; its shape stands in model/gpt.py. OpenAI never published
@@ -103,11 +99,17 @@ MUON: dict[str, Any] = {"learning_rate": 3e-3, "weight_decay": 0.025, "schedule"
 
 
 def option(
-    help: str, group: str, range: Range | None = None, unset: str = "", choices: Iterable[str] = (), **default: Any
+    help: str,
+    group: str,
+    default: Any,
+    range: Range | None = None,
+    unset: str = "",
+    *,
+    choices: Iterable[str] = (),
 ) -> Any:
     """A dataclass field that is also a flag; ``unset`` is the word for None, beside 0."""
     known = {"help": help, "group": group, "range": range, "unset": unset, "choices": tuple(choices)}
-    return field(**default, metadata=known)
+    return field(default=default, metadata=known)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -117,73 +119,57 @@ class TrainConfig:
     None stands for what is not wanted, or is for the program to choose. UsageError for a value out of its range.
     """
 
-    preset: str = option("model size and the recipe that goes with it", "run", choices=RECIPES, default="gpt2")
-    run: str = option("folder of the run, made or continued [runs/PRESET]", "run", default="runs/gpt2")
-    data: str = option("folder of token shards, made by fineweb.py", "run", default="edu_fineweb10B")
-    seed: int = option("of the initial weights, the data order and the samples", "run", SEEDS, default=1337)
-    init_from: str | None = option(
-        "weights to start from: gpt2, a run, a checkpoint, a .pt file", "run", default=None
-    )
+    preset: str = option("model size and the recipe that goes with it", "run", "gpt2", choices=RECIPES)
+    run: str = option("folder of the run, made or continued [runs/PRESET]", "run", "runs/gpt2")
+    data: str = option("folder of token shards, made by fineweb.py", "run", "edu_fineweb10B")
+    seed: int = option("of the initial weights, the data order and the samples", "run", 1337, SEEDS)
+    init_from: str | None = option("weights to start from: gpt2, a run, a checkpoint, a .pt file", "run", None)
 
-    n_layer: int = option("layers [the preset's, as are the next three]", "model", Range(1, 1000))
-    n_head: int = option("attention heads of a layer", "model", Range(1, 1000))
-    n_embd: int = option("columns of the embedding, the model's width", "model", Range(1, 2**17))
-    block_size: int = option("tokens of one row, the model's context", "model", Range(1, 2**20))
+    n_layer: int = option("layers [the preset's, as are the next three]", "model", MISSING, Range(1, 1000))
+    n_head: int = option("attention heads of a layer", "model", MISSING, Range(1, 1000))
+    n_embd: int = option("columns of the embedding, the model's width", "model", MISSING, Range(1, 2**17))
+    block_size: int = option("tokens of one row, the model's context", "model", MISSING, Range(1, 2**20))
 
-    steps: int = option(
-        "updates; 76,292 x 524,288 tokens = 40B = 4 epochs of 10B", "recipe", COUNT, default=76_292
-    )
-    tokens_per_step: int = option("tokens of one update, over all devices", "recipe", COUNT, default=2**19)
-    optimizer: str = option("adamw, or muon with its own defaults", "recipe", choices=OPTIMIZERS, default="adamw")
-    learning_rate: float = option("peak of AdamW's rate", "recipe", RATE, default=6e-4)
-    matrix_rate: float = option("peak of Muon's, for the matrices of the blocks", "recipe", RATE, default=0.02)
-    schedule: str = option("cosine, or linear over the last 60%%", "recipe", choices=SCHEDULES, default="cosine")
-    min_lr_ratio: float = option("the schedule ends at this share of the peak", "recipe", Range(0, 1), default=0.1)
-    warmup_steps: int = option("375M tokens, at most 5%% of the steps (muon: 2%%)", "recipe", WHOLE, default=715)
-    weight_decay: float = option("of matrices and embeddings", "recipe", Range(0, 100), default=0.1)
-    beta1: float = option("AdamW's decay of the mean gradient", "recipe", DECAY, default=0.9)
-    beta2: float = option("AdamW's decay of the mean square", "recipe", DECAY, default=0.95)
-    grad_clip: float | None = option("largest norm of the gradient; 0: any", "recipe", CLIP, "off", default=1.0)
+    steps: int = option("updates; 76,292 x 524,288 tokens = 40B = 4 epochs of 10B", "recipe", 76_292, COUNT)
+    tokens_per_step: int = option("tokens of one update, over all devices", "recipe", 2**19, COUNT)
+    optimizer: str = option("adamw, or muon with its own defaults", "recipe", "adamw", choices=OPTIMIZERS)
+    learning_rate: float = option("peak of AdamW's rate", "recipe", 6e-4, RATE)
+    matrix_rate: float = option("peak of Muon's, for the matrices of the blocks", "recipe", 0.02, RATE)
+    schedule: str = option("cosine, or linear over the last 60%%", "recipe", "cosine", choices=SCHEDULES)
+    min_lr_ratio: float = option("the schedule ends at this share of the peak", "recipe", 0.1, Range(0, 1))
+    warmup_steps: int = option("375M tokens, at most 5%% of the steps (muon: 2%%)", "recipe", 715, WHOLE)
+    weight_decay: float = option("of matrices and embeddings", "recipe", 0.1, Range(0, 100))
+    beta1: float = option("AdamW's decay of the mean gradient", "recipe", 0.9, DECAY)
+    beta2: float = option("AdamW's decay of the mean square", "recipe", 0.95, DECAY)
+    grad_clip: float | None = option("largest norm of the gradient; 0: any", "recipe", 1.0, CLIP, "off")
 
-    device: str = option("auto, cpu, mps, cuda or cuda:N", "machine", default="auto")
-    dtype: str = option("of matrix products: auto, float32, bfloat16 or float16", "machine", default="auto")
-    micro_batch: int | None = option(
-        "rows per pass; auto: the most that fit", "machine", COUNT, "auto", default=None
-    )
+    device: str = option("auto, cpu, mps, cuda or cuda:N", "machine", "auto")
+    dtype: str = option("of matrix products: auto, float32, bfloat16 or float16", "machine", "auto")
+    micro_batch: int | None = option("rows per pass; auto: the most that fit", "machine", None, COUNT, "auto")
     residual: str = option(
-        "of the sums between blocks: float32 or bfloat16", "machine", choices=RESIDUALS, default="float32"
+        "of the sums between blocks: float32 or bfloat16", "machine", "float32", choices=RESIDUALS
     )
-    compile: bool | None = option("torch.compile the model [only on CUDA]", "machine", default=None)
-    deterministic: bool = option("the same bits on every run of a GPU too, slower", "machine", default=False)
-    timeout: float = option(
-        "seconds that ranks wait for one another", "machine", Range(1e-3, 10**7), default=600.0
-    )
+    compile: bool | None = option("torch.compile the model [only on CUDA]", "machine", None)
+    deterministic: bool = option("the same bits on every run of a GPU too, slower", "machine", False)
+    timeout: float = option("seconds that ranks wait for one another", "machine", 600.0, Range(1e-3, 10**7))
 
-    max_skips: int = option("steps in a row that may be skipped before the end", "safety", WHOLE, default=5)
-    skip_spikes: bool = option("skip steps 6 sigma above the last 128 in loss or norm", "safety", default=False)
+    max_skips: int = option("steps in a row that may be skipped before the end", "safety", 5, WHOLE)
+    skip_spikes: bool = option("skip steps 6 sigma above the last 128 in loss or norm", "safety", False)
 
-    val_every: int | None = option(
-        "steps between validations; 0: only at the end", "watching", COUNT, "end", default=250
-    )
-    val_tokens: int = option("tokens of one validation", "watching", Range(1, 10**12), default=20 * 2**19)
-    hellaswag_every: int | None = option(
-        "steps between scores; 0: never", "watching", COUNT, "never", default=1000
-    )
-    hellaswag_limit: int | None = option(
-        "examples of a score; 0: all 10,042", "watching", COUNT, "all", default=None
-    )
-    checkpoint_every: int = option(
-        "steps between checkpoints; the last step has one", "watching", COUNT, default=1000
-    )
-    keep_last: int = option("newest checkpoints that are kept", "watching", Range(2, 10**9), default=3)
+    val_every: int | None = option("steps between validations; 0: only at the end", "watching", 250, COUNT, "end")
+    val_tokens: int = option("tokens of one validation", "watching", 20 * 2**19, Range(1, 10**12))
+    hellaswag_every: int | None = option("steps between scores; 0: never", "watching", 1000, COUNT, "never")
+    hellaswag_limit: int | None = option("examples of a score; 0: all 10,042", "watching", None, COUNT, "all")
+    checkpoint_every: int = option("steps between checkpoints; the last step has one", "watching", 1000, COUNT)
+    keep_last: int = option("newest checkpoints that are kept", "watching", 3, Range(2, 10**9))
     keep_every: int | None = option(
-        "steps between checkpoints that are kept for good; 0: none", "watching", COUNT, "none", default=None
+        "steps between checkpoints that are kept for good; 0: none", "watching", None, COUNT, "none"
     )
     keep_also: str | None = option(
-        "write and keep checkpoints of these steps too, as 20,100,500, for play", "watching", default=None
+        "write and keep checkpoints of these steps too, as 20,100,500, for play", "watching", None
     )
     track: str | None = option(
-        "also send the numbers to tensorboard, wandb or trackio", "watching", choices=TRACKERS, default=None
+        "also send the numbers to tensorboard, wandb or trackio", "watching", None, choices=TRACKERS
     )
 
     def __post_init__(self) -> None:
