@@ -154,7 +154,7 @@ def test_every_document_a_row_reads_can_be_traced_to_its_id(options):
 
 
 @pytest.mark.fault(50)
-@pytest.mark.parametrize("workers", [1, 2, 4])
+@pytest.mark.parametrize("workers", [1, 3])
 def test_any_number_of_workers_writes_the_same_bytes(options, tmp_path, workers):
     prepared(options)
     prepared(replace(options, out=tmp_path / "other", workers=workers))
@@ -232,6 +232,7 @@ def no_waiting_for_the_disk():
 @pytest.mark.slow
 @pytest.mark.fault(49)
 def test_killed_before_or_after_any_rename_the_same_command_continues_to_the_same_bytes(options, tmp_path):
+    options = replace(options, shard_tokens=5000)
     prepared(options)
     expected = digest(options.out)
     kills = 0
@@ -746,7 +747,7 @@ def test_a_download_that_fills_the_disk_is_made_again_when_there_is_room(hub_opt
 
 
 @pytest.mark.fault(46)
-def test_a_hub_that_fails_half_way_is_continued_without_listing_or_the_first_file_again(
+def test_after_a_hub_that_failed_a_run_and_a_repair_need_neither_its_list_nor_the_first_file(
     hub_options, hub, tmp_path
 ):
     hub.faults["HEAD 002_00000.parquet"] = ["403", ...]
@@ -758,6 +759,10 @@ def test_a_hub_that_fails_half_way_is_continued_without_listing_or_the_first_fil
     hub.requests.clear()
     prepared(hub_options)
     assert joined(tokens_of(hub_options.out)) == reference(HUB_TEXTS)
+    sorted(hub_options.out.glob("*.bin"))[-2].write_bytes(b"")
+    assert len(repaired(hub_options.out)) == 1
+    assert joined(tokens_of(hub_options.out)) == reference(HUB_TEXTS)
+    assert not (hub_options.out / ".source").exists()
     assert not any("/api/" in request or "000_00000" in request for request in hub.requests)
 
 
@@ -793,18 +798,6 @@ def test_without_the_hub_a_file_put_in_its_place_by_hand_is_checked_and_taken(hu
     place.write_bytes(hub.files["sample/10BT/002_00000.parquet"])
     prepared(hub_options)
     assert digest(hub_options.out) == digest(tmp_path / "whole")
-
-
-def test_repair_downloads_what_it_needs_and_cleans_up(hub_options, hub, tmp_path):
-    prepared(hub_options)
-    expected = digest(hub_options.out)
-    hub.requests.clear()
-    victim = sorted(hub_options.out.glob("*.bin"))[-2]
-    victim.write_bytes(b"")
-    repaired(hub_options.out)
-    assert digest(hub_options.out) == expected
-    assert hub.count("GET", "000_00000.parquet") == 0
-    assert not (hub_options.out / ".source").exists()
 
 
 @pytest.mark.fault(53)
@@ -868,24 +861,23 @@ def tokenize_broken(*work):
         return REAL_TOKENIZE(*work)
 
 
-@pytest.mark.parametrize("workers_", [0, 2])
-def test_an_encoder_that_errs_ends_the_command_with_the_document_and_the_way_out(options, monkeypatch, workers_):
+@pytest.mark.parametrize("count", [0, 2])
+def test_an_encoder_that_errs_ends_the_command_with_the_document_and_the_way_out(options, monkeypatch, count):
     """Broken gets one document wrong, in the last file, in the first row."""
     pytest.importorskip("gigatoken")
     folder = options.out.parent / "late"
     write_parquet(folder / "a.parquet", [f"{text} no" for text in make_texts(340)])
     lines = [{"text": text, "id": f"id-{i}"} for i, text in enumerate(["the 7", *make_texts(130, 3)])]
     (folder / "c.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
-    options = replace(options, source=(str(folder),), workers=workers_)
+    options = replace(options, source=(str(folder),), workers=count)
     prepared(replace(options, out=options.out / "right", encoder="tiktoken"))
     message = (
         r"^gigatoken 0 gave other ids than tiktoken for c.jsonl, slice 0, row 0, id-0: "
         "type the same command with --restart --encoder tiktoken$"
     )
     monkeypatch.setattr(workers, "tokenize", tokenize_broken)
-    for _ in range(2):  # and when it is typed again
-        with pytest.raises(DataError, match=message):
-            prepared(options)
+    with pytest.raises(DataError, match=message):
+        prepared(options)
     assert len(shards.read_manifest(options.out)["shards"]) > 2
     prepared(replace(options, restart=True, encoder="tiktoken"))
     assert digest(options.out) == digest(options.out / "right")
