@@ -28,25 +28,15 @@ def test_what_is_not_finite_is_skipped_and_counted(value):
 
 
 @pytest.mark.fault(29)
-@pytest.mark.parametrize(("loss", "norm"), [(3.5, 1.0), (3.0, 2.0)])
-def test_a_spike_of_loss_or_gradient_is_told(loss, norm):
-    assert settled().judge(loss, norm) == ("spike", False)
-    assert settled(skip_spikes=True).judge(loss, norm) == ("spike", True)
-
-
-@pytest.mark.fault(29)
-def test_a_low_loss_and_the_first_steps_are_no_spikes():
+def test_a_spike_of_loss_or_gradient_is_told_from_noise_a_low_loss_and_a_new_level():
+    for loss, norm in ((3.5, 1.0), (3.0, 2.0)):
+        assert settled().judge(loss, norm) == ("spike", False)
+        assert settled(skip_spikes=True).judge(loss, norm) == ("spike", True)
     assert settled().judge(2.0, 0.1) == (None, False)
-    guard = Guard()
-    assert [guard.judge(loss, 1.0)[0] for loss in (10.8, 10.8, 30.0)] == [None] * 3
-
-
-@pytest.mark.fault(29)
-def test_a_new_level_stops_being_a_spike():
-    guard = settled(skip_spikes=True)
-    verdicts = [guard.judge(4.0, 1.0)[0] for _ in range(WINDOW)]
-    assert verdicts[0] == "spike"
-    assert verdicts[-1] is None
+    first, later = Guard(), settled(skip_spikes=True)
+    assert [first.judge(loss, 1.0)[0] for loss in (10.8, 10.8, 30.0)] == [None] * 3
+    verdicts = [later.judge(4.0, 1.0)[0] for _ in range(WINDOW)]
+    assert (verdicts[0], verdicts[-1]) == ("spike", None)
 
 
 def test_its_state_passes_through_json():
