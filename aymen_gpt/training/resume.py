@@ -13,6 +13,7 @@ from aymen_gpt.training import checkpoint
 from aymen_gpt.training.config import OVERRIDABLE, TrainConfig, flag
 from aymen_gpt.training.runlog import FILES
 
+FIXED = ("block_size", "n_layer", "n_head", "n_embd", "seed", "tokens_per_step", "optimizer")
 RECORDS = ["checkpoints", "tensorboard", "wandb", "hellaswag.json", *FILES]
 
 
@@ -65,19 +66,13 @@ def set_aside(run: Path) -> None:
 
 def identity(config: TrainConfig, data_sha256: str) -> dict[str, Any]:
     """What makes a run this run: contract C1. ``data`` is the sha256 of the shards' manifest."""
-    return {
-        **asdict(config.model),
-        "seed": config.seed,
-        "tokens_per_step": config.tokens_per_step,
-        "optimizer": config.optimizer,
-        "data": data_sha256,
-    }
+    return {key: getattr(config, key) for key in FIXED} | {"data": data_sha256}
 
 
 def options(config: TrainConfig) -> dict[str, Any]:
     """The options that may change between the parts of a run."""
-    fixed = {"run", "preset", "seed", "tokens_per_step", "optimizer", *asdict(config.model)}
-    return {("data_folder" if k == "data" else k): v for k, v in asdict(config).items() if k not in fixed}
+    found = {key: value for key, value in asdict(config).items() if key not in (*FIXED, "run", "preset", "data")}
+    return found | {"data_folder": config.data}
 
 
 def changes(before: dict[str, Any], now: dict[str, Any]) -> dict[str, list[Any]]:
