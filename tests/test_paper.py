@@ -102,7 +102,27 @@ SCORED = r"accuracy by the completion protocol is 33.8 % $\pm$ 1.0"
 @pytest.mark.parametrize(
     ("config", "training", "file", "said"),
     [
-        ({}, None, None, [OWN, "own: \\code{my_notes.txt}", "It ran in one piece.", "HellaSwag was not scored."]),
+        (
+            {},
+            None,
+            None,
+            [
+                OWN,
+                "own: \\code{my_notes.txt}",
+                "It ran in one piece.",
+                "HellaSwag was not scored.",
+                "half a cosine",
+            ],
+        ),
+        (
+            {"run": {"optimizer": "muon", "matrix_rate": 0.02, "schedule": "linear"}},
+            None,
+            None,
+            [
+                r"Muon \cite{muon} for the matrices of the blocks, at a peak",
+                "then stays, before it falls in a straight",
+            ],
+        ),
         ({}, {"n": 250, "completion": SCORE}, None, [SCORED, "on 250 of 10,042", "completion & 40 & 250 &"]),
         ({}, None, {"n": 9, "step": 20, "harness": SCORE}, ["by the harness protocol is", "harness & 20 & 9 &"]),
         (

@@ -49,7 +49,7 @@ class Ranks:
         if self.world_size == 1:
             return mine
         whole = mine.new_empty(self.world_size * mine.size(0), *mine.shape[1:])
-        self._together(dist.all_gather_into_tensor, whole, mine.contiguous(), async_op=True)
+        self._together(dist.all_gather, [*whole.chunk(self.world_size)], mine.contiguous(), async_op=True)
         return whole
 
     def gather(self, value: T) -> list[T]:
