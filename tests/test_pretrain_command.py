@@ -13,7 +13,7 @@ pytestmark = pytest.mark.slow
 
 @pytest.mark.fault(1, 3)
 def test_sigterm_saves_kill_nine_does_not_and_the_same_command_continues(door, call, shards, tmp_path):
-    words = [*TINY, "--data", shards, "--steps", 20, "--run-dir"]
+    words = [*TINY, "--data", shards, "--steps", 20, "--val-every", 10, "--run-dir"]
     whole = call("pretrain.py", *words, "whole")
     assert whole.returncode == 0, whole.stderr
     process = start(tmp_path, *words, "run")
