@@ -110,7 +110,7 @@ def test_the_shards_hold_every_document_behind_its_separator_as_the_manifest_say
     names = ["shard_val_000000.bin"] + [f"shard_train_{i:06d}.bin" for i in range(1, len(found))]
     assert [record["file"] for record in manifest["shards"]] == names
     assert manifest["complete"] is True
-    assert manifest["tokenizer"]["vocabulary_sha256"] == tokenizer.vocabulary_sha256()
+    assert manifest["tokenizer"]["vocabulary_sha256"] == tokenizer.VOCAB_BPE_SHA256
     assert [file["name"] for file in manifest["source"]["files"]] == ["in/a.parquet", "in/b.parquet", "in/c.jsonl"]
     for before, after in zip(manifest["shards"], manifest["shards"][1:], strict=False):
         assert before["end"] == after["begin"]

@@ -124,7 +124,7 @@ def test_only_whole_numbered_shards_are_listed_in_order_of_number(tmp_path):
 RIGHT = {
     "format": shards.FORMAT,
     "complete": True,
-    "tokenizer": {"name": "gpt2", "vocabulary_sha256": tokenizer.vocabulary_sha256(), "separator": 50256},
+    "tokenizer": {"name": "gpt2", "vocabulary_sha256": tokenizer.VOCAB_BPE_SHA256, "separator": 50256},
     "options": {},
 }
 

