@@ -89,6 +89,7 @@ class Preparation:
     def __init__(self, options: PrepareOptions, report: Report) -> None:
         self.options, self.out, self.report = options, options.out, report
         self.no_text = options.out  # no file in there is taken for text
+        self.limit = options.max_tokens or 2**63  # tokens
         self.source = Source(())
         self.manifest: dict[str, Any] = {}
 
@@ -201,8 +202,7 @@ class Preparation:
 
     def val_tokens(self) -> int:
         """The tokens of shard 0."""
-        limit = self.options.max_tokens or 2**63
-        estimate = min(slices.estimated_bytes(self.source) // BYTES_PER_TOKEN, limit)
+        estimate = min(slices.estimated_bytes(self.source) // BYTES_PER_TOKEN, self.limit)
         return max(1, min(self.options.shard_tokens, max(estimate // 20, min(estimate // 4, SMALL_VAL))))
 
     def save(self) -> None:
@@ -237,14 +237,13 @@ class Preparation:
         """Append shards to the manifest, saving it with each, until the source or max_tokens is exhausted."""
         done, totals = self.manifest["shards"], Totals(**self.manifest["totals"])
         position = self.position()
-        limit = self.options.max_tokens or 2**63
         if done:
             self.report(f"continuing after {len(done)} finished shards ({totals.tokens:,} tokens)")
         with closing(self.batches(position)) as batches:
             stream = TokenStream(self.source, batches, position, totals)
-            while totals.tokens < limit and not stream.ended():
+            while totals.tokens < self.limit and not stream.ended():
                 split = "train" if done else "val"
-                room = min(self.manifest["shard_tokens"][split], limit - totals.tokens)
+                room = min(self.manifest["shard_tokens"][split], self.limit - totals.tokens)
                 name = shards.shard_name(split, len(done), "edufineweb" if self.source.repo else "shard")
                 done.append(_write_shard(stream, self.out / name, room, self._tell))
                 self.manifest["totals"] = asdict(totals)
@@ -268,8 +267,7 @@ class Preparation:
     def _tell(self, stream: TokenStream) -> None:
         batch, before = stream.batch, self.bytes_before
         reached = before[batch.file] + self.source.files[batch.file].bytes * batch.fraction if batch else 0
-        of_limit = stream.totals.tokens / (self.options.max_tokens or 2**63)
-        fraction = max(reached / max(before[-1], 1), of_limit)
+        fraction = max(reached / max(before[-1], 1), stream.totals.tokens / self.limit)
         self.report(Progress(stream.totals, len(self.manifest["shards"]), fraction))
 
     @functools.cached_property

@@ -51,12 +51,11 @@ class SharePreparation(Preparation):
         self.check_source()
 
     def write(self) -> None:
-        """Append bundles to the manifest, saving it with each, until the share or max_tokens is exhausted."""
+        """Append bundles to the manifest, saving it with each, to the end of the share or of what any can need."""
         done, totals = self.manifest["shards"], Totals(**self.manifest["totals"])
-        limit = self.options.max_tokens or 2**63  # no share needs more, whatever stands before it
         with closing(self.batches(self.position())) as batches:
-            while totals.tokens < limit and (first := next(batches, None)) is not None:
-                room = min(self.options.shard_tokens, limit - totals.tokens)
+            while totals.tokens < self.limit and (first := next(batches, None)) is not None:
+                room = min(self.options.shard_tokens, self.limit - totals.tokens)
                 done.append(
                     self._write_bundle(f"tokens_{len(done):06d}.arrow", chain([first], batches), room, totals)
                 )
@@ -69,7 +68,7 @@ class SharePreparation(Preparation):
         import pyarrow as pa
 
         schema, packed = _schema(), pa.ipc.IpcWriteOptions(compression="zstd")
-        before, end, limit = replace(totals), Position(), self.options.max_tokens or 2**63
+        before, end = replace(totals), Position()
         with files.whole_file(self.out / name) as file, pa.ipc.new_file(file, schema, options=packed) as bundle:
             for batch in batches:
                 row = vars(batch) | {"tokens": batch.tokens.tobytes()}
@@ -78,7 +77,7 @@ class SharePreparation(Preparation):
                 totals.skip(self.source.files[batch.file].name, batch.part, batch.skipped)
                 end = Position(batch.file, batch.part + 1)
                 fraction = self._place(batch.file, batch.fraction) - (self.number - 1)
-                of_all = min(max(fraction, totals.tokens / limit), 1)
+                of_all = min(max(fraction, totals.tokens / self.limit), 1)
                 self.report(Progress(totals, len(self.manifest["shards"]), of_all))
                 if totals.tokens - before.tokens >= room:
                     break
