@@ -64,10 +64,6 @@ class AymenLM(TemplateLM):
         return tokenizer.EOT
 
     @property
-    def tokenizer_name(self) -> str:
-        return "gpt2"
-
-    @property
     def max_length(self) -> int:
         return self.model.config.block_size
 

@@ -25,7 +25,7 @@ from aymen_gpt.files import read_json
 from aymen_gpt.model import folders
 from aymen_gpt.model.gpt import GPT, PRESETS, GPTConfig
 from aymen_gpt.model.huggingface import MOST_ROWS, VOCAB_SIZE, load_pretrained, read_config, weight_files
-from aymen_gpt.model.legacy import is_pt, load_pt
+from aymen_gpt.model.legacy import load_pt
 
 HUB_NAMES = {name: f"openai-community/{name}" for name in ("gpt2", "gpt2-medium", "gpt2-large", "gpt2-xl")}
 EXPECTED = f"expected {', '.join(HUB_NAMES)}, OWNER/NAME of the Hub, a run folder or a checkpoint folder"
@@ -55,7 +55,7 @@ def load_model(
     cannot give it. Checkpoints of ours are verified against their manifest first.
     """
     step = None
-    if is_pt(name):
+    if name.endswith((".pt", ".pth")) and os.path.isfile(name):
         path, description, model = Path(name), name, load_pt(Path(name))
         check(name, model.config, shape)
     else:

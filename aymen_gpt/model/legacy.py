@@ -77,7 +77,3 @@ def _read(path: Path) -> Any:
         raise
     except Exception as error:  # zipfile and the unpickler have no common error for damage
         raise DataError(f"{path} cannot be read as a checkpoint: {one_line(error)}") from None
-
-
-def is_pt(name: str) -> bool:
-    return name.endswith((".pt", ".pth")) and Path(name).is_file()
