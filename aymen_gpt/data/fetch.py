@@ -155,11 +155,11 @@ def _asked(request: Callable[[], T], what: str) -> T:
         try:
             return request()
         except Exception as error:
-            # The client wraps a failed look-up into "not in the local cache" or "force download failed".
-            wrapped = isinstance(error, LocalEntryNotFoundError | ValueError)
-            cause = (wrapped and error.__cause__) or error
+            # A look-up that failed, which the client has tried six times itself, comes wrapped in another error.
+            wrapped = error.__cause__ if isinstance(error, LocalEntryNotFoundError | ValueError) else None
+            cause = wrapped or error
         status = _status(cause)
-        if pause is None or not (status and (status >= 500 or status in (408, 429))):
+        if pause is None or wrapped or not (status and (status >= 500 or status in (408, 429))):
             break
         time.sleep(pause)
     if getattr(cause, "errno", None) == errno.ENOSPC or f"(os error {errno.ENOSPC})" in str(cause):
