@@ -2,6 +2,7 @@
 
 import os
 import time
+import uuid
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
@@ -157,14 +158,36 @@ def ranks_from_environment() -> Ranks:
     return Ranks(rank, world_size, local_rank)
 
 
-def attempt() -> str:
-    """A name for this start of the ranks by torchrun, which keeps its store through --max-restarts.
+def meet(store: dist.Store, rank: int, world_size: int, seconds: float) -> dist.Store:
+    """A part of torchrun's store that only the ranks of this start know.
 
-    Without it a restarted rank can read the address of a dead one there (torch 2.13: 5 of 8 restarts failed).
-    Nodes count their restarts apart, so only the ranks of a single node can use the count.
+    torchrun keeps its store through --max-restarts, so a rank can read there the address of a dead one, and nodes
+    count their restarts apart. Here the first rank gives this start a name, the others greet it under that name,
+    each with a word of its own, and it answers with their words: no rank can take what is old for new. AymenError
+    names ranks that do not come within so many seconds.
     """
-    single_node = os.environ.get("LOCAL_WORLD_SIZE") == os.environ.get("WORLD_SIZE")
-    return f"attempt-{os.environ.get('TORCHELASTIC_RESTART_COUNT', 0) if single_node else 0}"
+    mine, deadline = uuid.uuid4().hex, time.monotonic() + seconds
+    late = set(range(1, world_size)) if rank == 0 else {0}
+    if rank == 0:
+        store.set("start", mine)
+    while late and time.monotonic() < deadline:
+        if rank > 0 and not store.check(["start"]):
+            time.sleep(0.05)
+            continue
+        start = dist.PrefixStore(store.get("start").decode(), store)
+        if rank > 0:
+            start.set(f"{rank} greets", mine)
+        for other in sorted(late):
+            if rank == 0 and start.check([f"{other} greets"]):
+                start.set(f"{other} is here", start.get(f"{other} greets").decode())
+                late.remove(other)
+            elif rank and start.check([f"{rank} is here"]) and start.get(f"{rank} is here").decode() == mine:
+                late.remove(other)
+        time.sleep(0.05)
+    if late:
+        names = ", ".join(map(str, sorted(late)))
+        raise AymenError(f"rank{'s' * (len(late) > 1)} {names} did not come within {seconds:g} s: start all nodes")
+    return start
 
 
 @contextmanager
@@ -180,7 +203,7 @@ def process_group(ranks: Ranks, device: torch.device, timeout_seconds: float = 6
     timeout = timedelta(seconds=timeout_seconds)
     on_cuda = device.type == "cuda"
     store, rank, world_size = next(rendezvous("env://", timeout=timeout))
-    store = dist.PrefixStore(attempt(), store)
+    store = meet(store, rank, world_size, timeout_seconds)
     ranks.store = dist.PrefixStore("arrivals", store)
     dist.init_process_group(
         "cpu:gloo,cuda:nccl" if on_cuda else "gloo",
