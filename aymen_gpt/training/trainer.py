@@ -148,25 +148,17 @@ class Trainer:
         shared = [sum(losses), norm, *(torch.full((), float(flag), device=self.device.place) for flag in flags)]
         numbers = self.ranks.sum(torch.stack(shared))  # type: ignore[arg-type]
         mean_loss, grad_norm, *counts = numbers.cpu().tolist()  # the only place where the host waits for a GPU
-        lr = optim.learning_rate(
-            step,
-            peak=c.learning_rate,
-            warmup_steps=c.warmup_steps,
-            steps=c.steps,
-            min_ratio=c.min_lr_ratio,
-            schedule=c.schedule,
-        )
         row: Row = {"step": step + 1, "tokens": self.first_row(step + 1) * c.block_size, "loss": finite(mean_loss)}
-        row |= {"lr": lr, "grad_norm": finite(grad_norm)}
+        row |= {"lr": self.learning_rate(step), "grad_norm": finite(grad_norm)}
         wrong, skip = self.judge(mean_loss, grad_norm)
         if skip:
             row |= {"skipped": wrong, "documents": self.documents(step, losses)}
         else:
-            optim.set_learning_rate(self.optimizer, lr)
+            optim.set_learning_rate(self.optimizer, row["lr"])
             self.optimizer.step()
             row |= {"spike": True} if wrong else {}
         self.scaler.update()
-        if self.guard.skipped <= c.max_skips:  # else failure_report looks at the gradients once more
+        if self.guard.skipped <= c.max_skips:  # else give_up looks at the gradients once more
             self.sum.clear()
         seconds = max(time.monotonic() - began, 1e-9)
         rate, peak = c.tokens_per_step / seconds, self.device.peak_flops
@@ -174,6 +166,11 @@ class Trainer:
         if peak:
             row["mfu"] = rate * self.model.config.flops_per_token / (peak * self.ranks.world_size)
         return row, [count > 0 for count in counts]
+
+    def learning_rate(self, step: int) -> float:
+        c = self.config
+        ends = {"warmup_steps": c.warmup_steps, "steps": c.steps, "min_ratio": c.min_lr_ratio}
+        return optim.learning_rate(step, peak=c.learning_rate, schedule=c.schedule, **ends)  # type: ignore[arg-type]
 
     def judge(self, loss: float, norm: float) -> tuple[str | None, bool]:
         """What is wrong with a step, None mostly, and whether it may not touch the weights."""
