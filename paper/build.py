@@ -15,7 +15,7 @@ import shlex
 import shutil
 import subprocess
 import unicodedata
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 
@@ -31,7 +31,7 @@ from aymen_gpt.reporting.run_folder import Run, read_run
 from aymen_gpt.wording import PROTOCOLS
 from paper.facts import Artefact, Fact, all_facts, artefact, known
 
-ROOT = Path(__file__).parent.parent
+ROOT = Path(__file__).absolute().parent.parent
 PAPER = "research-report.tex"
 PACKAGES = "latexmk texlive-latex-base texlive-latex-recommended texlive-pictures lmodern"
 SAMPLES, SAMPLE_CHARACTERS = 3, 450
@@ -49,9 +49,9 @@ def main(argv: list[str] | None = None) -> int:
     p.add_argument("run", type=Path, metavar="RUN", help="a run folder or a digest of one")
     p.add_argument("--out", type=Path, default=Path("build/report"), metavar="DIR", help="[build/report]")
     options = p.parse_args(argv)
-    run, text = read_run(options.run), (ROOT / PAPER).read_text()
+    run = read_run(options.run)
     facts = all_facts(run, ROOT)
-    for name, content in parts(run, facts, text, ROOT).items():
+    for name, content in parts(run, facts).items():
         replace_text(options.out / name, content)
     draw(run, options.out)
     print(f"numbers    {options.out}/results.tex ({len(known(facts))})")
@@ -95,35 +95,21 @@ def code(text: str) -> str:
 # ---- what the paper reads ----------------------------------------------------------------------------
 
 
-INSIDE = r"[^{}]*"
-for _ in range(8):  # braces in braces, so deep
-    INSIDE = rf"(?:[^{{}}]|\{{{INSIDE}\}})*"
-KNOWN = re.compile(rf"\\known\{{([^{{}}]*)\}}\{{({INSIDE})\}}\{{({INSIDE})\}}")
-
-
-def chosen(paper: str, values: Mapping[str, str]) -> str:
-    r"""The body of a .tex file as LaTeX will read it: of \known{NAME}{IF}{ELSE} what holds for these values."""
-    text = paper[paper.find(r"\begin{document}") :]
-    while found := KNOWN.search(text):
-        text = text[: found.start()] + found[2 if found[1] in values else 3] + text[found.end() :]
-    return text
-
-
 def stated(text: str) -> set[str]:
     """Names of the facts that a text states."""
     return set(re.findall(r"\\R\{([^}]*)\}", text))
 
 
-def parts(run: Run, facts: Sequence[Fact], paper: str, root: Path) -> dict[str, str]:
-    """The .tex files, by name. ``paper`` is the text of research-report.tex, ``root`` the folder it stands in."""
-    values = known(list(facts))
-    names = stated(chosen(paper, values)) & values.keys()
+def parts(run: Run, facts: list[Fact]) -> dict[str, str]:
+    """The .tex files, by name."""
+    values = known(facts)
+    names = stated((ROOT / PAPER).read_text()) & values.keys()
     used = sorted((fact for fact in facts if fact.name in names), key=lambda fact: fact.name)
     sources = sorted({fact.artefact for fact in used} | {artefact(run, "metrics.jsonl")}, key=str)
     return {
         "results.tex": "".join(f"\\result{{{name}}}{{{escape(value)}}}\n" for name, value in values.items()),
         "facts.tex": "".join(map(fact_row, used)),
-        "artefacts.tex": "".join(artefact_row(a, root) for a in sources if a.path.is_file()),
+        "artefacts.tex": "".join(artefact_row(a) for a in sources if a.path.is_file()),
         "samples.tex": samples(run),
     }
 
@@ -135,10 +121,10 @@ def fact_row(fact: Fact) -> str:
     return f"{' & '.join(cells)} \\\\\n"
 
 
-def artefact_row(a: Artefact, root: Path) -> str:
+def artefact_row(a: Artefact) -> str:
     """A row "file & its hash & what made it", the file from the root of the repository when it is in there."""
     digest, path = sha256(a.path), a.path.absolute()
-    path = path.relative_to(root.absolute()) if path.is_relative_to(root.absolute()) else path
+    path = path.relative_to(ROOT) if path.is_relative_to(ROOT) else path
     return f"{code(path.as_posix())} & \\code{{{digest[:32]}\\newline {digest[32:]}}} & {code(a.command)} \\\\\n"
 
 

@@ -11,7 +11,7 @@ from pathlib import Path
 
 from aymen_gpt.errors import DataError
 from aymen_gpt.reporting.run_folder import read_run
-from paper.build import chosen, stated
+from paper.build import stated
 from paper.facts import all_facts
 from paper.facts import known as known_of
 
@@ -29,6 +29,20 @@ MARKED = re.compile(r"([^\s|(*>]+(?: %| [a-z]+)?)<!--((?:run|plan|published|benc
 LOOKS_MEASURED = re.compile(
     r"\d+\.\d+|\d[\d,.]*\s?(?:%|seconds|minutes|hours|tokens/s|MB/s|GB\b|nats|times as|x as)"
 )
+
+
+INSIDE = r"[^{}]*"
+for _ in range(8):  # braces in braces, so deep
+    INSIDE = rf"(?:[^{{}}]|\{{{INSIDE}\}})*"
+KNOWN = re.compile(rf"\\known\{{([^{{}}]*)\}}\{{({INSIDE})\}}\{{({INSIDE})\}}")
+
+
+def chosen(paper: str, values: dict[str, str]) -> str:
+    r"""The body of a .tex file as LaTeX will read it: of \known{NAME}{IF}{ELSE} what holds for these values."""
+    text = paper[paper.find(r"\begin{document}") :]
+    while found := KNOWN.search(text):
+        text = text[: found.start()] + found[2 if found[1] in values else 3] + text[found.end() :]
+    return text
 
 
 def problems(root: Path) -> list[str]:

@@ -5,6 +5,7 @@ import re
 import shutil
 
 import pytest
+from claims import chosen
 from conftest import ROOT
 from run_folders import write_run
 
@@ -61,7 +62,7 @@ def shown(run):
 def words(run):
     """What the paper says of a run, each \\R replaced by its value, on one line."""
     values = known(all_facts(read_run(run), ROOT))
-    text = build.chosen(TEX, values)
+    text = chosen(TEX, values)
     return " ".join(re.sub(r"\\R\{([^}]*)\}", lambda m: values.get(m[1], f"[{m[1]}?]"), text).split())
 
 
@@ -171,7 +172,7 @@ def test_nothing_from_a_file_reaches_latex_unescaped():
 
 def test_the_parts_of_the_paper(run):
     read = read_run(run)
-    parts = build.parts(read, all_facts(read, ROOT), TEX, ROOT)
+    parts = build.parts(read, all_facts(read, ROOT))
     assert r"\result{run.val-loss}{5.000}" in parts["results.tex"]
     assert "run.completion-acc" not in parts["results.tex"] + parts["facts.tex"]
     assert r"\result{run.data}{\textbackslash{}input" in parts["results.tex"]

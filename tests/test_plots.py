@@ -64,7 +64,7 @@ def test_the_loss_chart_has_what_the_rows_say_by_tokens(write):
     rows = [{"step": s, "tokens": 100 * s, "loss": 9 - s / 10} for s in range(1, 31)]
     rows[9] |= {"val_loss": 8.5, "spike": True}
     rows[14]["loss"] = None
-    history = {"history": [{"step": 0}, {"step": 20}, "odd"]}
+    history = {"history": [{"step": 0}, {"step": 20}]}
     figure = plots.loss(write(rows, history))
     drawn = lines(figure)
     x, y = drawn["training, each step"].get_data()

@@ -21,7 +21,7 @@ def test_a_whole_run_is_read(tmp_path):
     run = read_run(
         write_run(
             tmp_path / "demo",
-            config={"model": {"n_layer": 4}, "run": "text instead of an object"},
+            config={"model": {"n_layer": 4}, "run": None},
             tail='{"step": 1, "loss": 9.5, "lr": 0.1}\n\n{"step": 2, "loss": 8.5}\n',
             status={"state": "running", "step": 2},
             samples=[{"step": 2, "prompt": "Hello", "text": " world\n> and\n````\n"}],

@@ -101,32 +101,27 @@ class AymenLM(TemplateLM):
         return totals
 
     def generate_until(self, requests: list[Any], disable_tqdm: bool = False) -> list[str]:
-        """Texts that go on after others, up to the first of the strings that the task stops at."""
-        texts = []
-        for request in tqdm(requests, desc="texts", disable=disable_tqdm):
-            texts.append(self._generate(*request.args))
-            self.cache_hook.add_partial("generate_until", request.args, texts[-1])
-        return texts
+        """Texts that go on after others, up to the first of the strings that the task stops at.
 
-    def _generate(self, context: str, gen_kwargs: dict[str, Any]) -> str:
-        """Greedy unless the task samples; the context loses its beginning where the model has no room for it."""
+        Greedy unless the task samples; a context loses its beginning where the model has no room for it.
+        """
         from lm_eval.models.utils import normalize_gen_kwargs
 
-        how = normalize_gen_kwargs(gen_kwargs)
-        longest, sampling = (
-            how["max_gen_toks"],
-            {name: how.get(name) for name in ("temperature", "top_k", "top_p")},
-        )
-        tokens = (self.tok_encode(context) or [self.eot_token_id])[-max(1, self.max_length - longest) :]
-        made: list[int] = []
-        text = ""
-        for token in generate(self.model, tokens, longest, stop=self.eot_token_id, **sampling):
-            made.append(token)
-            text = tokenizer.gpt2().decode(made)
-            ends = [text.index(stop) for stop in how["until"] if stop and stop in text]
-            if ends:
-                return text[: min(ends)]
-        return text
+        texts = []
+        for request in tqdm(requests, desc="texts", disable=disable_tqdm):
+            context, how = request.args[0], normalize_gen_kwargs(request.args[1])
+            longest, sampling = how["max_gen_toks"], {k: how.get(k) for k in ("temperature", "top_k", "top_p")}
+            tokens = (self.tok_encode(context) or [self.eot_token_id])[-max(1, self.max_length - longest) :]
+            made, text, ends = [], "", []
+            for token in generate(self.model, tokens, longest, stop=self.eot_token_id, **sampling):
+                made.append(token)
+                text = tokenizer.gpt2().decode(made)
+                ends = [text.index(stop) for stop in how["until"] if stop and stop in text]
+                if ends:
+                    break
+            texts.append(text[: min(ends)] if ends else text)
+            self.cache_hook.add_partial("generate_until", request.args, texts[-1])
+        return texts
 
 
 def offline_hellaswag(folder: Path, examples: Sequence[Example] | None = None) -> Any:

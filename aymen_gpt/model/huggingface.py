@@ -51,16 +51,12 @@ def from_huggingface(
     if "wte.weight" in out:
         if output is not None and not torch.equal(output, out["wte.weight"]):
             raise ValueError("lm_head.weight differs from wte.weight; only tied GPT-2 models are supported")
-        out["wte.weight"] = padded(out["wte.weight"], config)
+        wte, vocab_size = out["wte.weight"], config.vocab_size
+        if wte.dim() != 2 or not vocab_size <= wte.size(0) <= MOST_ROWS:
+            raise ValueError(f"wte.weight has the shape {tuple(wte.shape)}, the model {vocab_size:,} tokens")
+        padding = wte.new_zeros(config.padded_vocab_size - vocab_size, wte.size(1))
+        out["wte.weight"] = torch.cat([wte[:vocab_size], padding])  # (Vp, C)
     return {name: t.t().contiguous() if name.endswith(transposed) else t for name, t in out.items()}
-
-
-def padded(wte: Tensor, config: GPTConfig) -> Tensor:
-    """The rows of an embedding that are tokens, and zeros below them: (Vp, C)."""
-    if wte.dim() != 2 or not config.vocab_size <= wte.size(0) <= MOST_ROWS:
-        raise ValueError(f"wte.weight has the shape {tuple(wte.shape)}, the model {config.vocab_size:,} tokens")
-    rows = wte[: config.vocab_size]
-    return torch.cat([rows, rows.new_zeros(config.padded_vocab_size - len(rows), rows.size(1))])
 
 
 def gpt(config: GPTConfig, state: dict[str, Tensor]) -> GPT:
@@ -137,23 +133,18 @@ def weight_files(index: Path) -> list[str]:
     return sorted(names)
 
 
-def read_tensors(folder: Path) -> dict[str, Tensor]:
-    """All tensors of model.safetensors, or of the files that model.safetensors.index.json names."""
-    index = folder / "model.safetensors.index.json"
-    if (folder / "model.safetensors").exists() or not index.exists():
-        return load_file(folder / "model.safetensors")
-    return {name: t for file in weight_files(index) for name, t in load_file(folder / file).items()}
-
-
 def load_pretrained(folder: Path) -> GPT:
     """The GPT of a Hugging Face folder, on the CPU in float32, with GPT-2's tokens and no padding past them.
 
     Raises DataError when anything is missing, damaged or no GPT-2.
     """
-    config = read_config(folder)
+    config, index = read_config(folder), folder / "model.safetensors.index.json"
     config = replace(config, vocab_size=min(config.vocab_size, VOCAB_SIZE))
+    one = (folder / "model.safetensors").exists() or not index.exists()
+    files = ["model.safetensors"] if one else weight_files(index)
     try:
-        return gpt(config, from_huggingface(read_tensors(folder), config))
+        tensors = {name: t for file in files for name, t in load_file(folder / file).items()}
+        return gpt(config, from_huggingface(tensors, config))
     except FileNotFoundError:
         raise DataError(f"no model in {folder}: model.safetensors, or a part of it, is missing") from None
     except (ValueError, RuntimeError, OSError, SafetensorError) as error:

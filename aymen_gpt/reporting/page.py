@@ -286,9 +286,7 @@ def starts(run: Run) -> dict[str, str]:
     """When the run was started and continued, at which step, and what had changed by then."""
     told = {}
     for entry in run.history:
-        changed = entry.get("changed")
-        pairs = changed.items() if isinstance(changed, dict) else []
-        words = [f"{k} {v[0]} → {v[1]}" for k, v in pairs if isinstance(v, list) and len(v) == 2]
+        words = [f"{key} {old} → {new}" for key, (old, new) in (entry.get("changed") or {}).items()]
         told[f"step {entry.get('step')}"] = ", ".join([str(entry.get("started")), *words])
     return told
 
@@ -297,9 +295,7 @@ def commands(run: Run) -> list[tuple[str, str]]:
     """What to type to go on from here. Starting a run's command again continues it."""
     folder = run.folder.resolve()
     shown = (folder.relative_to(Path.cwd()) if folder.is_relative_to(Path.cwd()) else folder).as_posix()
-    typed = run.get("command")
-    if not isinstance(typed, list):
-        typed = ["python", "pretrain.py", "--run-dir", shown]
+    typed = run.get("command") or ["python", "pretrain.py", "--run-dir", shown]
     world = int(number(run.get("world_size")) or 1)
     launch = ["torchrun", "--standalone", f"--nproc_per_node={world}"] if world > 1 else ["python"]
     model, score = shlex.quote(shown), shlex.quote(f"{shown}/hellaswag.json")

@@ -194,8 +194,7 @@ def loss_limits(*curves: Curve, leave_out: float = 0.02) -> tuple[float, float]:
 
 def continued(run: Run) -> list[int]:
     """The steps after which the run was started again."""
-    starts = (entry.get("step") for entry in run.history)
-    return [step for step in starts if isinstance(step, int) and step > 0]
+    return [entry["step"] for entry in run.history if entry.get("step")]
 
 
 def small(run: Run, key: str, size: Size = (326, 190)) -> Figure:

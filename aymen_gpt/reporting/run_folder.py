@@ -95,15 +95,13 @@ class Run:
         return value
 
     def table(self, key: str) -> dict[str, Any]:
-        """An object of config.json, {} where it is absent or something else."""
-        found = self.config.get(key)
-        return found if isinstance(found, dict) else {}
+        """An object of config.json, {} where it is absent."""
+        return self.config.get(key) or {}
 
     @property
     def history(self) -> list[dict[str, Any]]:
         """When the run was started and continued, as config.json tells it."""
-        found = self.config.get("history")
-        return [entry for entry in found if isinstance(entry, dict)] if isinstance(found, list) else []
+        return self.config.get("history") or []
 
     def series(self, key: str) -> Series:
         """(step, value) of every row that has ``key``; None where the value is not a finite number."""
