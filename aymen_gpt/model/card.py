@@ -29,8 +29,8 @@ def card(step: int, shape: Values, metrics: Values, run: Values, scores: Values)
     from jinja2 import ChainableUndefined, Environment, FileSystemLoader
     from markupsafe import Markup
 
-    name = str(table(run, "run").get("run") or "run").rstrip("/").split("/")[-1]
-    source, command = table(run, "data", "source"), run.get("command")
+    options, data, versions = (run.get(key) or {} for key in ("run", "data", "versions"))
+    name, source = Path(options.get("run") or "run").name, data.get("source") or {}
     scores = {protocol: scores[protocol] for protocol in PROTOCOLS if protocol in scores}
     environment = Environment(
         loader=FileSystemLoader(Path(__file__).parent),
@@ -50,18 +50,11 @@ def card(step: int, shape: Values, metrics: Values, run: Values, scores: Values)
         source=source,
         scores=scores,
         all_examples=HELLASWAG_EXAMPLES,
-        licence=LICENCES.get(str(source.get("repo"))),
-        versions=", ".join(f"{k} {v}" for k, v in table(run, "versions").items()),
-        command=block(shlex.join(map(str, command)) if isinstance(command, list) else "python pretrain.py"),
+        licence=LICENCES.get(source.get("repo") or ""),
+        versions=", ".join(f"{k} {v}" for k, v in versions.items()),
+        command=block(shlex.join(map(str, run.get("command") or ["python", "pretrain.py"]))),
     )
     return page.lstrip() + "\n"
-
-
-def table(found: Any, *keys: str) -> Values:
-    """A nested dict, {} where it is absent or something else."""
-    for key in keys:
-        found = found.get(key) if isinstance(found, dict) else None
-    return found if isinstance(found, dict) else {}
 
 
 def for_hub(text: str, repo: str, *, training: bool) -> str:
@@ -102,7 +95,7 @@ def metadata(name: str, step: int, repo: Any, scores: Values) -> str:
         library_name="transformers",
         pipeline_tag="text-generation",
         tags=["gpt2", "aymen-gpt"],
-        datasets=[repo] if isinstance(repo, str) else None,
+        datasets=[repo] if repo else None,
         model_name=name,
         eval_results=results or None,
     )
