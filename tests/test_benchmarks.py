@@ -53,7 +53,7 @@ def test_the_step_benchmark_compares_losses_that_are_alike(tmp_path):
 def test_the_recipe_benchmark_trains_nothing_twice(tmp_path):
     words = [sys.executable, ROOT / "benchmarks/recipe.py", "--tokens", 20_000, "--arms", "muon", "--trials", 1]
     words += ["--seeds", 1, "--shares", "--validations", 4, "--out", tmp_path / "out", "--work", tmp_path / "work"]
-    words += ["--preset", "tiny", "--data", make_shards(tmp_path / "shards"), "--dtype", "float32"]
+    words += ["--preset", "tiny", "--data", make_shards(tmp_path / "shards"), "--val-tokens", 1024]
     words = [*map(str, words)]
     first = subprocess.run(words, env=ENV, capture_output=True, text=True, timeout=580)
     assert first.returncode == 0, first.stderr
