@@ -142,3 +142,52 @@ def test_a_run_of_two_nodes_goes_on_bit_for_bit_when_the_network_comes_back(netw
     alone = door("pretrain.py", *options, "--run-dir", "alone", processes=4)
     assert alone.returncode == 0, alone.stderr
     assert rows(tmp_path / "run") == rows(tmp_path / "alone")
+
+
+FAKES = {  # of Slurm's programs: both nodes are this machine
+    "scontrol": '[ "$1" = show ] && echo localhost || echo "$@" >> requeued',
+    "srun": """
+        shift
+        for node in 0 1; do SLURM_NODEID=$node "$@" & pids="$pids $!"; done
+        trap 'kill -TERM $pids' TERM
+        wait; wait $pids
+    """,
+}
+
+
+@pytest.mark.slow
+@pytest.mark.fault(4)
+def test_the_slurm_script_saves_and_queues_itself_again_when_its_time_is_over(tmp_path):
+    make_shards(tmp_path / "shards")
+    (tmp_path / "bin").mkdir()
+    for name, text in FAKES.items():
+        (tmp_path / "bin" / name).write_text(f"#!/bin/bash\n{text}\n")
+        (tmp_path / "bin" / name).chmod(0o755)
+    (tmp_path / "pretrain.py").symlink_to(ROOT / "pretrain.py")
+    environment = os.environ | {
+        "PATH": f"{tmp_path / 'bin'}:{os.path.dirname(sys.executable)}:{os.environ['PATH']}",
+        "PYTHONPATH": str(ROOT),
+        "SLURM_NNODES": "2",
+        "SLURM_GPUS_ON_NODE": "1",
+        "SLURM_JOB_ID": "7",
+        "SLURM_SUBMIT_DIR": str(tmp_path),
+    }
+    options = ["--preset", "tiny", "--data", "shards", "--run-dir", "run", "--device", "cpu", "--steps", "100000"]
+    options += ["--val-every", "0"]
+    command = ["bash", str(ROOT / "cluster/slurm.sbatch"), *options]
+    metrics, log = tmp_path / "run/metrics.jsonl", tmp_path / "log"
+    with log.open("w") as out:
+        job = subprocess.Popen(command, cwd=tmp_path, env=environment, stdout=out, stderr=out)
+        try:
+            deadline = time.monotonic() + 120
+            while not (metrics.exists() and metrics.read_text().count("\n") > 3):
+                assert job.poll() is None, log.read_text()
+                assert time.monotonic() < deadline, log.read_text()
+                time.sleep(0.1)
+            job.terminate()
+            job.wait(120)
+        finally:
+            job.kill()
+    steps = len(rows(tmp_path / "run")) - 1
+    assert (tmp_path / "requeued").read_text() == "requeue 7\n"
+    assert sorted((tmp_path / "run/checkpoints").iterdir())[-1].name == f"step-{steps:09d}", log.read_text()
