@@ -46,14 +46,14 @@ def problem(checkpoint: Path, needed: tuple[str, ...] = TRAINING, *, remember: b
     if NAME.fullmatch(checkpoint.name) and step != step_of(checkpoint):
         return f"manifest.json is that of step {step}"
     for name in needed:
-        try:
-            size, hashed = files[name]["bytes"], files[name]["sha256"]  # type: ignore[index]
-        except (KeyError, TypeError):
+        entry = files.get(name) if isinstance(files, dict) else None
+        size, hashed = (entry.get("bytes"), entry.get("sha256")) if isinstance(entry, dict) else (None, None)
+        if not isinstance(size, int) or not isinstance(hashed, str):
             return f"manifest.json does not have the size and sha256 of {name}"
         try:
             status = (checkpoint / name).stat()
             if status.st_size != size:
-                return f"{name} is {status.st_size:,} bytes, its manifest says {size}"
+                return f"{name} is {status.st_size:,} bytes, its manifest says {size:,}"
             version = (status.st_dev, status.st_ino, status.st_size, status.st_mtime_ns)
             if not (remember and version in _hashes):
                 _hashes[version] = sha256(checkpoint / name)
