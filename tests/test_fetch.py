@@ -70,6 +70,13 @@ def test_one_bad_answer_is_survived(hub, tmp_path, method, fault, impatient):
         assert 0 < hub.starts[1] <= len(CONTENT) / 2  # it went on where the line broke
 
 
+@pytest.mark.fault(44)
+def test_wrong_bytes_and_then_a_server_that_fails_once_are_survived(hub, tmp_path):
+    hub.faults |= {"GET a.parquet": ["wrong"], "HEAD a.parquet": [None, "500"]}
+    assert get(tmp_path / "x", sha256=SHA256).read_bytes() == CONTENT
+    assert (hub.count("HEAD", "a.parquet"), hub.count("GET", "a.parquet")) == (3, 2)
+
+
 @pytest.mark.fault(45)
 def test_a_server_error_for_ever_ends_in_a_network_error_that_names_everything(hub, tmp_path):
     hub.faults["GET a.parquet"] = ["500", ...]

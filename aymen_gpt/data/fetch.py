@@ -155,11 +155,12 @@ def _asked(request: Callable[[], T], what: str) -> T:
         try:
             return request()
         except Exception as error:
-            # A look-up that failed, which the client has tried six times itself, comes wrapped in another error.
-            wrapped = error.__cause__ if isinstance(error, LocalEntryNotFoundError | ValueError) else None
-            cause = wrapped or error
+            # A failed look-up comes wrapped: in a LocalEntryNotFoundError when the client has tried it six times,
+            # in a ValueError ("force download failed") when it has tried it once.
+            tried = isinstance(error, LocalEntryNotFoundError)
+            cause = ((tried or isinstance(error, ValueError)) and error.__cause__) or error
         status = _status(cause)
-        if pause is None or wrapped or not (status and (status >= 500 or status in (408, 429))):
+        if pause is None or tried or not (status and (status >= 500 or status in (408, 429))):
             break
         time.sleep(pause)
     if getattr(cause, "errno", None) == errno.ENOSPC or f"(os error {errno.ENOSPC})" in str(cause):
