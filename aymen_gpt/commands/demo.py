@@ -91,7 +91,8 @@ HellaSwag   {share} of {score["n"]:,} examples, where chance is 25 % and GPT-2 1
 curve       {RUN}/report.html (open it in a browser)
 samples     {RUN}/samples.jsonl
 checkpoint  {checkpoints(RUN)[0]} (opens in transformers as it is)
-next        python generate.py -m {RUN} "Raised when"
+next        {console.program("play")} -m {RUN}
+            python generate.py -m {RUN} "Raised when"
             python fineweb.py --source YOUR.txt --out data/mine && \\
             python pretrain.py --preset demo --data data/mine --run-dir runs/mine"""
 
