@@ -873,7 +873,7 @@ def test_an_encoder_that_errs_ends_the_command_with_the_document_and_the_way_out
     prepared(replace(options, out=options.out / "right", encoder="tiktoken"))
     message = (
         r"^gigatoken 0 gave other ids than tiktoken for c.jsonl, slice 0, row 0, id-0: "
-        "type the same command with --restart --encoder tiktoken$"
+        "prepare all of it anew, with --restart --encoder tiktoken$"
     )
     monkeypatch.setattr(workers, "tokenize", tokenize_broken)
     with pytest.raises(DataError, match=message):

@@ -77,7 +77,7 @@ def _check_sample(
             place = [f"{slice.path.name}, slice {slice.part}, row {document.row}", document.id, document.url]
             raise DataError(
                 f"{program} gave other ids than tiktoken for {', '.join(filter(None, place))}: "
-                "type the same command with --restart --encoder tiktoken"
+                "prepare all of it anew, with --restart --encoder tiktoken"
             )
 
 
