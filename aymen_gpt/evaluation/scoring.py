@@ -141,8 +141,8 @@ def collate(rows: list[Row], device: torch.device) -> Batch:
     return Batch(**{name: torch.from_numpy(array).to(device) for name, array in arrays.items()}, counts=counts)
 
 
-class OutputLayer:
-    """What a model's output layer says of the tokens that a batch predicts, in the precision asked for.
+class Predictor:
+    """What a model says of the tokens that a batch predicts, with its output layer in the precision asked for.
 
     The embedding is taken less its mean row. A softmax ignores what all logits have in common, and rounding does
     not: the logits of a trained GPT-2 lie around -100, where bfloat16 has steps of 0.5, and differ by a few tens.
@@ -150,16 +150,14 @@ class OutputLayer:
     """
 
     def __init__(self, model: GPT, dtype: torch.dtype) -> None:
-        wte = model.wte.weight[: model.config.vocab_size].float()
+        self.model, wte = model, model.wte.weight[: model.config.vocab_size].float()
         self.embedding = wte - wte.mean(dim=0)  # (V, C)
         self.head = self.embedding.to(dtype)
         self.rows, self.softmax_rows = LOGIT_ROWS[wte.device.type], SOFTMAX_ROWS[wte.device.type]
 
-    def __call__(self, hidden: Tensor, batch: Batch, *, greedy: bool) -> tuple[np.ndarray, np.ndarray]:
-        """The log-likelihood of each target (P,), and with ``greedy`` whether it is the likeliest token (P,).
-
-        ``hidden`` is (B, T, C).
-        """
+    def __call__(self, batch: Batch, *, greedy: bool) -> tuple[np.ndarray, np.ndarray]:
+        """The log-likelihood of each target (P,), and with ``greedy`` whether it is the likeliest token (P,)."""
+        hidden = self.model.hidden(batch.tokens, positions=batch.positions, mask=batch.mask)  # (B, T, C)
         h = hidden.flatten(0, 1)[batch.predictors]  # (R, C)
         totals, likeliest = [], []
         for some in h.split(self.rows):
@@ -195,7 +193,7 @@ def score(
     DataError when a likelihood is not finite there either.
     """
     device = model.wte.weight.device
-    output = OutputLayer(model, dtype)
+    predict = Predictor(model, dtype)
     found: dict[int, Score] = {}
     # cuDNN, first choice on an H100, would build a plan for each of the hundreds of shapes there are
     kernels = (
@@ -205,7 +203,12 @@ def score(
         every_row = rows_of(texts, model.config.block_size)
         for rows in batches(every_row, batch_tokens or BATCH_TOKENS[device.type]):
             batch = collate(rows, device)
-            log_p, hits = predict(model, output, batch, greedy=greedy)
+            log_p, hits = predict(batch, greedy=greedy)
+            if not np.isfinite(log_p).all() and dtype != torch.float32:
+                with torch.autocast(device.type, enabled=False):
+                    log_p, hits = Predictor(model, torch.float32)(batch, greedy=greedy)
+            if not np.isfinite(log_p).all():
+                raise DataError("the model gives likelihoods that are not finite: there is no score of it")
             ending = np.repeat(np.arange(len(batch.counts)), batch.counts)  # of each target
             sums, all_hit = np.bincount(ending, log_p), np.bincount(ending, hits) == batch.counts
             scores = map(Score, sums.tolist(), batch.counts.tolist(), all_hit.tolist())
@@ -213,18 +216,3 @@ def score(
             if progress is not None:
                 progress(len(batch.counts))
     return [found[number] for number in range(len(texts))]
-
-
-def predict(model: GPT, output: OutputLayer, batch: Batch, *, greedy: bool) -> tuple[np.ndarray, np.ndarray]:
-    """What ``output`` says of a batch, with finite log-likelihoods; DataError when there are none."""
-
-    def run(output: OutputLayer) -> tuple[np.ndarray, np.ndarray]:
-        return output(model.hidden(batch.tokens, positions=batch.positions, mask=batch.mask), batch, greedy=greedy)
-
-    log_p, hits = run(output)
-    if not np.isfinite(log_p).all() and output.head.dtype != torch.float32:
-        with torch.autocast(batch.tokens.device.type, enabled=False):
-            log_p, hits = run(OutputLayer(model, torch.float32))
-    if not np.isfinite(log_p).all():
-        raise DataError("the model gives likelihoods that are not finite: there is no score of it")
-    return log_p, hits
