@@ -102,6 +102,8 @@ def test_echo_tells_what_the_model_made_of_the_prompt(served, port):
     assert (answer["text"], answer["finish_reason"]) == (text, "length")
     assert answer["logprobs"]["text_offset"] == [text.index(word) for word in answer["logprobs"]["tokens"]]
     assert answer["logprobs"]["token_logprobs"][0] is None
+    nothing = json.load(ask(port, prompt=text, max_tokens=0))["choices"]
+    assert [(choice["text"], choice["finish_reason"]) for choice in nothing] == [("", "length")]
     expected = [float(logits[i, id]) for i, id in enumerate(ids[1:])]
     assert answer["logprobs"]["token_logprobs"][1:] == pytest.approx(expected, abs=1e-4)
 

@@ -193,6 +193,8 @@ def app(served: Models, *, hosts: list[str], curves: Callable[[], str]) -> FastA
                 text = tokenizer.gpt2().decode(prompt)
                 yield choice(index, Delta(text, tokens, "length"), asked.logprobs, 0, made=0)
                 offset = len(text)
+            elif not asked.max_tokens:
+                yield choice(index, Delta("", [], "length"), asked.logprobs, 0, made=0)
             if not asked.max_tokens:
                 return
             seed = (uuid.uuid4().int if asked.seed is None else asked.seed + index % asked.n) % 2**63
