@@ -47,6 +47,7 @@ def test_restarted_ranks_find_each_other_and_nothing_that_dead_ones_left(order):
         parts[1].set("of a rank", "x")
 
 
+@pytest.mark.slow
 @pytest.mark.fault(7)
 def test_ranks_that_never_come_are_named():
     store = dist.HashStore()
