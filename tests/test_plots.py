@@ -121,7 +121,7 @@ def test_neighbours_are_the_nearest_anchors_of_one_protocol():
 
 def test_labels_of_close_levels_do_not_touch(write):
     rows = [{"step": s, "hellaswag": {"n": 10, "completion": part(0.437)}} for s in (1, 2)]
-    figure = plots.hellaswag(write(rows), "completion")
+    figure = plots.hellaswag(write(rows))
     (axes,) = figure.axes
     places = sorted(axes.transData.transform((0, text.xy[1]))[1] for text in axes.texts)
     assert len(places) == 4  # GPT-2 774M has 43.20 %, GPT-3 Medium 43.6 %

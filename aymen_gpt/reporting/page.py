@@ -49,7 +49,7 @@ def write_report(run: Run, out: Path | None = None) -> Path:
         hellaswag=hellaswag_charts(run),
         small=small_charts(run),
         validations={"rows": thinned(rows, MAX_ROWS), "n": len(rows)},
-        measured={score.step: score for protocol in ("harness", "completion") for score in run.scores(protocol)},
+        measured={score.step: score for score in run.scores("completion")},
         samples=samples(run),
         configuration=list(configuration(run).items()),
         commands=commands(run),
@@ -143,7 +143,6 @@ class Chart:
     unit: str = ""
     drawings: Sequence[tuple[str, Markup]] = ()
     note: str = ""
-    protocol: str = ""
 
 
 def drawings(name: str, label: str, draw: Callable[..., Figure], size: plots.Size) -> list[tuple[str, Markup]]:
@@ -167,22 +166,18 @@ def loss_chart(run: Run) -> Chart:
 
 def hellaswag_charts(run: Run) -> list[Chart]:
     """The scores made while training, where there are two to see, and the latest ones beside published ones."""
+    charts, scores = [], run.scores("completion")  # the protocol of training
+    if len(scores) > 1:
+        label = f"{scores[-1].metric} by the completion protocol, now {percent(scores[-1].value)}."
+        drawn = drawings("hellaswag-completion", label, partial(plots.hellaswag, run), HALF)
+        charts.append(Chart("HellaSwag while training", f"{scores[-1].metric}, completion", drawn))
     latest = [score for protocol in PROTOCOLS if (score := run.score(protocol))]
-    charts = []
-    for protocol in PROTOCOLS:
-        scores = run.scores(protocol)
-        if len({score.step for score in scores}) > 1:
-            label = f"{scores[-1].metric} by the {protocol} protocol, now {percent(scores[-1].value)}."
-            drawn = drawings(f"hellaswag-{protocol}", label, partial(plots.hellaswag, run, protocol), HALF)
-            unit = f"{scores[-1].metric}, {protocol}"
-            charts.append(Chart("HellaSwag while training", unit, drawn, protocol=protocol))
     if latest:
         label = "; ".join(f"{s.metric}, {s.protocol}: {percent(s.value, s.error)}" for s in latest)
         how = " ".join(f"{s.protocol.capitalize()}: {PROTOCOLS[s.protocol]}." for s in latest)
         note = f"Bars: one standard error. Only rows of one group compare. {how}"
-        charts.append(
-            Chart("HellaSwag, latest", "", drawings("scores", label, partial(plots.scores, run), HALF), note)
-        )
+        drawn = drawings("scores", label, partial(plots.scores, run), HALF)
+        charts.append(Chart("HellaSwag, latest", "", drawn, note))
     return charts
 
 

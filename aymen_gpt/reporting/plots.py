@@ -213,15 +213,15 @@ def small(run: Run, key: str, size: Size = (326, 190)) -> Figure:
     return figure
 
 
-def hellaswag(run: Run, protocol: str, size: Size = (508, 300)) -> Figure:
-    """The scores of a run while it was trained, with one standard error, between chance and published models."""
+def hellaswag(run: Run, size: Size = (508, 300)) -> Figure:
+    """The scores (completion) of a run while it was trained, with one standard error, between chance and published models."""
     figure, axes = frame(size, unit(run), left=50, right=134)
-    found, per_step = run.scores(protocol), run.tokens_per_step or 1.0
+    found, per_step = run.scores("completion"), run.tokens_per_step or 1.0
     x, y = [s.step * per_step for s in found], [100 * s.value for s in found]
     errors = [100 * (s.error or 0.0) for s in found]
     axes.errorbar(x, y, errors, fmt="o-", color=VAL, linewidth=1, elinewidth=1.3, markersize=5.5, clip_on=False)
     levels, best = [(CHANCE, "chance", (1, 0))], max(s.value for s in found)
-    for measured_by, dashes, star in ((protocol, (6, 4), ""), ("gpt3-paper", (1, 3), "*")):
+    for measured_by, dashes, star in (("completion", (6, 4), ""), ("gpt3-paper", (1, 3), "*")):
         near = neighbours(measured_by, found[-1].metric, best)
         near = near[:1] + [a for a in near[1:] if a.value < best + 0.06]  # a far one presses the points flat
         levels += [(anchor.value, anchor.model + star, dashes) for anchor in near]
