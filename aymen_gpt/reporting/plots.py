@@ -214,7 +214,7 @@ def small(run: Run, key: str, size: Size = (326, 190)) -> Figure:
 
 
 def hellaswag(run: Run, size: Size = (508, 300)) -> Figure:
-    """The scores (completion) of a run while it was trained, with one standard error, between chance and published models."""
+    """The scores made while training, with one standard error, between chance and published models."""
     figure, axes = frame(size, unit(run), left=50, right=134)
     found, per_step = run.scores("completion"), run.tokens_per_step or 1.0
     x, y = [s.step * per_step for s in found], [100 * s.value for s in found]
