@@ -125,8 +125,8 @@ class Runner:
             shutil.rmtree(folder)
             print(f"{run.name}: {lines[-1]['val_loss']:.4f}", file=sys.stderr, flush=True)
         head, *rows = [json.loads(line) for line in file.read_text().splitlines()]
-        if head["run"] != json.loads(json.dumps(what)):
-            changed = sorted(k for k in what if head["run"].get(k) != json.loads(json.dumps(what[k])))
+        now = json.loads(json.dumps(what))
+        if changed := [key for key, value in head["run"].items() if now.get(key) != value]:
             raise UsageError(f"{file} is of a run with another {', '.join(changed)}: choose another --out")
         return rows
 
