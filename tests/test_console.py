@@ -204,3 +204,10 @@ def test_an_old_python_can_read_the_doors_and_is_told_of_a_newer(start):
     assert done.returncode == 1
     assert done.stderr.startswith("error: Python 3.11 or newer is needed, this is 3.8: type ")
     assert done.stderr.count("\n") == 1
+
+
+def test_a_command_started_as_a_module_of_its_own_says_what_to_type():
+    command = [sys.executable, "-m", "aymen_gpt.commands.pretrain", "--steps", "3"]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    assert (done.returncode, done.stdout) == (2, "")
+    assert done.stderr == "error: type python -m aymen_gpt pretrain\n"
