@@ -260,8 +260,9 @@ class Trainer:
         if newest is None and self.initial is not None:
             self.model.load_state_dict(self.initial().state_dict())
             notices.append(f"weights of {self.config.init_from}; no optimizer state: the schedule begins anew")
-        for notice in notices if log else []:
-            log.say(notice)  # type: ignore[union-attr]
+        for notice in notices:
+            if log:
+                log.say(notice)
         if newest is None:
             return None, {}
         saved = checkpoint.read_snapshot(newest)
