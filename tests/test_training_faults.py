@@ -248,6 +248,7 @@ def test_on_nccl_a_rank_that_fails_ends_the_others_with_its_words(monkeypatch):
 def test_a_rank_that_fails_takes_no_leave_that_waits_for_the_others(monkeypatch, error):
     left, store = [], dist.HashStore()
     monkeypatch.setattr(distributed, "rendezvous", lambda *a, **k: iter([(store, 0, 2)]))
+    monkeypatch.setattr(distributed, "meet", lambda store, *a: store)
     monkeypatch.setattr(dist, "init_process_group", lambda *a, **k: None)
     monkeypatch.setattr(dist, "destroy_process_group", lambda: left.append("destroyed"))
     ours = distributed.Ranks(0, 2)
