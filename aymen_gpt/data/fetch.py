@@ -25,7 +25,7 @@ from aymen_gpt.errors import CannotWrite, DataError, NetworkError
 
 T = TypeVar("T")
 
-PAUSES = (1, 2, 4)  # seconds before a request that the server could not answer is made again
+PAUSES = (1, 2, 4)  # seconds before a request that failed is made again
 
 
 def cache_dir() -> Path:
@@ -143,7 +143,7 @@ def check_name(name: str, folder: Path | None = None) -> None:
 
 
 def _asked(request: Callable[[], T], what: str) -> T:
-    """The answer to a request, made again when the server fails; the Hub's client itself waits out a bad line.
+    """The answer to a request, made again when the server or the line fails, but not when the server says no.
 
     NetworkError or CannotWrite in one line for all that the client raises.
     """
@@ -155,15 +155,22 @@ def _asked(request: Callable[[], T], what: str) -> T:
         try:
             return request()
         except Exception as error:
-            # A failed look-up comes wrapped: in a LocalEntryNotFoundError when the client has tried it six times,
-            # in a ValueError ("force download failed") when it has tried it once.
-            tried = isinstance(error, LocalEntryNotFoundError)
-            cause = ((tried or isinstance(error, ValueError)) and error.__cause__) or error
+            # A failed look-up comes wrapped: in a LocalEntryNotFoundError when the client has repeated it six
+            # times (but not where the line broke in the middle), in a ValueError when it has tried it once.
+            look_up = isinstance(error, LocalEntryNotFoundError)
+            cause = ((look_up or isinstance(error, ValueError)) and error.__cause__) or error
         status = _status(cause)
-        if pause is None or tried or not (status and (status >= 500 or status in (408, 429))):
+        full = getattr(cause, "errno", None) == errno.ENOSPC or f"(os error {errno.ENOSPC})" in str(cause)
+        # RuntimeError: all that goes wrong in hf_xet, which brings the Hub's large files
+        of_line = isinstance(cause, OSError | RuntimeError) or type(cause).__module__.startswith("httpx")
+        failed = not look_up and status is not None and (status >= 500 or status in (408, 429))
+        broke = (
+            pause == PAUSES[0] and type(cause).__name__ == "ReadError"
+        )  # of a look-up; a download's are repeated
+        if pause is None or not (failed or broke):
             break
         time.sleep(pause)
-    if getattr(cause, "errno", None) == errno.ENOSPC or f"(os error {errno.ENOSPC})" in str(cause):
+    if full:
         raise CannotWrite(f"cannot store {what}: no space left; free some and run the same command again")
     if isinstance(cause, OfflineModeIsEnabled):
         raise NetworkError(f"cannot get {what}: HF_HUB_OFFLINE is set and it is not in {constants.HF_HUB_CACHE}")
@@ -171,8 +178,7 @@ def _asked(request: Callable[[], T], what: str) -> T:
         raise NetworkError(
             f"cannot get {what}: not found or private (HTTP {status}); check its name, or set HF_TOKEN"
         )
-    # RuntimeError: all that goes wrong in hf_xet, which brings the Hub's large files
-    if not isinstance(cause, OSError | RuntimeError) and not type(cause).__module__.startswith("httpx"):
+    if not status and not of_line:
         raise cause
     reason = f"HTTP {status}" if status else f"{type(cause).__name__}: {one_line(str(cause))}"
     raise NetworkError(
