@@ -35,6 +35,13 @@ def percent(share: float | None, error: float | None = None, *, digits: int = 2)
     return text if error is None else f"{text} ± {100 * error:.{digits}f}"
 
 
+def forecast(expected: Mapping[str, float]) -> str:
+    """ "3.210 (3.150 to 3.290)", and where a score goes with it ", HellaSwag 28.5 % (27.0 % to 30.0 %)"."""
+    text = "{loss:.3f} ({low:.3f} to {high:.3f})".format(**expected)
+    scores = [expected[key] for key in ("hellaswag", "hellaswag_low", "hellaswag_high") if key in expected]
+    return text + (", HellaSwag {} ({} to {})".format(*(percent(s, digits=1) for s in scores)) if scores else "")
+
+
 def duration(seconds: float) -> str:
     """42 -> "42 s", 500 -> "8 min 20 s", 11100 -> "3 h 05 min", 187200 -> "2 d 4 h"."""
     s = max(0, round(seconds))

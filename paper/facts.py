@@ -168,6 +168,11 @@ def run_facts(run: Run) -> Iterator[Fact]:
     yield fact("run.val-step", last_step, metrics, "step of the last val_loss")
     yield fact("run.perplexity", perplexity, metrics, "exp of the last val_loss", "{:,.0f}")
 
+    expected = run.forecasts[-1] if run.forecasts else {}
+    forms: dict[str, Form] = {"step": plain, "loss": "{:.3f}", "low": "{:.3f}", "high": "{:.3f}", "odds": share}
+    for key, form in forms.items():
+        yield fact(f"run.forecast-{key}", expected.get(key), metrics, f"last forecast, {key}", form)
+
     loss, speed, seconds, mfu = map(run.finite, ("loss", "tokens_per_second", "step_seconds", "mfu"))
     time = sum(seconds) if seconds and len(seconds) == run.step else None
     skipped = sum(bool(row.get("skipped")) for row in run.rows) if run.rows else None

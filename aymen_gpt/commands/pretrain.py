@@ -33,6 +33,7 @@ from aymen_gpt.model.gpt import GPT
 from aymen_gpt.training.config import TrainConfig, doubts, flag, read_options, resolve
 from aymen_gpt.training.device import Device, be_deterministic, choose_device, memory_gb, memory_there
 from aymen_gpt.training.distributed import Ranks, process_group, ranks_from_environment
+from aymen_gpt.training.forecast import forecaster
 from aymen_gpt.training.plan import moments
 from aymen_gpt.training.runlog import RunLog
 from aymen_gpt.training.signals import StopSignal
@@ -68,9 +69,10 @@ def main(args: argparse.Namespace) -> None:
     data = open_data(config, ranks) if ranks.world_size > 1 else None  # takes minutes, so not while ranks wait
     folder = Path(config.run)
     track = tracker(config.track, folder, redact(asdict(config)))
+    forecast = forecaster(config) if config.forecast else None
     with (
         process_group(ranks, device.place, config.timeout),
-        RunLog(folder, config.steps, draw_report, track) if ranks.is_first else nullcontext() as log,
+        RunLog(folder, config.steps, draw_report, track, forecast) if ranks.is_first else nullcontext() as log,
     ):
         trainer = build(config, device, ranks, data)
         if log:

@@ -21,7 +21,7 @@ from matplotlib.figure import Figure
 from aymen_gpt.files import replace_text
 from aymen_gpt.reporting import plots
 from aymen_gpt.reporting.run_folder import Run, number
-from aymen_gpt.wording import HELLASWAG_EXAMPLES, PROTOCOLS, duration, human, percent, shape
+from aymen_gpt.wording import HELLASWAG_EXAMPLES, PROTOCOLS, duration, forecast, human, percent, shape
 
 HERE = Path(__file__).parent
 UNITS = {  # of config.json's keys, where the name does not say it
@@ -160,8 +160,19 @@ def loss_chart(run: Run) -> Chart:
     top = plots.loss_limits(plots.curve(run, "loss"), plots.curve(run, "val_loss"))[1]
     above = {"begins at": max(loss[:1] + measured[:1]), "reaches": max(loss + measured)}
     word = next((word for word, value in above.items() if value > top), "")
-    note = f"The run {word} {above[word]:.2f}, above the frame." if word else ""
+    notes = [f"The run {word} {above[word]:.2f}, above the frame."] if word else []
+    note = " ".join(notes + forecast_notes(run))
     return Chart("Loss", "nats per token", drawings("loss", label, partial(plots.loss, run), WHOLE), note)
+
+
+def forecast_notes(run: Run) -> list[str]:
+    """A sentence about the latest forecast; of a run at its end, how many forecasts were right."""
+    found, end = run.forecasts, dict(run.series("val_loss")).get(run.get("run", "steps"))
+    if found and end is not None:
+        right = sum(f["low"] <= end <= f["high"] for f in found)
+        return [f"{right} of the run's {len(found)} forecasts held the final validation loss in their interval."]
+    last = [f"After step {f['step']:,} the final validation loss is forecast as {forecast(f)}" for f in found[-1:]]
+    return [f"{text}; odds {percent(found[-1].get('odds'), digits=0)}." for text in last]
 
 
 def hellaswag_charts(run: Run) -> list[Chart]:

@@ -19,7 +19,7 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator, NullLocator
 
 from aymen_gpt.reporting.published_scores import CHANCE, GPT2_FINEWEB_EDU, neighbours
-from aymen_gpt.reporting.run_folder import Run
+from aymen_gpt.reporting.run_folder import Run, number
 from aymen_gpt.wording import PROTOCOLS, human
 
 logging.getLogger("matplotlib").setLevel(logging.ERROR)  # it would tell of its font cache on the first start
@@ -148,7 +148,13 @@ def loss(run: Run, size: Size = (1056, 400)) -> Figure:
     x, y = curve(run, "loss")
     noisy(axes, x, y, "training, each step")
     vx, vy = curve(run, "val_loss")
-    per_step, (lo, hi) = run.tokens_per_step or 1.0, loss_limits((x, y), (vx, vy))
+    per_step, (lo, hi), end = run.tokens_per_step or 1.0, loss_limits((x, y), (vx, vy)), max(run.step, 1)
+    if run.forecasts and (steps := int(number(run.get("run", "steps")) or 0)) > run.step:
+        end, expected = steps, run.forecasts[-1]
+        span = [[expected["loss"] - expected["low"]], [expected["high"] - expected["loss"]]]
+        look: dict[str, Any] = {"fmt": "o", "color": VAL, "markerfacecolor": COLOURS["bg"], "clip_on": False}
+        axes.errorbar([end * per_step], [expected["loss"]], span, capsize=4, label="forecast of the end", **look)
+        lo = min(lo, expected["low"] - 0.02 * (hi - lo))
     if not np.isnan(vy).all():
         validation(axes, *decimate(vx, vy), hi, color=VAL)
     for what in ("spike", "skipped"):
@@ -162,10 +168,10 @@ def loss(run: Run, size: Size = (1056, 400)) -> Figure:
             say(axes, text, step * per_step, 0.62, shift, of=("data", "axes fraction"), va="top", ha=side)
     if "fineweb-edu" in str(run.get("data", "source", "repo")).lower():
         axes.axhline(GPT2_FINEWEB_EDU, color=INK, linewidth=1, dashes=(6, 4), label="GPT-2 124M, validation")
-    axes.set_xlim(0, max(run.step, 1) * per_step)
+    axes.set_xlim(0, end * per_step)
     axes.set_ylim(lo, hi)
     if axes.get_legend_handles_labels()[0]:
-        look: dict[str, Any] = {"frameon": False, "fontsize": TEXT, "labelcolor": SOFT, "handlelength": 1.4}
+        look = {"frameon": False, "fontsize": TEXT, "labelcolor": SOFT, "handlelength": 1.4}
         axes.legend(loc="upper right", borderpad=0, borderaxespad=0.2, **look)
     return figure
 

@@ -113,6 +113,13 @@ class Run:
         """The latest finite value of ``key``."""
         return next(reversed(self.finite(key)), None)
 
+    @property
+    def forecasts(self) -> list[dict[str, float]]:
+        """What was forecast of the end: the numbers of each validation's forecast, and its step."""
+        told = [(row["step"], row["forecast"]) for row in self.rows if isinstance(row.get("forecast"), dict)]
+        found = [{"step": step} | {k: v for k, v in f.items() if number(v) is not None} for step, f in told]
+        return [f for f in found if {"loss", "low", "high"} <= f.keys()]
+
     def finite(self, key: str) -> list[float]:
         """The finite values of ``key``, in order of their step."""
         return [value for _, value in self.series(key) if value is not None]

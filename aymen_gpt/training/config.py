@@ -168,6 +168,7 @@ class TrainConfig:
     keep_also: str | None = option(
         "write and keep checkpoints of these steps too, as 20,100,500, for play", "watching", None
     )
+    forecast: bool = option("at validations, forecast the loss of the last step", "watching", False)
     track: str | None = option(
         "also send the numbers to tensorboard, wandb or trackio", "watching", None, choices=TRACKERS
     )

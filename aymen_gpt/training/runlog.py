@@ -25,7 +25,7 @@ from typing import Any
 
 from aymen_gpt.errors import DataError, Stopped, printable, redact
 from aymen_gpt.files import free_name, json_object, lock, read_json, replace_text, write_whole
-from aymen_gpt.wording import duration, percent
+from aymen_gpt.wording import duration, forecast, percent
 
 FILES = ["config.json", "samples.jsonl", "failure.json", "report.html", "metrics.jsonl", "status.json"]
 PAUSE = 5.0  # seconds between two lines on the console, where nothing rare happens
@@ -40,7 +40,7 @@ class RunLog:
 
     A disk that is full does not stop a run for the sake of its log: lines wait in memory until they can be
     written. ``refresh`` is told of the folder after each validation and at the end, ``track`` of every row of
-    metrics.jsonl.
+    metrics.jsonl. ``forecast`` says from all validations (step, loss) what the last one will be.
     """
 
     def __init__(
@@ -49,8 +49,10 @@ class RunLog:
         steps: int,
         refresh: Callable[[Path], object] = lambda folder: None,
         track: Callable[[dict[str, Any]], object] | None = None,
+        forecast: Callable[[list[tuple[int, float]]], dict[str, float]] | None = None,
     ) -> None:
-        self.folder, self.steps, self.refresh, self.track = folder, steps, refresh, track
+        self.folder, self.steps, self.refresh, self.track, self.forecast = folder, steps, refresh, track, forecast
+        self._validations: list[tuple[int, float]] = []  # what forecasts are made from
         self.step = 0
         self._started: tuple[float, int] | None = None  # when, and after which step
         self._waiting: dict[str, str] = {}  # text by file that could not be appended yet
@@ -102,6 +104,9 @@ class RunLog:
         started = history[0].get("started") or config.get("started")
         self.replace("config.json", config | {"started": started, "history": history})
         self._keep_up_to("metrics.jsonl", -1 if step is None else step)
+        if self.forecast and (self.folder / "metrics.jsonl").exists():
+            for line in (self.folder / "metrics.jsonl").read_bytes().splitlines():
+                self._remember(json_object(line))
         self._keep_up_to("samples.jsonl", self.last_step())  # a kill can come between a step's samples and its row
         self.status("running")
 
@@ -140,6 +145,12 @@ class RunLog:
             self._set_aside(path, f"{path} has damaged lines ({n_bad:,}), the others stay")
         write_whole(path, b"".join(kept))
 
+    def _remember(self, row: dict[str, Any]) -> bool:
+        """Whether the row has a validation that forecasts can use."""
+        found = row.get("val_loss") is not None
+        self._validations += [(row["step"], row["val_loss"])] if found else []
+        return found
+
     def last_step(self) -> int:
         """The step of the last row in metrics.jsonl, -1 when there is none."""
         try:
@@ -151,6 +162,8 @@ class RunLog:
     def write(self, row: dict[str, Any], samples: Sequence[dict[str, Any]] = ()) -> None:
         """Log a finished step, and what the model wrote after it; on the console too when it is due."""
         self.step = row["step"]
+        if self.forecast and self._remember(row) and (expected := self.forecast(self._validations)):
+            row = row | {"forecast": expected}
         self._append("samples.jsonl", "".join(json.dumps(sample) + "\n" for sample in samples))
         self._append("metrics.jsonl", json.dumps(row, allow_nan=False) + "\n")
         if self.track:
@@ -236,4 +249,6 @@ def console_line(row: dict[str, Any], steps: int) -> str:
     if "hellaswag" in row:
         score = row["hellaswag"]["completion"]
         parts.append(f"hellaswag {percent(score['acc_norm'], score['acc_norm_stderr'] or 0)}")
+    if "forecast" in row:
+        parts.append(f"forecast {forecast(row['forecast'])}")
     return " | ".join(parts)
