@@ -154,10 +154,10 @@ def test_no_failed_save_leaves_its_files_and_what_reads_otherwise_is_never_calle
 ):
     good, write = save(tmp_path, 1), checkpoint._write_manifest
 
-    def fail(folder, step):
+    def fail(folder, step, written):
         if error:
             raise error
-        write(folder, step)
+        write(folder, step, written)
         cut(folder)
 
     monkeypatch.setattr(checkpoint, "_write_manifest", fail)
@@ -240,7 +240,7 @@ def test_no_manifest_with_a_flipped_bit_or_of_another_shape_hides_a_damaged_file
     folder.mkdir()
     for name in (*TRAINING, "README.md"):
         (folder / name).write_text(f"{name} of this run")
-    checkpoint._write_manifest(folder, 7)
+    checkpoint._write_manifest(folder, 7, {})
     content = bytearray((folder / "manifest.json").read_bytes())
 
     def found(manifest):
@@ -270,7 +270,7 @@ def test_a_state_of_another_version_is_passed_over_although_its_hash_is_right(tm
     found = json.loads((bad / "state.json").read_text())
     (bad / "state.json").write_text(json.dumps(change(found)))
     (bad / "manifest.json").unlink()
-    checkpoint._write_manifest(bad, 2)
+    checkpoint._write_manifest(bad, 2, {})
     newest, notices = find_checkpoint(tmp_path, "auto")
     assert newest == good
     assert re.search(r"step-000000002: .*state.json was written by another .*; using step-000000001$", notices[0])

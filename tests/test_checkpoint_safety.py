@@ -26,8 +26,8 @@ CONFIG = GPTConfig(block_size=4, vocab_size=50, n_layer=1, n_head=1, n_embd=4)
 KEEP = {"keep_last": 2, "keep": lambda step: step % 5 == 0}
 FILES = ("config.json", "state.json", "model.safetensors", "optimizer.safetensors", "manifest.json")
 SAVE = "aymen_gpt.training.checkpoint"
-FUNCTIONS = [f"{SAVE}:{name}" for name in ("write_json", "save_file", "sync", "_write_manifest", "_drop_old")]
-FUNCTIONS += ["os.replace", "shutil.rmtree", "pathlib:Path.rename"]
+FUNCTIONS = [f"{SAVE}:{name}" for name in ("write_json", "sync", "_write_manifest", "_drop_old")]
+FUNCTIONS += ["aymen_gpt.training.tensor_files:save_file", "os.replace", "shutil.rmtree", "pathlib:Path.rename"]
 POINTS = [f"{moment}:{nth}:{f}" for f in FUNCTIONS for nth in (1, 2, 3) for moment in ("before", "after")]
 
 

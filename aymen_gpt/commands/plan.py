@@ -163,9 +163,9 @@ def probe_update(trainer: Trainer, tokens: torch.Tensor, passes: int) -> tuple[f
     for _ in range(passes):
         (trainer.batch_loss(tokens) / tokens[:, 1:].numel()).backward()
     middle = now(trainer.device)
-    optim.clip_gradients(trainer.parameters, trainer.config.grad_clip)
+    optim.clip_gradients(trainer.named.values(), trainer.config.grad_clip)
     trainer.optimizer.step()
-    trainer.sum.clear()
+    trainer.optimizer.zero_grad()
     return (middle - began) / passes, now(trainer.device) - middle
 
 

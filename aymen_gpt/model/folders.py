@@ -3,6 +3,7 @@
 import re
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 from aymen_gpt.errors import DataError
 from aymen_gpt.files import read_json, sha256
@@ -45,8 +46,9 @@ def problem(checkpoint: Path, needed: tuple[str, ...] = TRAINING, *, remember: b
     step, files = manifest.get("step"), manifest.get("files")
     if NAME.fullmatch(checkpoint.name) and step != step_of(checkpoint):
         return f"manifest.json is that of step {step}"
-    for name in needed:
-        entry = files.get(name) if isinstance(files, dict) else None
+    files = files if isinstance(files, dict) else {}
+    for name in (part for each in needed for part in parts(each, files)):
+        entry = files.get(name)
         size, hashed = (entry.get("bytes"), entry.get("sha256")) if isinstance(entry, dict) else (None, None)
         if not isinstance(size, int) or not isinstance(hashed, str):
             return f"manifest.json does not have the size and sha256 of {name}"
@@ -64,6 +66,13 @@ def problem(checkpoint: Path, needed: tuple[str, ...] = TRAINING, *, remember: b
         if _hashes[version] != hashed:
             return f"{name} has another sha256 than its manifest says"
     return None
+
+
+def parts(name: str, files: dict[str, Any]) -> list[str]:
+    """The files of a manifest that hold what ``name`` does: itself, or those of large tensors and their index."""
+    stem, _, kind = name.partition(".")
+    found = [file for file in files if file.startswith((f"{stem}-", f"{name}.index"))]
+    return found if kind == "safetensors" and name not in files and found else [name]
 
 
 def model_problem(checkpoint: Path) -> str | None:

@@ -13,11 +13,13 @@ Letters in the shape comments:
 """
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 
 @dataclass(frozen=True)
@@ -152,6 +154,7 @@ class GPT(nn.Module):
         super().__init__()
         self.config = config
         self.residual = torch.float32  # of the sums between blocks under autocast
+        self.recompute = False  # keep only the input of each block for backward, which computes the rest again
         self.wte = nn.Embedding(config.padded_vocab_size, config.n_embd)  # also the output layer
         self.wpe = nn.Embedding(config.block_size, config.n_embd)
         self.h = nn.ModuleList(Block(config) for _ in range(config.n_layer))
@@ -171,14 +174,21 @@ class GPT(nn.Module):
         =============================  ====================================
         """
         for name, p in self.named_parameters():
-            if p.dim() == 2:
-                residual = name.endswith("c_proj.weight")
-                p.normal_(
-                    0.0, 0.02 / math.sqrt(2 * self.config.n_layer) if residual else 0.02, generator=generator
-                )
-            else:
-                p.fill_(1.0 if "ln_" in name and name.endswith("weight") else 0.0)
-        self.wte.weight[self.config.vocab_size :] = 0.0
+            p.copy_(self.initial(name, p.shape, generator))
+
+    def initial(self, name: str, shape: torch.Size, generator: torch.Generator | None = None) -> Tensor:
+        """What init_weights gives to one parameter; the next one takes the generator's next numbers."""
+        values = torch.zeros(shape)
+        if len(shape) == 2:
+            residual = name.endswith("c_proj.weight")
+            values.normal_(
+                0.0, 0.02 / math.sqrt(2 * self.config.n_layer) if residual else 0.02, generator=generator
+            )
+        elif "ln_" in name and name.endswith("weight"):
+            values.fill_(1.0)
+        if name == "wte.weight":
+            values[self.config.vocab_size :] = 0.0
+        return values
 
     def hidden(
         self,
@@ -201,16 +211,29 @@ class GPT(nn.Module):
         if torch.is_autocast_enabled(x.device.type):
             x = x.to(self.residual)
         for i, block in enumerate(self.h):
-            x = block(x, caches[i] if caches else None, mask)  # (B, T, C)
+            if self.recompute and torch.is_grad_enabled():
+                x = checkpoint(block, x, use_reentrant=False, preserve_rng_state=False)
+            else:
+                x = block(x, caches[i] if caches else None, mask)  # (B, T, C)
         return self.ln_f(x)
 
     def logits(self, hidden: Tensor) -> Tensor:
         """Scores of the vocab_size real tokens, (..., V), for hidden states (..., C)."""
         return F.linear(hidden, self.wte.weight)[..., : self.config.vocab_size]
 
-    def forward(self, idx: Tensor, caches: list[LayerCache] | None = None) -> Tensor:
-        """Logits (B, T, V) for token ids (B, T); position t predicts token t + 1."""
-        return self.logits(self.hidden(idx, caches))
+    def forward(
+        self,
+        idx: Tensor,
+        caches: list[LayerCache] | None = None,
+        *,
+        loss: Callable[[Tensor, Tensor], Tensor] | None = None,
+    ) -> Tensor:
+        """Logits (B, T, V) for token ids (B, T); position t predicts token t + 1.
+
+        Instead, where given, the ``loss`` of the hidden states (B, T, C) and the output layer's weight (Vp, C).
+        """
+        x = self.hidden(idx, caches)
+        return self.logits(x) if loss is None else loss(x, self.wte.weight)
 
     def new_caches(self, batch: int) -> list[LayerCache]:
         """Empty caches, one a layer, for generating up to block_size positions."""

@@ -13,7 +13,6 @@ the seed and the step alone.
 """
 
 import errno
-import json
 import os
 import shutil
 from collections.abc import Callable
@@ -25,8 +24,6 @@ from typing import Any
 
 import torch
 from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
-from torch import Tensor
 
 from aymen_gpt.data import tokenizer
 from aymen_gpt.errors import AymenError, CannotWrite, DataError
@@ -34,15 +31,13 @@ from aymen_gpt.files import read_json, set_aside, sha256, sync
 from aymen_gpt.model.card import card
 from aymen_gpt.model.folders import checkpoint_folder, checkpoints, problem, step_of
 from aymen_gpt.model.gpt import GPT, GPTConfig
-from aymen_gpt.model.huggingface import EOT, config_to_huggingface, from_huggingface, read_config, to_huggingface
+from aymen_gpt.model.huggingface import EOT, config_to_huggingface, read_config
 from aymen_gpt.training import optim
+from aymen_gpt.training.distributed import Ranks
+from aymen_gpt.training.sharding import copy_size, local
+from aymen_gpt.training.tensor_files import LIMIT, Entries, Files, Writers, collect, read, write_json
 
 FORMAT = 2
-Tensors = dict[str, Tensor]
-
-
-def write_json(path: Path, value: Any) -> None:
-    path.write_text(json.dumps(value, indent=2, allow_nan=False) + "\n")
 
 
 @dataclass(frozen=True)
@@ -61,38 +56,29 @@ class Snapshot:
 
 @dataclass(frozen=True)
 class Capture:
-    """Copies of a run's tensors in host memory, as the files of a checkpoint hold them."""
+    """Copies in host memory of what this rank writes of a run's tensors, and who writes with it."""
 
     config: GPTConfig
-    weights: Tensors
-    moments: Tensors
+    weights: Files
+    moments: Files
+    writers: Writers
 
 
-def capture(model: GPT, optimizer: torch.optim.Optimizer) -> Capture:
-    """Copy what a checkpoint needs, so that training can go on while it is written.
+def capture(
+    model: GPT, optimizer: torch.optim.Optimizer, ranks: Ranks | None = None, *, limit: int = LIMIT
+) -> Capture:
+    """Copy what a checkpoint needs, so that training can go on while it is written. All ranks must come.
 
     Raises AymenError when a weight is not finite: such a model is never saved.
     """
-    bad = first_not_finite(model.state_dict())
-    if bad:
+    ranks = ranks or Ranks()
+    found = ranks.gather(next((n for n, p in model.named_parameters() if not local(p).isfinite().all()), None))
+    if bad := next(filter(None, found), None):
         raise AymenError(f"{bad} holds NaN or infinity: nothing was saved; continue from an older checkpoint")
-
-    def host(tensors: Tensors) -> Tensors:
-        copies: Tensors = {}
-        for name, t in tensors.items():  # one at a time: the layout change makes a second copy
-            copies |= to_huggingface({name: t.to("cpu", copy=True)}, model.config.vocab_size)
-        return copies
-
-    moments = {
-        f"{which}.{name}": t
-        for which in optim.kinds(optimizer)
-        for name, t in host(optim.moments(model, optimizer, which)).items()
-    }
-    return Capture(model.config, host(model.state_dict()), moments)
-
-
-def first_not_finite(tensors: Tensors) -> str | None:
-    return next((name for name, t in tensors.items() if not torch.isfinite(t).all()), None)
+    size, vocab_size = copy_size(next(model.parameters())), model.config.vocab_size
+    weights = collect("model", dict(model.named_parameters()), vocab_size, size, limit)
+    moments = collect("optimizer", optim.moments(model, optimizer), vocab_size, size, limit)
+    return Capture(model.config, weights, moments, Writers(ranks, size, ranks.broadcast(os.getpid())))
 
 
 def publish(
@@ -108,12 +94,20 @@ def publish(
     The newest ``keep_last`` stay, and those whose step ``keep`` says yes to. What is written is read
     back before it gets its name. Raises CannotWrite when that fails, the disk is full or read-only; older
     checkpoints are untouched then. A whole checkpoint of this step stays, anything else there is set aside.
+
+    Of a sharded model each rank of the first copy writes its files and posts their sizes and hashes, and the
+    first one, when all have, writes the manifest and gives the folder its name.
     """
-    final = checkpoint_folder(run, snapshot.step)
-    partial = final.with_name(f".tmp-{final.name}-{os.getpid()}")
+    final, writers = checkpoint_folder(run, snapshot.step), captured.writers
+    partial = final.with_name(f".tmp-{final.name}-{writers.token}")
     try:
+        with writers.telling(snapshot.step) as written:
+            written |= _write_tensors(partial, captured)
+        if not writers.ranks.is_first:
+            return final
+        written |= writers.wait(snapshot.step)
         if unusable(final):
-            _write_folder(partial, captured, snapshot)
+            _complete_folder(partial, captured, snapshot, written)
             if os.path.lexists(final):
                 set_aside(final)
             os.replace(partial, final)
@@ -122,7 +116,8 @@ def publish(
         reason = getattr(error, "strerror", None) or str(error)
         raise CannotWrite(f"cannot save step {snapshot.step} in {final.parent}: {reason}") from error
     finally:
-        shutil.rmtree(partial, ignore_errors=True)
+        if writers.ranks.is_first:
+            shutil.rmtree(partial, ignore_errors=True)
     _drop_old(run, snapshot.step, keep_last, keep)
     return final
 
@@ -138,22 +133,28 @@ def unusable(folder: Path, *, remember: bool = False) -> str | None:
     return None
 
 
-def _write_folder(folder: Path, captured: Capture, snapshot: Snapshot) -> None:
+def _write_tensors(folder: Path, captured: Capture) -> Entries:
+    """This rank's files of tensors, written and hashed."""
     folder.mkdir(parents=True, exist_ok=True)
-    needed = sum(t.nbytes for part in (captured.weights, captured.moments) for t in part.values())
+    needed = captured.weights.nbytes + captured.moments.nbytes
     free = shutil.disk_usage(folder).free
     if free < needed:
         why = f"no space left on the disk (needs {needed / 1e9:.2g} GB, {free / 1e9:.2g} GB free)"
         raise OSError(errno.ENOSPC, why)
+    first = captured.writers.ranks.is_first
+    files = [path for part in (captured.weights, captured.moments) for path in part.write(folder, first=first)]
+    return {path.name: _entry(path) for path in files}
+
+
+def _complete_folder(folder: Path, captured: Capture, snapshot: Snapshot, written: Entries) -> None:
+    """All other files; the manifest, with what the ranks say they have ``written``, is the last."""
     write_json(folder / "config.json", config_to_huggingface(captured.config))
     write_json(folder / "generation_config.json", {"bos_token_id": EOT, "eos_token_id": EOT})
     tokenizer.write_huggingface_files(folder, model_max_length=captured.config.block_size)
-    save_file(captured.weights, folder / "model.safetensors", metadata={"format": "pt"})
-    save_file(captured.moments, folder / "optimizer.safetensors", metadata={"format": "pt"})
     write_json(folder / "state.json", {"format": FORMAT, **vars(snapshot)})
-    _write_manifest(folder, snapshot.step)
+    _write_manifest(folder, snapshot.step, written)
     write_card(folder)
-    if wrong := unusable(folder):
+    if wrong := unusable(folder) if captured.writers.count == 1 else None:  # large files are read once
         raise OSError(errno.EIO, f"what was written reads otherwise ({wrong})")
 
 
@@ -195,15 +196,18 @@ def write_card(folder: Path, scores: dict[str, Any] | None = None) -> None:
     os.replace(temporary, final)
 
 
-def _write_manifest(folder: Path, step: int) -> None:
-    files = {}
-    for path in sorted(folder.iterdir()):
-        path.chmod(0o644)  # safetensors makes files that only their owner may read
-        sync(path)
-        files[path.name] = {"bytes": path.stat().st_size, "sha256": sha256(path)}
+def _write_manifest(folder: Path, step: int, written: Entries) -> None:
+    files = {path.name: written.get(path.name) or _entry(path) for path in sorted(folder.iterdir())}
     write_json(folder / "manifest.json", {"format": FORMAT, "step": step, "files": files})
     sync(folder / "manifest.json")
     sync(folder)
+
+
+def _entry(path: Path) -> dict[str, Any]:
+    """What the manifest says of a file, which is on the disk then."""
+    path.chmod(0o644)  # safetensors makes files that only their owner may read
+    sync(path)
+    return {"bytes": path.stat().st_size, "sha256": sha256(path)}
 
 
 def remove_partial(run: Path) -> int:
@@ -224,24 +228,16 @@ def read_snapshot(folder: Path) -> Snapshot:
     raise DataError(f"{path} was written by another version of Aymen-GPT: its model can be used, not continued")
 
 
-def restore(folder: Path, model: GPT, optimizer: torch.optim.Optimizer) -> Snapshot:
+def restore(folder: Path, model: GPT, optimizer: torch.optim.Optimizer, ranks: Ranks | None = None) -> Snapshot:
     """Put model and optimizer where ``capture`` found them; DataError when a tensor holds NaN or infinity."""
-    snapshot = read_snapshot(folder)
-    weights, stored = load_file(folder / "model.safetensors"), load_file(folder / "optimizer.safetensors")
-    bad = first_not_finite(weights) or first_not_finite(stored)
-    if bad:
+    snapshot, vocab_size = read_snapshot(folder), model.config.vocab_size
+    bad = read(folder, "model", dict(model.named_parameters()), vocab_size)
+    bad = read(folder, "optimizer", optim.moments(model, optimizer), vocab_size) or bad
+    if bad := next(filter(None, (ranks or Ranks()).gather(bad)), None):
         raise DataError(
             f"{folder}: {bad} holds NaN or infinity; delete the folder to continue from the one before"
         )
-    model.load_state_dict(from_huggingface(weights, model.config))
-    by_moment: dict[str, Tensors] = {
-        which: from_huggingface(
-            {name.removeprefix(f"{which}."): t for name, t in stored.items() if name.startswith(f"{which}.")},
-            model.config,
-        )
-        for which in optim.kinds(optimizer)
-    }
-    optim.restore_moments(model, optimizer, snapshot.updates, by_moment)
+    optim.set_updates(optimizer, snapshot.updates)
     return snapshot
 
 
@@ -249,9 +245,16 @@ class Saver:
     """Publishes checkpoints in a thread while training goes on; leaving the ``with`` waits for the last one."""
 
     def __init__(
-        self, run: Path, warn: Callable[[str], None], keep_last: int, keep: Callable[[int], bool]
+        self,
+        run: Path,
+        warn: Callable[[str], None],
+        keep_last: int,
+        keep: Callable[[int], bool],
+        ranks: Ranks | None = None,
     ) -> None:
         self.run, self.warn, self.keep_last, self.keep = run, warn, keep_last, keep  # as publish has them
+        self.ranks = ranks or Ranks()
+        self._writers: Writers | None = None  # of the newest save
         self.failures = 0  # in a row
         self.error: Exception | None = None  # of the newest save
         self._thread = Thread()
@@ -259,13 +262,21 @@ class Saver:
     def __enter__(self) -> "Saver":
         return self
 
-    def __exit__(self, *error: object) -> None:
+    def __exit__(self, error: type[BaseException] | None, *_: object) -> None:
+        if error and self._writers:
+            self._writers.hurry()
         self.wait()
 
     def start(self, model: GPT, optimizer: torch.optim.Optimizer, snapshot: Snapshot) -> None:
-        """Copy the tensors and return; the files follow. Waits for the save before, so there is one at a time."""
+        """Copy the tensors and return; the files follow. Waits for the save before, so there is one at a time.
+
+        All ranks must come; of those that have nothing to write none has a thread.
+        """
         self.wait()
-        captured = capture(model, optimizer)
+        captured = capture(model, optimizer, self.ranks)
+        self._writers = captured.writers
+        if self.ranks.rank >= captured.writers.count:
+            return
         self._thread = Thread(target=self._publish, args=(captured, snapshot), name="checkpoint")
         self._thread.start()
 

@@ -146,6 +146,10 @@ class TrainConfig:
     device: str = option("auto, cpu, mps, cuda or cuda:N", "machine", "auto")
     dtype: str = option("of matrix products: auto, float32, bfloat16 or float16", "machine", "auto")
     micro_batch: int | None = option("rows per pass; auto: the most that fit", "machine", None, COUNT, "auto")
+    shard: str = option("ranks that share a copy of the model: 1, N, node or all", "machine", "1")
+    recompute: str = option(
+        "block: keep less for backward, compute blocks twice", "machine", "none", choices=("none", "block")
+    )
     residual: str = option(
         "of the sums between blocks: float32 or bfloat16", "machine", "float32", choices=RESIDUALS
     )

@@ -44,11 +44,14 @@ class Device:
     name: str
     peak_flops: float | None
 
-    def autocast(self) -> AbstractContextManager[object]:
-        """Matrix products in ``dtype``; weights, softmax, norms and sums stay float32."""
+    def autocast(self, *, cache: bool = True) -> AbstractContextManager[object]:
+        """Matrix products in ``dtype``; weights, softmax, norms and sums stay float32.
+
+        ``cache`` keeps a copy in ``dtype`` of each weight to the end, as if all weights were to stay in memory.
+        """
         if self.dtype == torch.float32:
             return nullcontext()
-        return torch.autocast(self.place.type, dtype=self.dtype)
+        return torch.autocast(self.place.type, dtype=self.dtype, cache_enabled=cache)
 
 
 def choose_device(name: str = "auto", dtype: str = "auto", local_rank: int = 0) -> Device:

@@ -1,6 +1,7 @@
 """One process or many: the same code with a ``Ranks`` value passed in."""
 
 import os
+import re
 import time
 import uuid
 from collections.abc import Callable, Iterator
@@ -18,6 +19,7 @@ from aymen_gpt.errors import AymenError
 
 T = TypeVar("T")
 PATIENCE = 3.0
+LOST = re.compile("gloo|nccl|connection|timed out|timeout|nothing for|cannot be finished", re.IGNORECASE)
 
 
 @dataclass
@@ -32,6 +34,7 @@ class Ranks:
     rank: int = 0
     world_size: int = 1
     local_rank: int = 0
+    local_world_size: int = 1  # processes on this machine
     store: dist.Store = field(default_factory=dist.HashStore)
     arrivals: int = 0
     timeout: float | None = None  # seconds to look for a sum, where waiting for it does not stop the host (NCCL)
@@ -104,12 +107,17 @@ class Ranks:
 
     @contextmanager
     def meeting(self) -> Iterator[None]:
-        """Around what every rank must come to: says which rank is missing, if it fails."""
+        """Around what every rank must come to: says which rank is missing, if it fails for one.
+
+        Other errors pass, as that of memory that is full here.
+        """
         self.arrivals += 1
         self.store.set(str(self.rank), str(self.arrivals))
         try:
             yield
         except RuntimeError as error:
+            if not isinstance(error, dist.DistError) and not LOST.search(str(error)):
+                raise
             self.say_failed("")  # of another rank's failure
             reason = " ".join(str(error).split())[:200]
             raise AymenError(f"{self._missing()}; run the same command again to continue ({reason})") from error
@@ -151,11 +159,10 @@ class Ranks:
 
 
 def ranks_from_environment() -> Ranks:
-    """What torchrun says in RANK, WORLD_SIZE and LOCAL_RANK; one process without them."""
-    rank, world_size, local_rank = (
-        int(os.environ.get(name, alone)) for name, alone in (("RANK", 0), ("WORLD_SIZE", 1), ("LOCAL_RANK", 0))
-    )
-    return Ranks(rank, world_size, local_rank)
+    """What torchrun says in RANK, WORLD_SIZE, LOCAL_RANK and LOCAL_WORLD_SIZE; one process without them."""
+    names = {"RANK": 0, "WORLD_SIZE": 1, "LOCAL_RANK": 0, "LOCAL_WORLD_SIZE": 1}
+    rank, world_size, local_rank, local_world_size = (int(os.environ.get(n, alone)) for n, alone in names.items())
+    return Ranks(rank, world_size, local_rank, local_world_size)
 
 
 def meet(store: dist.Store, rank: int, world_size: int, seconds: float) -> dist.Store:

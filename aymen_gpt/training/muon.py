@@ -18,6 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from aymen_gpt.training.distributed import Ranks
+from aymen_gpt.training.sharding import first_row, gather_rows, local
 
 MOMENTUM = 0.95
 STEPS, COEFFICIENTS = 5, (3.4445, -4.7750, 2.0315)
@@ -74,9 +75,10 @@ def zero_residual_projections(model: nn.Module) -> None:
 class Muon(torch.optim.Optimizer):
     """Muon for the blocks' matrices, AdamW (eps 1e-8) for embeddings, biases and gains.
 
-    The gradients must be the same on all ranks. Each rank orthogonalises its share of the matrices, then all get
-    all of them, so the ranks' weights stay equal to the last bit. ``state`` holds, by parameter, ``momentum`` of
-    the former and AdamW's ``exp_avg``, ``exp_avg_sq`` and ``step`` of the others; optim.start_moments makes it.
+    Ranks that have the same rows of a parameter must have the same gradient. All gather the matrices of a batch,
+    each orthogonalises its share, then all get all, so their weights stay equal to the last bit. ``state`` holds,
+    by parameter, ``momentum`` of the former and AdamW's ``exp_avg``, ``exp_avg_sq`` and ``step`` of the others;
+    optim.start_moments makes it.
 
     ``lr`` is AdamW's rate. Groups whose rate is another have it as ``times`` that of the schedule.
     """
@@ -108,28 +110,34 @@ class Muon(torch.optim.Optimizer):
     def step(self, closure: Callable[[], float] | None = None) -> None:  # type: ignore[override]
         """Make one update from the gradients ``p.grad``."""
         assert closure is None
-        group = self.param_groups[0]
-        same: dict[torch.Size, list[tuple[Tensor, Tensor, Tensor, float]]] = {}  # matrices, by shape
+        same: dict[int, list[tuple[str, Tensor]]] = {}  # those whose pieces have the same shape
         for name, p in self.matrices.items():
-            assert p.grad is not None, name
-            momentum = self.state[p]["momentum"].lerp_(p.grad, 1 - MOMENTUM)
-            p.mul_(1 - group["lr"] * group["weight_decay"])
-            weights = list(pieces(name, p))
-            rate = group["lr"] * math.sqrt(max(1, p.size(0) / len(weights) / p.size(1)))
-            for piece in zip(weights, pieces(name, p.grad), pieces(name, momentum), strict=True):
-                same.setdefault(piece[0].shape, []).append((*piece, rate))
-        for shape, matrices in same.items():
-            at_once = max(BATCH // shape.numel(), 1) * self.ranks.world_size
+            same.setdefault(p.numel() // (3 if "c_attn" in name else 1), []).append((name, p))
+        for size, matrices in same.items():
+            at_once = max(BATCH // (2 * size), 1) * self.ranks.world_size
             for first in range(0, len(matrices), at_once):
                 self._move(matrices[first : first + at_once])
         self.adamw.step()
 
-    def _move(self, matrices: list[tuple[Tensor, Tensor, Tensor, float]]) -> None:
-        """Move weights of one shape, each given with its gradient, momentum and rate."""
-        share = -(-len(matrices) // self.ranks.world_size)
-        mine = matrices[self.ranks.rank * share :][:share]
-        batch = matrices[0][0].new_zeros(share, *matrices[0][0].shape)  # zeros where the last ranks have less
-        for place, (_, gradient, momentum, _) in zip(batch, mine, strict=False):
-            torch.lerp(gradient, momentum, MOMENTUM, out=place)
-        for (weight, _, _, rate), moved in zip(matrices, self.ranks.share(orthogonalise(batch)), strict=False):
-            weight.add_(moved, alpha=-rate)
+    def _move(self, matrices: list[tuple[str, Tensor]]) -> None:
+        """Move these parameters, whose pieces all have the same shape."""
+        rate, decay = (self.param_groups[0][key] for key in ("lr", "weight_decay"))
+        ahead: list[Tensor] = []  # by half a step of Nesterov's, piece by piece
+        for name, p in matrices:
+            assert p.grad is not None, name
+            momentum = local(self.state[p]["momentum"]).lerp_(local(p.grad), 1 - MOMENTUM)
+            with self.ranks.meeting():
+                ahead += pieces(name, gather_rows(p, torch.lerp(local(p.grad), momentum, MOMENTUM)))
+        share = -(-len(ahead) // self.ranks.world_size)
+        batch = ahead[0].new_zeros(share, *ahead[0].shape)  # zeros where the last ranks have less
+        for place, piece in zip(batch, ahead[self.ranks.rank * share :][:share], strict=False):
+            place.copy_(piece)
+        moved = iter(self.ranks.share(orthogonalise(batch)))
+        for name, p in matrices:
+            step, mine, first = torch.empty(p.shape, device=batch.device), local(p), first_row(p)
+            parts = list(pieces(name, step))
+            for piece in parts:
+                piece.copy_(next(moved))
+            outputs, inputs = p.size(0) / len(parts), p.size(1)
+            mine.mul_(1 - rate * decay)
+            mine.add_(step[first : first + mine.size(0)], alpha=-rate * math.sqrt(max(1, outputs / inputs)))

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from aymen_gpt.training.muon import Muon
+from aymen_gpt.training.sharding import total
 
 
 def decay_groups(model: nn.Module, weight_decay: float) -> list[dict[str, Any]]:
@@ -30,30 +31,31 @@ def kinds(optimizer: torch.optim.Optimizer) -> tuple[str, ...]:
     return (*MOMENTS, "momentum") if isinstance(optimizer, Muon) else MOMENTS
 
 
-def moments(model: nn.Module, optimizer: torch.optim.Optimizer, which: str) -> dict[str, Tensor]:
-    """What the optimizer remembers under one of ``kinds``, by the names of the parameters that have it."""
+def moments(model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
+    """What the optimizer remembers, as KIND/NAME of the parameter, one of the ``kinds`` after the other."""
     states = {name: optimizer.state[p] for name, p in model.named_parameters()}
-    return {name: state[which] for name, state in states.items() if which in state}
-
-
-def restore_moments(
-    model: nn.Module, optimizer: torch.optim.Optimizer, updates: int, stored: dict[str, dict[str, Tensor]]
-) -> None:
-    """Put the optimizer where it was after ``updates``, from what ``moments`` gave for each of its ``kinds``."""
-    for name, p in model.named_parameters():
-        found = {which: tensors[name].to(p.device) for which, tensors in stored.items() if name in tensors}
-        step = {} if "momentum" in found else {"step": torch.tensor(float(updates), device=p.device)}
-        optimizer.state[p] = step | found
+    return {
+        f"{kind}/{name}": state[kind]
+        for kind in kinds(optimizer)
+        for name, state in states.items()
+        if kind in state
+    }
 
 
 def start_moments(model: nn.Module, optimizer: torch.optim.Optimizer) -> None:
     """The state before the first update, allocated now: what fits after this fits for the whole run."""
     moved = optimizer.matrices if isinstance(optimizer, Muon) else {}
-    zeros: dict[str, dict[str, Tensor]] = {which: {} for which in kinds(optimizer)}
     for name, p in model.named_parameters():
-        for which in ("momentum",) if name in moved else MOMENTS:
-            zeros[which][name] = torch.zeros_like(p)
-    restore_moments(model, optimizer, 0, zeros)
+        step = {} if name in moved else {"step": torch.zeros((), device=p.device)}
+        of_kind = {kind: torch.zeros_like(p) for kind in (("momentum",) if name in moved else MOMENTS)}
+        optimizer.state[p] = step | of_kind
+
+
+def set_updates(optimizer: torch.optim.Optimizer, count: int) -> None:
+    """Let the optimizer go on as after so many updates."""
+    for state in optimizer.state.values():
+        if "step" in state:
+            state["step"].fill_(count)
 
 
 def updates(optimizer: torch.optim.Optimizer) -> int:
@@ -97,7 +99,7 @@ def clip_gradients(parameters: Iterable[Tensor], limit: float | None) -> Tensor:
     CPU a look spares a pass over all gradients, for most are small once training goes well.
     """
     parameters = list(parameters)
-    norm = nn.utils.get_total_norm([p.grad for p in parameters if p.grad is not None])
+    norm = total(nn.utils.get_total_norm([p.grad for p in parameters if p.grad is not None]))
     if limit is not None and (norm.device.type != "cpu" or norm > limit):
         nn.utils.clip_grads_with_norm_(parameters, limit, norm.nan_to_num(0.0, posinf=0.0))
     return norm

@@ -26,8 +26,8 @@ def parameters(m: "GPTConfig") -> dict[str, int]:
 def dealt(rows_per_step: int, world_size: int, micro_batch: int) -> tuple[int, int]:
     """(rows of one forward pass, passes in one step) of the rank with the most rows; one pass may be shorter."""
     _, most = deal(rows_per_step, 0, world_size)
-    rows = min(micro_batch, most)
-    return rows, -(-most // rows)
+    passes = -(-most // micro_batch)
+    return -(-most // passes), passes
 
 
 def saved_by_layer(m: "GPTConfig", size: int) -> int:

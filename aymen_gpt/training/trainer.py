@@ -25,12 +25,11 @@ from aymen_gpt.model import cpu
 from aymen_gpt.model.generation import generate
 from aymen_gpt.model.gpt import GPT
 from aymen_gpt.model.loss import linear_cross_entropy
-from aymen_gpt.training import checkpoint, optim
+from aymen_gpt.training import checkpoint, optim, sharding
 from aymen_gpt.training import device as devices
 from aymen_gpt.training.config import TrainConfig
 from aymen_gpt.training.device import Device
 from aymen_gpt.training.distributed import Ranks
-from aymen_gpt.training.gradients import GradientSum
 from aymen_gpt.training.guard import Guard
 from aymen_gpt.training.muon import Muon, zero_residual_projections
 from aymen_gpt.training.plan import dealt
@@ -73,10 +72,9 @@ class Trainer:
         c.require_rows(self.ranks.world_size)
         largest = c.largest_micro_batch(on_cuda=self.device.place.type == "cuda")
         self.micro_batch, _ = dealt(c.rows_per_step, self.ranks.world_size, largest)
-        self.model = GPT(c.model, torch.Generator().manual_seed(c.seed)).to(self.device.place)
-        self.model.residual = getattr(torch, c.residual)
-        self.parameters = list(self.model.parameters())
-        self.sum = GradientSum(self.ranks, self.parameters)
+        self.shard = sharding.shard_size(c.shard, self.ranks)
+        self.model = self.new_model()
+        self.named = dict(self.model.named_parameters())
         adamw: Any = {"lr": c.learning_rate, "betas": (c.beta1, c.beta2), "weight_decay": c.weight_decay}
         self.optimizer: torch.optim.Optimizer
         if c.optimizer == "muon":
@@ -91,21 +89,41 @@ class Trainer:
         self.settings = options(c) | {"world_size": self.ranks.world_size} | self.settings
         self.origin = (0, 0)  # a step and its first row of the data order; both move on when a run is continued
         self.compiled = self.device.place.type == "cuda" if c.compile is None else c.compile
-        self.loss = self._loss
+        self.loss, self.head = self._loss, linear_cross_entropy
         if self.compiled:  # --deterministic: choose no kernel by timing it
             choices: dict[str, Any] | None = {"deterministic": True} if c.deterministic else None
-            self.loss = torch.compile(self._loss, dynamic=False, options=choices)
+            if self.ranks.world_size == 1:
+                self.loss = torch.compile(self._loss, dynamic=False, options=choices)
+            else:  # what gathers weights between the blocks cannot be compiled
+                self.head = torch.compile(linear_cross_entropy, dynamic=False, options=choices)
+                for block in self.model.h:
+                    block.compile(dynamic=False, options=choices)
         elif self.device.place.type == "cpu":
             cpu.use_sparse_gradient(self.model.wte)
 
+    def new_model(self) -> GPT:
+        """The model with its first random weights, the same whether one process or many hold it."""
+        c, place, generator = self.config, self.device.place, torch.Generator().manual_seed(self.config.seed)
+        if self.ranks.world_size == 1:
+            model = GPT(c.model, generator).to(place)
+        else:
+            with torch.device("meta"):
+                model = GPT(c.model)
+            sharding.shard(model, self.shard, self.ranks, place)
+            sharding.draw(model, generator, place)
+        model.residual, model.recompute = getattr(torch, c.residual), c.recompute == "block"
+        return model
+
     def _loss(self, x: Tensor, y: Tensor) -> Tensor:
         """Summed loss of the tokens y (b, T) that follow x (b, T), in nats."""
-        m = self.model
-        with self.device.autocast():
-            return linear_cross_entropy(m.hidden(x), m.wte.weight, y, m.config.vocab_size)
+        vocab_size = self.config.model.vocab_size
+        with self.device.autocast(cache=self.ranks.world_size == 1):
+            return self.model(x, loss=lambda hidden, weight: self.head(hidden, weight, y, vocab_size))
 
     def batch_loss(self, tokens: Tensor) -> Tensor:
-        """Summed loss of a micro-batch (b, T + 1) in host memory."""
+        """Summed loss of a micro-batch (b, T + 1) in host memory; of one without rows 0, which takes as long."""
+        if not len(tokens):  # other ranks have rows, and need this one's part of the weights for them
+            return 0.0 * self.batch_loss(tokens.new_zeros(1, tokens.size(1)))
         tokens = tokens.to(self.device.place, non_blocking=True)
         return self.loss(tokens[:, :-1], tokens[:, 1:])
 
@@ -115,15 +133,20 @@ class Trainer:
         return origin_row + (step - origin_step) * self.config.rows_per_step
 
     def micro_batches(self, start: int, count: int) -> list[tuple[int, int]]:
-        """This rank's share of ``count`` rows from ``start`` on, as (first row, rows); the last may be short."""
+        """This rank's share of ``count`` rows from ``start`` on, as (first row, rows).
+
+        All ranks have as many; one with fewer rows than others may have one without rows.
+        """
         offset, mine = deal(count, self.ranks.rank, self.ranks.world_size)
-        begin, end = start + offset, start + offset + mine
-        return [(first, min(self.micro_batch, end - first)) for first in range(begin, end, self.micro_batch)]
+        _, passes = dealt(count, self.ranks.world_size, self.micro_batch)
+        shares = [deal(mine, i, passes) for i in range(passes)]
+        return [(start + offset + first, rows) for first, rows in shares]
 
     def batches(self, rows: TokenRows, start: int, count: int) -> Iterator[Tensor]:
         """This rank's micro-batches of ``count`` rows from ``start`` on, (rows, T + 1) int64 in host memory."""
         for first, n in self.micro_batches(start, count):
-            tokens = torch.from_numpy(rows.rows(first, n).astype(np.int64))
+            read = rows.rows(first, n) if n else np.empty((0, self.config.block_size + 1))
+            tokens = torch.from_numpy(read.astype(np.int64))
             yield tokens.pin_memory() if self.device.place.type == "cuda" else tokens
 
     def batches_of(self, step: int) -> list[Tensor]:
@@ -136,15 +159,16 @@ class Trainer:
         Returns its row of metrics.jsonl, and of each flag whether any rank has set it.
         """
         c, began, losses = self.config, time.monotonic(), []
-        for number, tokens in enumerate(batches, 1):
-            if number == len(batches):
-                self.sum.coming()
-            loss = self.batch_loss(tokens) / c.tokens_per_step  # a token weighs the same on any number of ranks
-            self.scaler.scale(loss).backward()
-            losses.append(loss.detach())
-        self.sum.complete()
-        self.scaler.unscale_(self.optimizer)
-        norm = optim.clip_gradients(self.parameters, c.grad_clip) / self.ranks.world_size
+        with self.ranks.meeting():
+            for number, tokens in enumerate(batches, 1):
+                sharding.accumulate(self.model, last=number == len(batches))
+                loss = (
+                    self.batch_loss(tokens) / c.tokens_per_step
+                )  # a token weighs the same on any number of ranks
+                self.scaler.scale(loss).backward()
+                losses.append(loss.detach())
+            self.scaler.unscale_(self.optimizer)
+            norm = optim.clip_gradients(self.named.values(), c.grad_clip) / self.ranks.world_size
         shared = [sum(losses), norm, *(torch.full((), float(flag), device=self.device.place) for flag in flags)]
         numbers = self.ranks.sum(torch.stack(shared))  # type: ignore[arg-type]
         mean_loss, grad_norm, *counts = numbers.cpu().tolist()  # the only place where the host waits for a GPU
@@ -159,7 +183,7 @@ class Trainer:
             row |= {"spike": True} if wrong else {}
         self.scaler.update()
         if self.guard.skipped <= c.max_skips:  # else give_up looks at the gradients once more
-            self.sum.clear()
+            self.optimizer.zero_grad()
         seconds = max(time.monotonic() - began, 1e-9)
         rate, peak = c.tokens_per_step / seconds, self.device.peak_flops
         row |= {"step_seconds": round(seconds, 4), "tokens_per_second": round(rate, 1)}
@@ -193,8 +217,8 @@ class Trainer:
 
     def fit_micro_batch(self) -> None:
         """Halve the micro-batch until forward and backward fit in the memory of every rank."""
-        while not all(self.ranks.gather(self._fits(self.micro_batch))):
-            if self.micro_batch == 1:
+        while not all(fits := self.ranks.gather(self._fits(self.micro_batch))):
+            if self.micro_batch == 1 or any(fits):  # those where it fits wait for the layers of the others
                 raise self.too_large("in the first try")
             self.micro_batch = (self.micro_batch + 1) // 2
 
@@ -204,7 +228,8 @@ class Trainer:
         Without a compiler here, and without --compile, the run goes on uncompiled.
         """
         try:
-            for _ in self.micro_batches(0, self.config.rows_per_step)[:2]:
+            for number, _ in enumerate(self.micro_batches(0, self.config.rows_per_step)[:2], 1):
+                sharding.accumulate(self.model, last=number == 2)
                 self.batch_loss(torch.zeros(rows, self.config.block_size + 1, dtype=torch.int64)).backward()
         except RuntimeError as error:
             if devices.is_out_of_memory(error):
@@ -214,10 +239,13 @@ class Trainer:
                 raise
             reason = " ".join(str(error).split())[:150]
             warnings.warn(f"torch.compile fails here, so this run is slower without it ({reason})", stacklevel=2)
-            self.loss, self.compiled = self._loss, False
+            self.loss, self.head, self.compiled = self._loss, linear_cross_entropy, False
+            for block in self.model.h:
+                block._compiled_call_impl = None
             return self._fits(rows)
         finally:
-            self.sum.clear()
+            self.optimizer.zero_grad()
+            sharding.settle(self.model)
         return True
 
     def too_large(self, when: str) -> AymenError:
@@ -233,8 +261,10 @@ class Trainer:
         count = min(max(self.config.val_tokens // self.config.block_size, 1), self.val_rows.rows_per_epoch)
         place = self.device.place
         total = torch.zeros((), dtype=torch.float32 if place.type == "mps" else torch.float64, device=place)
-        for tokens in self.batches(self.val_rows, 0, count):
-            total += self.batch_loss(tokens)
+        with self.ranks.meeting():
+            for tokens in self.batches(self.val_rows, 0, count):
+                total += self.batch_loss(tokens)
+        sharding.settle(self.model)
         return self.ranks.sum(total).item() / (count * self.config.block_size)
 
     def sample(self, step: int) -> list[Row]:
@@ -258,7 +288,8 @@ class Trainer:
         """Go to the newest checkpoint that verifies: its row (None: a new start), and what changed."""
         newest, notices = self.ranks.first(lambda: find_checkpoint(folder, mode))
         if newest is None and self.initial is not None:
-            self.model.load_state_dict(self.initial().state_dict())
+            for name, whole in self.initial().state_dict().items():
+                sharding.put(self.named[name], whole)
             notices.append(f"weights of {self.config.init_from}; no optimizer state: the schedule begins anew")
         for notice in notices:
             if log:
@@ -267,7 +298,7 @@ class Trainer:
             return None, {}
         saved = checkpoint.read_snapshot(newest)
         changed = check_identity(saved.identity, self.identity, folder, override)
-        checkpoint.restore(newest, self.model, self.optimizer)
+        checkpoint.restore(newest, self.model, self.optimizer, self.ranks)
         self.guard.restore(saved.guard)
         if saved.scaler:  # none where the steps before were not in float16
             self.scaler.load_state_dict(saved.scaler)
@@ -320,7 +351,7 @@ class Trainer:
             self.report(log, row)  # killed between the checkpoint and its row
         warn = log.say if log else print
         with (
-            checkpoint.Saver(folder, warn, keep_last=c.keep_last, keep=c.is_milestone) as saver,
+            checkpoint.Saver(folder, warn, c.keep_last, c.is_milestone, self.ranks) as saver,
             ThreadPoolExecutor(1, "batches") as reader,
         ):
             ready = reader.submit(self.batches_of, step)
@@ -340,7 +371,7 @@ class Trainer:
                 if last or (c.val_every and step % c.val_every == 0):
                     row["val_loss"] = finite(self.validation_loss())
                 due = step % c.checkpoint_every == 0 or step in c.kept_steps
-                if self.ranks.is_first and (last or stopping or due):
+                if last or stopping or due:
                     saver.start(self.model, self.optimizer, self.snapshot(row))
                 if last or stopping or cannot_save:
                     self.wait_for_save(saver)
@@ -366,27 +397,29 @@ class Trainer:
 
     def report(self, log: RunLog | None, row: Row) -> None:
         """Measure what is due after a step's checkpoint (score, samples), and log the step."""
-        if self.score and self.scores_after(row["step"]):
-            row = row | {"hellaswag": self.score(self.model)}
+        samples: list[Row] = []
+        if self.scores_after(row["step"]) or "val_loss" in row:
+            with self.ranks.meeting(), sharding.whole(self.model):
+                if self.score and self.scores_after(row["step"]):
+                    row = row | {"hellaswag": self.score(self.model)}
+                if log and "val_loss" in row:
+                    samples = self.sample(row["step"])
         if log:
-            log.write(row, self.sample(row["step"]) if "val_loss" in row else [])
+            log.write(row, samples)
 
     def give_up(self, log: RunLog | None, row: Row) -> None:
         """AymenError; failure.json has the last skipped step and the norms of all parameters and gradients."""
 
         def size(t: Tensor) -> Row:
-            return {"norm": finite(t.norm().item()), "not_finite": int((~torch.isfinite(t)).sum())}
+            not_finite = sharding.total((~torch.isfinite(t)).sum())
+            return {"norm": finite(sharding.total(t.norm()).item()), "not_finite": int(not_finite)}
 
-        parameters = list(self.model.named_parameters())
+        weights = {name: size(p.detach()) for name, p in self.named.items()}
+        gradients = {name: size(p.grad) for name, p in self.named.items() if p.grad is not None}
         if log:
             log.replace(
                 "failure.json",
-                row
-                | {
-                    "last_losses": list(self.guard.losses)[-20:],
-                    "weights": {name: size(p.detach()) for name, p in parameters},
-                    "gradients": {name: size(p.grad) for name, p in parameters if p.grad is not None},
-                },
+                row | {"last_losses": list(self.guard.losses)[-20:], "weights": weights, "gradients": gradients},
             )
         raise AymenError(
             f"{self.guard.skipped} steps in a row were skipped, the last for a {row['skipped']}: the weights are "

@@ -1,0 +1,166 @@
+"""One model on many ranks, by PyTorch's FSDP2 (fully_shard), and what our promises need around it.
+
+``shard`` ranks hold one copy of weights, gradients and moments between them. The world holds world_size / shard
+such copies, which learn alike. Before a block computes, its ranks gather its weights; after backward they add up
+its gradients, and each keeps the sum of its own part: ZeRO-3 (arXiv:1910.02054). With ``shard`` 1 every rank has
+the whole model and gradients go through an all-reduce, block after block while backward goes on, as with DDP.
+
+A rank has rows [first, first + n) of each parameter: those of torch.chunk, the last ranks may have fewer, or none.
+One process is not wrapped at all. https://docs.pytorch.org/docs/stable/distributed.fsdp.fully_shard.html
+"""
+
+import re
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import FSDPModule, fully_shard
+from torch.distributed.tensor import DTensor
+
+from aymen_gpt.errors import UsageError
+from aymen_gpt.model.gpt import GPT
+from aymen_gpt.training.distributed import Ranks
+
+
+def shard_size(option: str, ranks: Ranks) -> int:
+    """Ranks of one copy of the model, by ``--shard``: a number, node (those of one machine) or all."""
+    size = {"node": ranks.local_world_size, "all": ranks.world_size}.get(option)
+    if size is None and not re.fullmatch("[1-9][0-9]{0,5}", option):
+        raise UsageError(f"--shard {option}: expected a number of processes, node or all")
+    size = size or int(option)
+    if ranks.world_size % size:
+        raise UsageError(f"--shard {option}: {ranks.world_size} processes do not divide into groups of {size}")
+    return size
+
+
+def shard(model: GPT, size: int, ranks: Ranks, place: torch.device) -> GPT:
+    """Give each rank its rows of every parameter, and let ``model(...)`` and backward do the rest, sums included.
+
+    Gradients are sums over ranks, not means: the loss already is a share of the whole step's.
+    """
+    if not hasattr(FSDPModule, "reset_iter_state"):
+        raise UsageError(f"several processes need torch 2.13 or newer, this is {torch.__version__}")
+    shape = (ranks.world_size // size, size)
+    mesh = init_device_mesh(place.type, shape, mesh_dim_names=("replicate", "shard"))
+    for block in model.h:
+        fully_shard(block, mesh=mesh)
+    fully_shard(model, mesh=mesh)
+    for module in engines(model):
+        module.set_gradient_divide_factor(1.0)
+        module.set_force_sum_reduction_for_comms(True)
+    return model
+
+
+def draw(model: GPT, generator: torch.Generator, place: torch.device) -> None:
+    """The weights of GPT.init_weights, to the bit, for a sharded model on the meta device.
+
+    Every rank draws all of them, a parameter at a time, and keeps its rows.
+    """
+    model.to_empty(device=place)
+    for name, p in model.named_parameters():
+        put(p, model.initial(name, p.shape, generator))
+
+
+def engines(model: nn.Module) -> list[FSDPModule]:
+    return [module for module in model.modules() if isinstance(module, FSDPModule)]
+
+
+def local(t: Tensor) -> Tensor:
+    """What this rank has of a tensor; of a whole one, all."""
+    return t.to_local() if isinstance(t, DTensor) else t
+
+
+def total(t: Tensor) -> Tensor:
+    """The whole of a tensor or of a sum over ranks; every rank must ask."""
+    return t.full_tensor() if isinstance(t, DTensor) else t
+
+
+def copy_size(t: Tensor) -> int:
+    """How many ranks hold one copy of a parameter of the model."""
+    return t.device_mesh["shard"].size() if isinstance(t, DTensor) else 1
+
+
+def first_row(t: Tensor) -> int:
+    """The first row that this rank has of a tensor."""
+    if not isinstance(t, DTensor):
+        return 0
+    mesh = t.device_mesh["shard"]
+    return min(-(-t.size(0) // mesh.size()) * mesh.get_local_rank(), t.size(0))
+
+
+@torch.no_grad()
+def put(t: Tensor, whole: Tensor) -> None:
+    """Make a tensor equal to ``whole``, of which this rank takes its rows."""
+    mine, first = local(t), first_row(t)
+    mine.copy_(whole[first : first + mine.size(0)])
+
+
+def gather_rows(like: Tensor, mine: Tensor) -> Tensor:
+    """The whole tensor on every rank, whose rows lie as those of ``like`` do and are ``mine`` here."""
+    if not isinstance(like, DTensor):
+        return mine
+    layout: Any = {"shape": like.shape, "stride": like.stride()}
+    return DTensor.from_local(mine, like.device_mesh, like.placements, run_check=False, **layout).full_tensor()
+
+
+def gather_to(owner: int, t: Tensor) -> Tensor | None:
+    """The whole tensor, in host memory of rank ``owner`` of the first ``shard`` ranks; None on the others.
+
+    All ranks of the first copy of the model must ask; those of other copies have nothing to do.
+    """
+    if not isinstance(t, DTensor):
+        return t.detach().to("cpu", copy=True)
+    mesh, mine = t.device_mesh["shard"], t.to_local().detach()
+    if mesh.size() == 1:
+        return mine.to("cpu", copy=True) if dist.get_rank() == owner else None
+    if dist.get_rank() >= mesh.size():
+        return None
+    rows = -(-t.size(0) // mesh.size())
+    padded = mine.new_zeros(rows, *t.shape[1:])
+    padded[: mine.size(0)] = mine
+    parts = [torch.empty_like(padded) for _ in range(mesh.size())] if dist.get_rank() == owner else None
+    dist.gather(padded, parts, dst=owner, group=mesh.get_group())
+    return torch.cat(parts)[: t.size(0)].to("cpu", copy=True) if parts else None
+
+
+def accumulate(model: nn.Module, *, last: bool) -> None:
+    """Say whether the next backward is the last of a step; the earlier ones spare what communication they can.
+
+    With ``shard`` 1 they add up gradients on each rank; else a rank has no room for all of them, and only the sum
+    over the copies of the model waits for the last.
+    """
+    if isinstance(model, FSDPModule):
+        if copy_size(next(model.parameters())) == 1:
+            model.set_requires_gradient_sync(last)
+        else:
+            model.set_requires_all_reduce(last)
+
+
+def settle(model: nn.Module) -> None:
+    """After passes without backward, and after a failed one: free gathered weights, forget the order of passes."""
+    if isinstance(model, FSDPModule):
+        model.reset_iter_state()
+        for module in engines(model):
+            module.reshard()
+
+
+@contextmanager
+def whole(model: nn.Module) -> Iterator[None]:
+    """Inside, each rank has all weights as plain tensors, and may use them alone, as often as it likes.
+
+    All ranks must come in. A rank needs 4 bytes a parameter for it.
+    """
+    modules = engines(model)
+    for module in modules:
+        module.set_reshard_after_forward(False, recurse=False)
+        module.unshard()
+    try:
+        yield
+    finally:
+        for module in modules:
+            module.set_reshard_after_forward(module is not model, recurse=False)
+        settle(model)
