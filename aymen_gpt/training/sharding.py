@@ -44,8 +44,10 @@ def shard(model: GPT, size: int, ranks: Ranks, place: torch.device) -> GPT:
     """
     if not hasattr(FSDPModule, "reset_iter_state"):
         raise UsageError(f"several processes need torch 2.13 or newer, this is {torch.__version__}")
-    shape = (ranks.world_size // size, size)
-    mesh = init_device_mesh(place.type, shape, mesh_dim_names=("replicate", "shard"))
+    shape = {"replicate": ranks.world_size // size, "shard": size}
+    if size == ranks.world_size:
+        del shape["replicate"]
+    mesh = init_device_mesh(place.type, tuple(shape.values()), mesh_dim_names=tuple(shape))
     for block in model.h:
         fully_shard(block, mesh=mesh)
     fully_shard(model, mesh=mesh)
