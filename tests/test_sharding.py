@@ -134,7 +134,8 @@ def assert_the_parts_are_the_whole(folder):
 @pytest.mark.parametrize(("world", "shards"), GRIDS)
 def test_any_grid_of_ranks_learns_the_same_and_repeats_itself_bit_for_bit(world, shards, data, alone, tmp_path):
     """Eight rows do not divide by three ranks, and five validation rows by none; ranks score unlike often."""
-    on_ranks(world, whole_and_in_two_parts, data, tmp_path, shards, {})
+    options = {"micro_batch": None} if world == 2 else {}  # then a pass that does not count comes first
+    on_ranks(world, whole_and_in_two_parts, data, tmp_path, shards, options)
     for shard in shards:
         assert_the_same_curve(tmp_path / f"{shard}" / "whole", alone)
         assert_the_parts_are_the_whole(tmp_path / f"{shard}")

@@ -36,6 +36,7 @@ from aymen_gpt.training.distributed import Ranks, process_group, ranks_from_envi
 from aymen_gpt.training.forecast import forecaster
 from aymen_gpt.training.plan import moments
 from aymen_gpt.training.runlog import RunLog
+from aymen_gpt.training.sharding import shard_size
 from aymen_gpt.training.signals import StopSignal
 from aymen_gpt.training.trackers import tracker
 from aymen_gpt.training.trainer import Trainer
@@ -56,11 +57,11 @@ def main(args: argparse.Namespace) -> None:
     stop, ranks = StopSignal(), ranks_from_environment()
     device = choose_device(config.device, config.dtype, ranks.local_rank)
     there, numbers = memory_there(device), 2 * config.model.n_params + moments(config.model, config.optimizer)
-    needed = 4 * numbers / 1e9
+    needed = 4e-9 * numbers / shard_size(config.shard, ranks)
     if there and needed > there:
         raise AymenError(
             f"{config.preset} does not fit: weights, gradients and moments take {needed:,.0f} GB and there are "
-            f"{there:,.0f}: choose a smaller --preset"
+            f"{there:,.0f}: choose a smaller --preset, or more processes that --shard it"
         )
     if device.place.type == "cpu":
         cpu.keep_freed_memory()

@@ -77,7 +77,8 @@ def capture(
         raise AymenError(f"{bad} holds NaN or infinity: nothing was saved; continue from an older checkpoint")
     size, vocab_size = copy_size(next(model.parameters())), model.config.vocab_size
     weights = collect("model", dict(model.named_parameters()), vocab_size, size, limit)
-    moments = collect("optimizer", optim.moments(model, optimizer), vocab_size, size, limit)
+    files = len(set(weights.places.values()))
+    moments = collect("optimizer", optim.moments(model, optimizer), vocab_size, size, limit, first=files)
     return Capture(model.config, weights, moments, Writers(ranks, size, ranks.broadcast(os.getpid())))
 
 

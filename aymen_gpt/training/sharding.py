@@ -143,11 +143,25 @@ def accumulate(model: nn.Module, *, last: bool) -> None:
 
 
 def settle(model: nn.Module) -> None:
-    """After passes without backward, and after a failed one: free gathered weights, forget the order of passes."""
+    """After passes without backward: free gathered weights, forget the order of passes."""
     if isinstance(model, FSDPModule):
         model.reset_iter_state()
         for module in engines(model):
             module.reshard()
+
+
+def forget(model: nn.Module) -> None:
+    """After passes that do not count, failed ones included: settle, and clear all gradients.
+
+    Those of gathered weights too, which reset_iter_state leaves: they would be added to the next step's.
+    """
+    settle(model)
+    for module in model.modules():
+        if isinstance(module, FSDPModule):
+            module.unshard()
+            module.zero_grad()
+            module.reshard()
+    model.zero_grad()
 
 
 @contextmanager

@@ -109,10 +109,11 @@ def stored_name(name: str) -> str:
     return f"{kind}.{PREFIX}{ours}" if kind else PREFIX + ours
 
 
-def collect(stem: str, tensors: Tensors, vocab_size: int, shard: int, limit: int = LIMIT) -> Files:
+def collect(stem: str, tensors: Tensors, vocab_size: int, shard: int, limit: int = LIMIT, first: int = 0) -> Files:
     """Copy what this rank is to write. ``tensors`` have our names, moments as exp_avg/NAME.
 
-    Tensors fill files in their order. File i is for rank i modulo ``shard``, the ranks of a copy of the model.
+    Tensors fill files in their order. Files are dealt over the ``shard`` ranks of a copy of the model, from rank
+    ``first`` on.
     """
     places: dict[str, int] = {}
     mine: dict[int, Tensors] = {}
@@ -124,7 +125,7 @@ def collect(stem: str, tensors: Tensors, vocab_size: int, shard: int, limit: int
             number, room = number + 1, max(limit, size)
         room -= size
         places[name] = number
-        whole = gather_to(number % shard, t)
+        whole = gather_to((first + number) % shard, t)
         if whole is not None:
             ours = name.rpartition("/")[2]
             [layout] = to_huggingface({ours: whole}, vocab_size).values()

@@ -20,7 +20,7 @@ from torch import Tensor
 
 from aymen_gpt.data import tokenizer
 from aymen_gpt.data.loader import TokenRows, deal
-from aymen_gpt.errors import AymenError, CannotWrite, DataError, Stopped
+from aymen_gpt.errors import AymenError, CannotWrite, DataError, Stopped, UsageError
 from aymen_gpt.model import cpu
 from aymen_gpt.model.generation import generate
 from aymen_gpt.model.gpt import GPT
@@ -32,7 +32,7 @@ from aymen_gpt.training.device import Device
 from aymen_gpt.training.distributed import Ranks
 from aymen_gpt.training.guard import Guard
 from aymen_gpt.training.muon import Muon, zero_residual_projections
-from aymen_gpt.training.plan import dealt
+from aymen_gpt.training.plan import dealt, moments
 from aymen_gpt.training.resume import (
     changes,
     check_identity,
@@ -73,6 +73,14 @@ class Trainer:
         largest = c.largest_micro_batch(on_cuda=self.device.place.type == "cuda")
         self.micro_batch, _ = dealt(c.rows_per_step, self.ranks.world_size, largest)
         self.shard = sharding.shard_size(c.shard, self.ranks)
+        there, own = devices.memory_there(self.device), 2 * c.model.n_params + moments(c.model, c.optimizer)
+        gathered = 4e-9 * (own / self.shard + c.model.n_params)  # GB, in sharding.whole
+        self.can_be_whole = self.shard == 1 or not there or gathered < there
+        if c.hellaswag_every and not self.can_be_whole:
+            raise UsageError(
+                f"all weights beside this process's part of the training state take {gathered:,.0f} GB of "
+                f"{there:,.0f}: add --hellaswag-every 0, and score checkpoints with hellaswag.py"
+            )
         self.model = self.new_model()
         self.named = dict(self.model.named_parameters())
         adamw: Any = {"lr": c.learning_rate, "betas": (c.beta1, c.beta2), "weight_decay": c.weight_decay}
@@ -244,8 +252,7 @@ class Trainer:
                 block._compiled_call_impl = None
             return self._fits(rows)
         finally:
-            self.optimizer.zero_grad()
-            sharding.settle(self.model)
+            sharding.forget(self.model)
         return True
 
     def too_large(self, when: str) -> AymenError:
@@ -398,7 +405,7 @@ class Trainer:
     def report(self, log: RunLog | None, row: Row) -> None:
         """Measure what is due after a step's checkpoint (score, samples), and log the step."""
         samples: list[Row] = []
-        if self.scores_after(row["step"]) or "val_loss" in row:
+        if self.can_be_whole and (self.scores_after(row["step"]) or "val_loss" in row):
             with self.ranks.meeting(), sharding.whole(self.model):
                 if self.score and self.scores_after(row["step"]):
                     row = row | {"hellaswag": self.score(self.model)}
