@@ -65,6 +65,9 @@ def draw(model: GPT, generator: torch.Generator, place: torch.device) -> None:
     model.to_empty(device=place)
     for name, p in model.named_parameters():
         put(p, model.initial(name, p.shape, generator))
+    with torch.no_grad():  # fully_shard finds its root in the first pass: nothing else may come before
+        model(torch.zeros(1, 1, dtype=torch.int64, device=place))
+    settle(model)
 
 
 def engines(model: nn.Module) -> list[FSDPModule]:
