@@ -22,7 +22,7 @@ from torch.distributed.fsdp import FSDPModule, fully_shard
 from torch.distributed.tensor import DTensor
 
 from aymen_gpt.errors import UsageError
-from aymen_gpt.model.gpt import GPT
+from aymen_gpt.model.gpt import GPT, GPTConfig
 from aymen_gpt.training.distributed import Ranks
 
 
@@ -35,6 +35,18 @@ def shard_size(option: str, ranks: Ranks) -> int:
     if ranks.world_size % size:
         raise UsageError(f"--shard {option}: {ranks.world_size} processes do not divide into groups of {size}")
     return size
+
+
+def new_model(config: GPTConfig, seed: int, size: int, ranks: Ranks, place: torch.device) -> GPT:
+    """The model with its first random weights, the same whether one process or ``size`` of many hold a copy."""
+    generator = torch.Generator().manual_seed(seed)
+    if ranks.world_size == 1:
+        return GPT(config, generator).to(place)
+    with torch.device("meta"):
+        model = GPT(config)
+    shard(model, size, ranks, place)
+    draw(model, generator, place)
+    return model
 
 
 def shard(model: GPT, size: int, ranks: Ranks, place: torch.device) -> GPT:

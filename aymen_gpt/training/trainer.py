@@ -81,7 +81,8 @@ class Trainer:
                 f"all weights beside this process's part of the training state take {gathered:,.0f} GB of "
                 f"{there:,.0f}: add --hellaswag-every 0, and score checkpoints with hellaswag.py"
             )
-        self.model = self.new_model()
+        self.model = sharding.new_model(c.model, c.seed, self.shard, self.ranks, self.device.place)
+        self.model.residual, self.model.recompute = getattr(torch, c.residual), c.recompute == "block"
         self.named = dict(self.model.named_parameters())
         adamw: Any = {"lr": c.learning_rate, "betas": (c.beta1, c.beta2), "weight_decay": c.weight_decay}
         self.optimizer: torch.optim.Optimizer
@@ -108,19 +109,6 @@ class Trainer:
                     block.compile(dynamic=False, options=choices)
         elif self.device.place.type == "cpu":
             cpu.use_sparse_gradient(self.model.wte)
-
-    def new_model(self) -> GPT:
-        """The model with its first random weights, the same whether one process or many hold it."""
-        c, place, generator = self.config, self.device.place, torch.Generator().manual_seed(self.config.seed)
-        if self.ranks.world_size == 1:
-            model = GPT(c.model, generator).to(place)
-        else:
-            with torch.device("meta"):
-                model = GPT(c.model)
-            sharding.shard(model, self.shard, self.ranks, place)
-            sharding.draw(model, generator, place)
-        model.residual, model.recompute = getattr(torch, c.residual), c.recompute == "block"
-        return model
 
     def _loss(self, x: Tensor, y: Tensor) -> Tensor:
         """Summed loss of the tokens y (b, T) that follow x (b, T), in nats."""
@@ -170,9 +158,7 @@ class Trainer:
         with self.ranks.meeting():
             for number, tokens in enumerate(batches, 1):
                 sharding.accumulate(self.model, last=number == len(batches))
-                loss = (
-                    self.batch_loss(tokens) / c.tokens_per_step
-                )  # a token weighs the same on any number of ranks
+                loss = self.batch_loss(tokens) / c.tokens_per_step  # a token weighs the same on any ranks
                 self.scaler.scale(loss).backward()
                 losses.append(loss.detach())
             self.scaler.unscale_(self.optimizer)
@@ -236,8 +222,9 @@ class Trainer:
         Without a compiler here, and without --compile, the run goes on uncompiled.
         """
         try:
-            for number, _ in enumerate(self.micro_batches(0, self.config.rows_per_step)[:2], 1):
-                sharding.accumulate(self.model, last=number == 2)
+            passes = self.micro_batches(0, self.config.rows_per_step)[:2]
+            for number, _ in enumerate(passes, 1):
+                sharding.accumulate(self.model, last=number == len(passes))
                 self.batch_loss(torch.zeros(rows, self.config.block_size + 1, dtype=torch.int64)).backward()
         except RuntimeError as error:
             if devices.is_out_of_memory(error):
@@ -310,7 +297,8 @@ class Trainer:
         if saved.scaler:  # none where the steps before were not in float16
             self.scaler.load_state_dict(saved.scaler)
         self.origin = (saved.step, saved.rows)
-        return saved.metrics, changed | changes(saved.settings, self.settings)
+        known = {key: value for key, value in self.settings.items() if key in saved.settings}  # by that version
+        return saved.metrics, changed | changes(saved.settings, known)
 
     def snapshot(self, row: Row) -> checkpoint.Snapshot:
         return checkpoint.Snapshot(
