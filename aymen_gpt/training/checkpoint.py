@@ -15,6 +15,7 @@ the seed and the step alone.
 import errno
 import os
 import shutil
+import uuid
 from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import dataclass, field
@@ -79,7 +80,7 @@ def capture(
     weights = collect("model", dict(model.named_parameters()), vocab_size, size, limit)
     files = len(set(weights.places.values()))
     moments = collect("optimizer", optim.moments(model, optimizer), vocab_size, size, limit, first=files)
-    return Capture(model.config, weights, moments, Writers(ranks, size, ranks.broadcast(os.getpid())))
+    return Capture(model.config, weights, moments, Writers(ranks, size, ranks.broadcast(uuid.uuid4().hex)))
 
 
 def publish(

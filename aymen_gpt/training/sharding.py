@@ -12,18 +12,29 @@ One process is not wrapped at all. https://docs.pytorch.org/docs/stable/distribu
 import re
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Any
+from typing import TYPE_CHECKING, Any, TypeGuard
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.device_mesh import init_device_mesh
-from torch.distributed.fsdp import FSDPModule, fully_shard
-from torch.distributed.tensor import DTensor
 
 from aymen_gpt.errors import UsageError
 from aymen_gpt.model.gpt import GPT, GPTConfig
 from aymen_gpt.training.distributed import Ranks
+
+if TYPE_CHECKING:  # where one process trains they are not imported, for that takes a second
+    from torch.distributed.tensor import DTensor
+
+
+def is_dealt(t: Tensor) -> TypeGuard["DTensor"]:
+    """Whether several ranks hold the rows of a tensor, a copy of it or both."""
+    return hasattr(t, "full_tensor")
+
+
+def engines(model: nn.Module) -> list[Any]:
+    """The modules that fully_shard has wrapped, the model first; none in a single process."""
+    return [module for module in model.modules() if hasattr(module, "reset_iter_state")]
 
 
 def shard_size(option: str, ranks: Ranks) -> int:
@@ -54,6 +65,8 @@ def shard(model: GPT, size: int, ranks: Ranks, place: torch.device) -> GPT:
 
     Gradients are sums over ranks, not means: the loss already is a share of the whole step's.
     """
+    from torch.distributed.fsdp import FSDPModule, fully_shard
+
     if not hasattr(FSDPModule, "reset_iter_state"):
         raise UsageError(f"several processes need torch 2.13 or newer, this is {torch.__version__}")
     shape = {"replicate": ranks.world_size // size, "shard": size}
@@ -82,28 +95,24 @@ def draw(model: GPT, generator: torch.Generator, place: torch.device) -> None:
     settle(model)
 
 
-def engines(model: nn.Module) -> list[FSDPModule]:
-    return [module for module in model.modules() if isinstance(module, FSDPModule)]
-
-
 def local(t: Tensor) -> Tensor:
     """What this rank has of a tensor; of a whole one, all."""
-    return t.to_local() if isinstance(t, DTensor) else t
+    return t.to_local() if is_dealt(t) else t
 
 
 def total(t: Tensor) -> Tensor:
     """The whole of a tensor or of a sum over ranks; every rank must ask."""
-    return t.full_tensor() if isinstance(t, DTensor) else t
+    return t.full_tensor() if is_dealt(t) else t
 
 
 def copy_size(t: Tensor) -> int:
     """How many ranks hold one copy of a parameter of the model."""
-    return t.device_mesh["shard"].size() if isinstance(t, DTensor) else 1
+    return t.device_mesh["shard"].size() if is_dealt(t) else 1
 
 
 def first_row(t: Tensor) -> int:
     """The first row that this rank has of a tensor."""
-    if not isinstance(t, DTensor):
+    if not is_dealt(t):
         return 0
     mesh = t.device_mesh["shard"]
     return min(-(-t.size(0) // mesh.size()) * mesh.get_local_rank(), t.size(0))
@@ -118,8 +127,10 @@ def put(t: Tensor, whole: Tensor) -> None:
 
 def gather_rows(like: Tensor, mine: Tensor) -> Tensor:
     """The whole tensor on every rank, whose rows lie as those of ``like`` do and are ``mine`` here."""
-    if not isinstance(like, DTensor):
+    if not is_dealt(like):
         return mine
+    from torch.distributed.tensor import DTensor
+
     layout: Any = {"shape": like.shape, "stride": like.stride()}
     return DTensor.from_local(mine, like.device_mesh, like.placements, run_check=False, **layout).full_tensor()
 
@@ -129,7 +140,7 @@ def gather_to(owner: int, t: Tensor) -> Tensor | None:
 
     All ranks of the first copy of the model must ask; those of other copies have nothing to do.
     """
-    if not isinstance(t, DTensor):
+    if not is_dealt(t):
         return t.detach().to("cpu", copy=True)
     mesh, mine = t.device_mesh["shard"], t.to_local().detach()
     if mesh.size() == 1:
@@ -150,19 +161,19 @@ def accumulate(model: nn.Module, *, last: bool) -> None:
     With ``shard`` 1 they add up gradients on each rank; else a rank has no room for all of them, and only the sum
     over the copies of the model waits for the last.
     """
-    if isinstance(model, FSDPModule):
+    for root in engines(model)[:1]:
         if copy_size(next(model.parameters())) == 1:
-            model.set_requires_gradient_sync(last)
+            root.set_requires_gradient_sync(last)
         else:
-            model.set_requires_all_reduce(last)
+            root.set_requires_all_reduce(last)
 
 
 def settle(model: nn.Module) -> None:
     """After passes without backward: free gathered weights, forget the order of passes."""
-    if isinstance(model, FSDPModule):
-        model.reset_iter_state()
-        for module in engines(model):
-            module.reshard()
+    for root in engines(model)[:1]:
+        root.reset_iter_state()
+    for module in engines(model):
+        module.reshard()
 
 
 def forget(model: nn.Module) -> None:
@@ -171,11 +182,10 @@ def forget(model: nn.Module) -> None:
     Those of gathered weights too, which reset_iter_state leaves: they would be added to the next step's.
     """
     settle(model)
-    for module in model.modules():
-        if isinstance(module, FSDPModule):
-            module.unshard()
-            module.zero_grad()
-            module.reshard()
+    for module in engines(model):
+        module.unshard()
+        module.zero_grad()
+        module.reshard()
     model.zero_grad()
 
 

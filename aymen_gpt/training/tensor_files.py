@@ -36,7 +36,7 @@ class Writers:
 
     ranks: Ranks
     count: int = 1
-    token: int = 0  # the same on all, and another for each start
+    token: str = ""  # the same on all, and another for each save
     deadline: float = math.inf
 
     @contextmanager
