@@ -15,13 +15,15 @@ adamw is the published recipe (5 % warm-up, cosine to a tenth of the peak), adam
 A process has one thread; --jobs of them run side by side. A finished run is a file of --out and is not trained
 again, an unfinished one continues from its checkpoint: to go on, type the same command. The first line of a file
 says what was run, each further one is a validation: step, tokens, loss (training, mean since the line before),
-val_loss, seconds (of training steps so far).
+val_loss, seconds (of training steps so far). table.md and curves.svg have what was found, and are
+written again when the command of a finished comparison is typed again.
 """
 
 import argparse
 import json
 import math
 import os
+import shlex
 import shutil
 import signal
 import statistics
@@ -35,10 +37,15 @@ from pathlib import Path
 from threading import Semaphore
 from typing import Any
 
+import numpy as np
+from matplotlib.figure import Figure
+
 from aymen_gpt.commands import console, options
 from aymen_gpt.commands.options import number
 from aymen_gpt.errors import AymenError, UsageError
+from aymen_gpt.files import replace_text
 from aymen_gpt.model.folders import checkpoints
+from aymen_gpt.reporting import plots
 from aymen_gpt.reporting.run_folder import read_lines
 from aymen_gpt.training.config import COUNT, Range, TrainConfig, flag, resolve
 
@@ -51,6 +58,7 @@ ARMS: dict[str, dict[str, Any]] = {  # what an arm changes; its rates are where 
 }
 RATES = ("matrix_rate", "learning_rate")
 Rates = tuple[float, ...]  # of an arm, in the order of RATES
+Curves = dict[tuple[str, float, int], list[dict[str, Any]]]  # final runs: arm, share of the tokens, seed
 TUNING_SEED = 1000
 USUAL = (None, False, [], "auto")  # what pretrain.py's options are that are none of a run's
 
@@ -208,8 +216,36 @@ def spread(values: list[float | None], digits: int) -> str:
     return f"{statistics.fmean(numbers):.{digits}f} ({min(numbers):.{digits}f} to {max(numbers):.{digits}f})"
 
 
-def table(args: argparse.Namespace, run: Runner, tuned: dict[str, dict[Rates, float]]) -> str:
-    """Train what is missing of the final runs, and say in Markdown what was found."""
+def finals(folder: Path) -> Curves:
+    """The final runs on all tokens in a folder where each arm was tuned once."""
+    runs = [list(map(json.loads, path.read_text().splitlines())) for path in sorted(folder.glob("*.jsonl"))]
+    most = max(head["run"]["steps"] for head, *_ in runs)
+    whole = [run for run in runs if run[0]["run"]["steps"] == most and run[0]["run"]["seed"] != TUNING_SEED]
+    whole.sort(key=lambda run: run[0]["run"]["seed"])
+    return {(head["run"]["arm"], 1.0, head["run"]["seed"]): rows for head, *rows in whole}
+
+
+def draw(curves: Curves, size: plots.Size = (640, 280)) -> Figure:
+    """Held-out loss by tokens, a line a run; a mark where it is as low as the first arm ends with that seed."""
+    figure, axes = plots.frame(size, "tokens")
+    arms, drawn = list(dict.fromkeys(arm for arm, _, _ in curves)), []
+    for (arm, share, seed), rows in curves.items():
+        x, y = (np.array([row[key] for row in rows], dtype=float) for key in ("tokens", "val_loss"))
+        drawn.append((x, np.where(np.isfinite(y), y, np.nan)))  # of a diverged run the last is infinite
+        look: dict[str, Any] = {"color": plots.COLOURS[plots.RUNS[arms.index(arm)]], "linewidth": 1}
+        name, dashes = (arm, "-") if share == 1 else (f"{arm}, {share:g} of the tokens", "--")
+        plots.line(axes, *drawn[-1], **look, label=name, linestyle=dashes)
+        end = curves[arms[0], 1.0, seed][-1]["val_loss"]
+        if arm != arms[0] and (at := needed(rows, end)) is not None:
+            axes.plot(at, end, "o", color=look["color"], label=f"as low as {arms[0]} of the same seed ends")
+    axes.set_xlim(0, max(x[-1] for x, _ in drawn))
+    axes.set_ylim(*plots.loss_limits(*((x[1:], y[1:]) for x, y in drawn)))  # the first, of no training, is far up
+    plots.legend(axes)
+    return figure
+
+
+def table(args: argparse.Namespace, run: Runner, tuned: dict[str, dict[Rates, float]]) -> tuple[str, Curves]:
+    """Train what is missing of the final runs, and say in Markdown what was found; with their curves."""
     best = {arm: min(found, key=lambda rates: found[rates]) for arm, found in tuned.items()}
     arms = [(arm, 1.0) for arm in args.arms] + [("muon", share) for share in args.shares if "muon" in args.arms]
     plan = {
@@ -240,7 +276,7 @@ def table(args: argparse.Namespace, run: Runner, tuned: dict[str, dict[Rates, fl
             f"| {arm} | {', '.join(f'{r:g}' for r in best[arm])} | {plan[arm, share, 1].tokens:,} "
             f"| {spread([r[-1]['val_loss'] for r in rows], 3)} | {spread(tokens, 2)} | {spread(times, 2)} |"
         )
-    return "\n".join(lines)
+    return "\n".join(lines), curves
 
 
 def main() -> None:
@@ -276,8 +312,10 @@ def main() -> None:
 
     with ThreadPoolExecutor(args.jobs) as pool:
         tuned = dict(zip(args.arms, pool.map(tune, args.arms), strict=True))
-    found = table(args, run, tuned)
-    (args.out / "table.md").write_text(found + "\n")
+    found, curves = table(args, run, tuned)
+    again = shlex.join(["python", "benchmarks/recipe.py", *sys.argv[1:]])
+    replace_text(args.out / "table.md", f"{found}\n\nThe same again: `{again}`\n")
+    replace_text(args.out / "curves.svg", plots.picture(draw(curves), "recipe", "Held-out loss by tokens"))
     print(found)
 
 

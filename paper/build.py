@@ -6,7 +6,7 @@ What stands beside research-report.tex when it is compiled:
     facts.tex         appendix rows: each number that the paper states, and where it comes from
     artefacts.tex     appendix rows: those files, hashed, and the commands that made them
     samples.tex       what the model wrote
-    *.pdf             the run's curves
+    *.pdf             the run's curves, and those of Muon beside AdamW
 """
 
 import os
@@ -29,7 +29,8 @@ from aymen_gpt.files import replace_text, sha256
 from aymen_gpt.reporting import plots
 from aymen_gpt.reporting.run_folder import Run, read_run
 from aymen_gpt.wording import PROTOCOLS
-from paper.facts import Artefact, Fact, all_facts, artefact, known
+from benchmarks import recipe
+from paper.facts import RECIPES, Artefact, Fact, all_facts, artefact, known
 
 ROOT = Path(__file__).absolute().parent.parent
 PAPER = "research-report.tex"
@@ -140,6 +141,7 @@ def draw(run: Run, out: Path) -> None:
     """The figures, as PDF; one that the run gives nothing for is removed, as another run may have left it."""
     figures: dict[str, tuple[bool, Callable[[], Figure]]] = {
         "loss": (run.last("loss") is not None, partial(plots.loss, run, (640, 300))),
+        "recipe": (True, partial(recipe.draw, recipe.finals(ROOT / RECIPES / "small"), (640, 260))),
         "scores": (any(run.score(p) for p in PROTOCOLS), partial(plots.scores, run, (480, 260))),
     }
     for key in ("lr", "grad_norm", "tokens_per_second"):

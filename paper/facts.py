@@ -5,6 +5,7 @@ number followed by a comment that names it, ``5.335<!--run.val-loss-->``, and a 
 can be stated only while the artefact that shows it is there.
 """
 
+import json
 import math
 import re
 import shlex
@@ -20,8 +21,9 @@ from aymen_gpt.reporting.published_scores import ANCHORS, CHANCE
 from aymen_gpt.reporting.run_folder import Run, number, read_object
 from aymen_gpt.training.config import TrainConfig, resolve
 from aymen_gpt.wording import HELLASWAG_EXAMPLES, PROTOCOLS, duration, human, percent
+from benchmarks.recipe import finals
 
-BENCHMARKS = "docs/results/benchmarks"
+BENCHMARKS, RECIPES = "docs/results/benchmarks", "docs/results/recipe"
 CLAIMED_HOURS = 7  # the first version's README, for 40B tokens on eight A100
 A100_PEAK = 312e12  # bf16 FLOP/s, NVIDIA's data sheet
 
@@ -49,6 +51,7 @@ class Fact:
 def all_facts(run: Run, root: Path) -> list[Fact]:
     """Everything that README, docs and paper of the checkout ``root`` may state."""
     found = [*run_facts(run), *plan_facts(root, run), *published_facts(root), *benchmark_facts(root)]
+    found += recipe_facts(root)
     names = [fact.name for fact in found]
     assert len(set(names)) == len(names), "two facts have one name"
     return found
@@ -264,3 +267,19 @@ def benchmark_facts(root: Path) -> Iterator[Fact]:
             for key, form in (("tokens_per_second", "{:,.0f}"), ("ours_is_times", "{:.2f}x")):
                 where = f"{row['shape']}, {row['variant']}: {key}"
                 yield fact(f"{name}.{slug(key)}", number(row.get(key)), source, where, form)
+
+
+def recipe_facts(root: Path) -> Iterator[Fact]:
+    """Muon beside AdamW, as the tables of benchmarks/recipe.py have it: recipe.FOLDER.ARM.MEASURE."""
+    for path in sorted((root / RECIPES).glob("*/table.md")):
+        name, text, curve = f"recipe.{path.parent.name}", path.read_text(), min(path.parent.glob("*.jsonl"))
+        source = Artefact(path, "".join(re.findall("The same again: `(.*)`", text)))
+        head, seeds = json.loads(curve.open().readline()), {seed for _, _, seed in finals(path.parent)}
+        yield fact(f"{name}.params", head["n_params"], Artefact(curve, "benchmarks/recipe.py"), "n_params", human)
+        yield fact(f"{name}.seeds", len(seeds), source, "the curves beside it, seeds")
+        rows = [[cell.strip() for cell in line.split("|")[1:-1]] for line in text.splitlines()]
+        yield fact(f"{name}.trials", rows[2][1].count(";") + 1, source, "first arm's tuning, counted")
+        whole = {row[0]: row[1:] for row in reversed(rows) if len(row) == 6}  # an arm's first row is of all tokens
+        for arm, cells in whole.items():
+            for key, shown in zip(("rates", "tokens", "loss", "share"), cells, strict=False):
+                yield fact(f"{name}.{slug(arm)}.{key}", shown, source, f"{arm}, {key}")

@@ -25,7 +25,7 @@ LAYOUT = re.compile(
     r"\\multicolumn\{\d\}|\\parbox\{[^{}]*\}|\\includegraphics\[[^]]*\]|\\setlength\\\w+\{[^}]*\}|\\IfFileExists\{[^{}]*\}|\\begin\{tabular\}\{\w*\}"
     r"|nproc\\_per\\_node=\d|runs/gpt2"
 )
-MARKED = re.compile(r"([^\s|(*>]+(?: %| [a-z]+)?)<!--((?:run|plan|published|benchmark)\.[\w.-]+)-->")
+MARKED = re.compile(r"([^\s|(*>]+(?: %| [a-z]+)?)<!--((?:run|plan|published|benchmark|recipe)\.[\w.-]+)-->")
 LOOKS_MEASURED = re.compile(
     r"\d+\.\d+|\d[\d,.]*\s?(?:%|seconds|minutes|hours|tokens/s|MB/s|GB\b|nats|times as|x as)"
 )
@@ -92,7 +92,7 @@ def unmarked(page: str) -> list[str]:
 def wrong_marks(page: str, known: dict[str, str]) -> list[str]:
     """What stands before each mark must end with the fact it names."""
     found = []
-    for before, name in re.findall(r"([^\n]*?)<!--((?:run|plan|published|benchmark)\.[\w.-]+)-->", page):
+    for before, name in re.findall(r"([^\n]*?)<!--((?:run|plan|published|benchmark|recipe)\.[\w.-]+)-->", page):
         if name not in known:
             found.append(f"states {name}: no artefact shows it")
         elif not before.endswith(known[name]):

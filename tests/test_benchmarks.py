@@ -1,15 +1,19 @@
 """The benchmarks start and finish, so that they cannot rot between two machines worth measuring on."""
 
 import doctest
-import importlib
 import json
 import os
+import re
 import subprocess
 import sys
+import xml.etree.ElementTree as ET
 from pathlib import Path
 
 import pytest
 from conftest import ROOT, make_shards
+
+from aymen_gpt.reporting import plots
+from benchmarks import recipe
 
 pytestmark = pytest.mark.slow
 ENV = os.environ | {"PYTHONPATH": str(ROOT), "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}"}
@@ -58,6 +62,8 @@ def test_the_recipe_benchmark_trains_nothing_twice(tmp_path):
     first = subprocess.run(words, env=ENV, capture_output=True, text=True, timeout=580)
     assert first.returncode == 0, first.stderr
     assert "| muon | 0.02, 0.003 | 20,000 |" in first.stdout
+    assert (tmp_path / "out/curves.svg").read_text().startswith("<svg xmlns")
+    (tmp_path / "out/curves.svg").unlink()
     curves = {path.name: path.stat().st_mtime_ns for path in (tmp_path / "out").glob("*.jsonl")}
     assert sorted(curves) == ["muon-0.02-0.003-20000-seed1.jsonl", "muon-0.02-0.003-4000-seed1000.jsonl"]
     head, *rows = [json.loads(line) for line in (tmp_path / "out" / min(curves)).open()]
@@ -65,11 +71,41 @@ def test_the_recipe_benchmark_trains_nothing_twice(tmp_path):
     assert rows[0]["val_loss"] > rows[-1]["val_loss"]
     again = subprocess.run(words, env=ENV, capture_output=True, text=True, timeout=60)
     assert again.stdout == first.stdout
+    assert (tmp_path / "out/curves.svg").exists()  # a finished comparison is drawn again
     assert {path.name: path.stat().st_mtime_ns for path in (tmp_path / "out").glob("*.jsonl")} == curves
     other = subprocess.run([*words, "--micro-batch", "2"], env=ENV, capture_output=True, text=True, timeout=60)
     assert "is of a run with another micro_batch: choose another --out" in other.stderr
 
 
 def test_the_recipe_benchmarks_climb_and_crossing_are_as_its_examples_say():
-    found = doctest.testmod(importlib.import_module("benchmarks.recipe"))
+    found = doctest.testmod(recipe)
     assert (found.attempted, found.failed) == (2, 0)
+
+
+def test_the_recipe_benchmark_draws_a_line_for_each_final_run_and_marks_where_muon_is_at_adamws_end():
+    folder = ROOT / "docs/results/recipe/small"
+    axes = recipe.draw(curves := recipe.finals(folder)).axes[0]
+    drawn = {arm: [line for line in axes.lines if line.get_label() == arm] for arm in ("adamw", "muon")}
+    assert {key: len(found) for key, found in drawn.items()} == {"adamw": 3, "muon": 3}
+    assert [line.get_ydata()[-1] for line in drawn["muon"]] == [
+        curves["muon", 1.0, seed][-1]["val_loss"] for seed in (1, 2, 3)
+    ]
+    assert {line.get_color() for line in drawn["muon"]} != {line.get_color() for line in drawn["adamw"]}
+    at = [line.get_xdata()[0] / 499_712 for line in axes.lines if line.get_label().startswith("as low as")]
+    assert (
+        "muon | 0.04, 0.006 | 500,000 | 7.707 (7.665 to 7.741) | " + recipe.spread(at, 2)
+        in (folder / "table.md").read_text()
+    )
+    shorter = curves | {("muon", 0.6, 1): curves["muon", 1.0, 1][:8]}
+    assert [line.get_linestyle() for line in recipe.draw(shorter).axes[0].lines].count("--") == 1
+
+
+def test_the_committed_picture_of_the_recipe_benchmark_is_of_the_committed_curves_light_and_dark():
+    folder = ROOT / "docs/results/recipe/small"
+    kept = ET.fromstring(text := (folder / "curves.svg").read_text())
+    new = ET.fromstring(plots.picture(recipe.draw(recipe.finals(folder)), "recipe", "Held-out loss by tokens"))
+    drawn, again = ([e.get("d") for e in root.findall(".//{*}path") if e.get("clip-path")] for root in (kept, new))
+    assert len(drawn) >= 6
+    assert drawn == again
+    assert "prefers-color-scheme:dark" in text
+    assert set(re.findall(r"var\(--(\w+)\)", text)) - {"sans"} <= set(plots.COLOURS)

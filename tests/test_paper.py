@@ -186,7 +186,7 @@ def test_a_figure_of_another_run_is_not_left_for_this_one(run, tmp_path, monkeyp
     (run / "hellaswag.json").write_text(json.dumps({"n": 9, "completion": SCORE}))
     (tmp_path / "out").mkdir()
     (tmp_path / "out/mine.tex").write_text("kept")
-    pictures = {"loss.pdf", "lr.pdf", "grad_norm.pdf", "tokens_per_second.pdf"}
+    pictures = {"recipe.pdf", "loss.pdf", "lr.pdf", "grad_norm.pdf", "tokens_per_second.pdf"}
     for found in (pictures | {"scores.pdf"}, pictures):
         with pytest.raises(AymenError, match="latexmk is missing.*apt-get install .*latexmk texl"):
             build.main([str(run), "--out", str(tmp_path / "out")])

@@ -28,8 +28,8 @@ Size = tuple[float, float]
 Curve = tuple[np.ndarray, np.ndarray]  # x and y, NaN where nothing finite was measured
 
 # The light colours of the page; in an SVG each becomes var(--NAME), so the page may be dark.
-LIGHT = Path(__file__).with_name("page.css").read_text("utf-8").split("@media")[0]
-COLOURS = dict(re.findall(r"--(\w+):(#[0-9a-f]{6})", LIGHT))
+STYLE = Path(__file__).with_name("page.css").read_text("utf-8").split("*{")[0]  # the variables, light and dark
+COLOURS = dict(re.findall(r"--(\w+):(#[0-9a-f]{6})", STYLE.split("@media")[0]))
 INK, SOFT, GRID, TRAIN, VAL, BAD = (COLOURS[name] for name in ("ink", "soft", "grid", "train", "val", "bad"))
 RUNS = ("train", "val", "good", "violet", "ochre", "teal")  # of several runs, in turn
 TEXT = 12  # points
@@ -139,6 +139,14 @@ def rug(axes: Axes, x: Sequence[float] | np.ndarray, name: str) -> None:
         axes.plot(x, [0.03] * len(x), "|", color=BAD, markersize=11, transform=where, label=f"{name} ({len(x):,})")
 
 
+def legend(axes: Axes) -> None:
+    """The names of the curves in the upper right corner, each once."""
+    curves, names = axes.get_legend_handles_labels()
+    if once := dict(zip(names, curves, strict=True)):
+        look: dict[str, Any] = {"frameon": False, "fontsize": TEXT, "labelcolor": SOFT, "handlelength": 1.4}
+        axes.legend(once.values(), once.keys(), loc="upper right", borderpad=0, borderaxespad=0.2, **look)
+
+
 # ---- one run -----------------------------------------------------------------------------------------
 
 
@@ -170,9 +178,7 @@ def loss(run: Run, size: Size = (1056, 400)) -> Figure:
         axes.axhline(GPT2_FINEWEB_EDU, color=INK, linewidth=1, dashes=(6, 4), label="GPT-2 124M, validation")
     axes.set_xlim(0, end * per_step)
     axes.set_ylim(lo, hi)
-    if axes.get_legend_handles_labels()[0]:
-        look = {"frameon": False, "fontsize": TEXT, "labelcolor": SOFT, "handlelength": 1.4}
-        axes.legend(loc="upper right", borderpad=0, borderaxespad=0.2, **look)
+    legend(axes)
     return figure
 
 
@@ -313,3 +319,11 @@ def svg(figure: Figure, name: str, label: str) -> str:
     for colour, value in COLOURS.items():
         body = body.replace(value, f"var(--{colour})")
     return f'<svg viewBox="0 0 {width:.0f} {height:.0f}" role="img" aria-label="{escape(label)}">{body}'
+
+
+def picture(figure: Figure, name: str, label: str) -> str:
+    """The same as a file of its own, which has the page's colours in it, for a light and for a dark screen."""
+    style = f"<style>{STYLE}svg{{background:var(--bg)}}svg text{{font-family:var(--sans)!important}}</style>"
+    width, height = (72 * inches for inches in figure.get_size_inches())
+    tag = f'<svg xmlns="http://www.w3.org/2000/svg" width="{width:.0f}" height="{height:.0f}" '
+    return svg(figure, name, label).replace("<svg ", tag, 1).replace(">", f">{style}", 1) + "\n"
