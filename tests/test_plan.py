@@ -1,12 +1,14 @@
 """The plan of a run: its arithmetic is that of the real thing, and it allocates and writes nothing."""
 
 import re
+from dataclasses import replace
 
 import pytest
 import torch
 
 from aymen_gpt.model.gpt import GPT, PRESETS, GPTConfig
-from aymen_gpt.training import checkpoint, optim, plan
+from aymen_gpt.training import checkpoint, memory, optim, plan
+from aymen_gpt.training.config import resolve
 from aymen_gpt.training.distributed import Ranks
 from aymen_gpt.training.guard import Guard
 from aymen_gpt.training.muon import Muon
@@ -74,9 +76,11 @@ def test_the_largest_gpt_is_planned_on_any_machine(planned):
     assert "time      --probe measures it" in said
 
 
+@pytest.mark.slow
 def test_another_device_is_planned_for_by_its_name(planned):
-    words = ["--on", "h100", "--gpus", 8, "--mfu", 0.4, "--dollars-per-gpu-hour", 2.5]
+    words = ["--on", "h100", "--gpus", 8, "--mfu", 0.4, "--dollars-per-gpu-hour", 2.5, "--micro-batch", 64]
     said = planned(*words)
+    assert "fits      --shard 1 --recompute none --micro-batch 64\n" in said
     assert "memory    8 x H100, micro-batch of 64 rows, bfloat16, of each:" in said
     assert "            fits into 80 GB\n" in said
     speed = 0.4 * 989e12 / PRESETS["gpt2"].flops_per_token
@@ -84,12 +88,61 @@ def test_another_device_is_planned_for_by_its_name(planned):
     assert f"{speed:,.0f} tokens/s a device" in said
     assert f"time      {duration(seconds)} on 8 devices" in said
     assert f"cost      {seconds / 3600 * 8 * 2.5:.2f} dollars at 2.5 a device and hour" in said
-    said = planned(*words, "--optimizer", "muon")
+    said = planned("--on", "h100", "--optimizer", "muon")
     assert "muon      1.63e+12 float32 FLOPs more an update (0.36 %)" in said
     assert re.search(r"gradients, moments +1.65 GB", said)  # 1.99 less a moment of 85M numbers
     small = planned("--preset", "tiny", *words, "--gpus", 1)
     assert re.search(r"time      \d+ s on 1 device\n", small)
     assert "cost      less than 0.01 dollars" in small
+
+
+@pytest.fixture
+def shallow(monkeypatch):
+    """Plan as if any model had six layers, which is counted in two seconds."""
+    monkeypatch.setitem(PRESETS, "gpt3-6.7b", replace(PRESETS["gpt3-6.7b"], n_layer=6))
+
+
+@pytest.mark.slow
+def test_the_parts_of_a_counted_step_add_up(planned, shallow):
+    words = ["--preset", "gpt3-6.7b", "--gpus", 4, "--gpu-memory", 24, "--recompute", "block", "--micro-batch", 2]
+    said = planned(*words)
+    assert "too much  --shard 1 --recompute block --micro-batch 2 takes " in said
+    assert "fits      --shard all --recompute block --micro-batch 2\n" in said
+    assert "memory    4 x GPU, micro-batch of 2 rows, bfloat16, of each:" in said
+    assert "counted with all 6 layers, in " in said
+    parts = dict(re.findall(r"^ {12}(\w[\w ]*?)  +([\d.]+) GB$", said, re.M))
+    total = float(parts.pop("all"))
+    assert sum(map(float, parts.values())) == pytest.approx(total, abs=0.05)
+    assert float(parts["moments"]) == pytest.approx(2 * float(parts["weights"]), abs=0.02)
+    assert total < 24
+
+
+def test_what_no_setting_makes_fit_is_refused(call, shallow):
+    done = call("pretrain.py", "--plan", "--preset", "gpt3-6.7b", "--gpus", 2, "--gpu-memory", 4)
+    assert done.returncode == 1
+    assert "error: gpt3-6.7b does not fit on 2 x 4 GB, --shard all: weights and moments alone take " in done.stderr
+    assert "time" not in done.stdout
+
+
+def test_a_measurement_is_of_this_machine(refused):
+    refused(
+        2, "--probe measures this machine: leave out --gpu-memory 80", "pretrain.py", "--probe", "--gpu-memory", 80
+    )
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("recompute", ["none", "block"])
+def test_the_estimate_of_a_shared_model_is_near_what_is_counted(recompute):
+    c = resolve({"preset": "gpt3-6.7b", "shard": "all", "recompute": recompute, "micro_batch": 1})
+    assert plan.sharded_memory(c, 8) == pytest.approx(memory.estimate(c, 8, torch.bfloat16), rel=0.1)
+
+
+@pytest.mark.parametrize(
+    ("preset", "gpus", "shard"),
+    [("gpt2", 8, 1), ("gpt3-2.7b", 64, 1), ("gpt3-13b", 64, 8), ("gpt3-175b", 256, 256), ("gpt3-13b", 12, 12)],
+)
+def test_a_model_is_shared_by_as_few_gpus_as_hold_it(preset, gpus, shard):
+    assert plan.smallest_shard(resolve({"preset": preset, "recompute": "block"}), gpus, 8, 80e9) == shard
 
 
 def test_the_micro_batch_of_a_plan_is_one_that_fits(planned):

@@ -20,10 +20,12 @@ from aymen_gpt.model.folders import checkpoints, problem
 from aymen_gpt.model.gpt import GPT
 from aymen_gpt.model.huggingface import load_pretrained
 from aymen_gpt.training import checkpoint, sharding, tensor_files
+from aymen_gpt.training import device as devices
 from aymen_gpt.training.config import resolve
 from aymen_gpt.training.device import choose_device
 from aymen_gpt.training.distributed import Ranks, process_group
 from aymen_gpt.training.runlog import RunLog
+from aymen_gpt.training.trainer import Trainer
 
 CPU = choose_device("cpu", "float32")
 SMALL = {"preset": "tiny", "block_size": 16, "tokens_per_step": 8 * 16, "val_tokens": 80, "micro_batch": 2}
@@ -260,13 +262,14 @@ def test_initial_weights_are_those_of_one_process(data):
 @pytest.mark.parametrize(
     ("option", "expected"),
     [
+        ("auto", 1),
         ("1", 1),
         ("2", 2),
         ("node", 3),
         ("all", 6),
         ("4", "4: 6 processes do not divide"),
-        ("0", "0: expected a number"),
-        ("some", "some: expected a number of processes, node or all"),
+        ("0", "0: expected auto, a number"),
+        ("some", "some: expected auto, a number of processes, node or all"),
     ],
 )
 def test_shard_is_a_number_of_processes_that_divides_them(option, expected):
@@ -276,3 +279,29 @@ def test_shard_is_a_number_of_processes_that_divides_them(option, expected):
     else:
         with pytest.raises(UsageError, match=f"--shard {expected}"):
             sharding.shard_size(option, ranks)
+
+
+def test_a_model_that_fits_on_no_gpu_is_shared_without_being_asked_to(monkeypatch):
+    """As far as a machine without a GPU can tell: what is decided before the model is there."""
+
+    class Decided(Exception):
+        pass
+
+    def new_model(shape, seed, size, *_):
+        raise Decided(size)
+
+    monkeypatch.setattr(sharding, "new_model", new_model)
+    monkeypatch.setattr(Ranks, "gather", lambda ranks, value: [1, value])  # another one has more memory
+    monkeypatch.setattr(devices, "memory_there", lambda device: 80.0)
+    cuda, c = (
+        devices.device_elsewhere("h100", "auto")[0],
+        {"preset": "gpt3-13b", "recompute": "block", "hellaswag_every": None},
+    )
+    for options, device, shard in (
+        ({}, cuda, 8),
+        ({"preset": "gpt2"}, cuda, 1),
+        ({"shard": "2"}, cuda, 2),
+        ({}, CPU, 1),
+    ):
+        with pytest.raises(Decided, match=f"^{shard}$"):
+            Trainer(resolve(c | options), device, Ranks(0, 16, 0, 8), None, None, "")

@@ -226,7 +226,9 @@ def pretrain() -> argparse.ArgumentParser:
     plan("--probe", action="store_true", help="with --plan: measure 20 updates, for hours and cost")
     help = "plan for another device than this machine's: h100, h200, a100, ..."
     plan("--on", type=str.lower, metavar="GPU", help=help)
-    plan("--gpus", **number(Range(1, 10**6), whole=True), help="plan for N devices")
+    help = "plan for N devices; for several GPUs, find the setting that fits by a step on tensors without numbers"
+    plan("--gpus", **number(Range(1, 10**6), whole=True), help=help)
+    plan("--gpu-memory", **number(Range(1, 10**5)), help="GB of one GPU [what --on says, else 80]")
     help = "assume this share of the device's peak instead of measuring"
     plan("--mfu", **number(Range(0, 1, without=(0,))), help=help)
     plan("--dollars-per-gpu-hour", **number(Range(0, 10**6)), help="price of one device, for the cost")

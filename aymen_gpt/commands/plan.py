@@ -4,6 +4,7 @@ import argparse
 import sys
 import time
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from statistics import median
 
@@ -11,7 +12,7 @@ import torch
 
 from aymen_gpt.commands import console
 from aymen_gpt.data.loader import TokenRows
-from aymen_gpt.errors import DataError, UsageError
+from aymen_gpt.errors import AymenError, DataError, UsageError
 from aymen_gpt.model import cpu
 from aymen_gpt.model.loss import default_chunk
 from aymen_gpt.training import muon, optim, plan
@@ -29,27 +30,39 @@ def show_plan(config: TrainConfig, args: argparse.Namespace) -> None:
 
     UsageError for what cannot be planned together.
     """
-    if args.probe and (args.on or args.mfu):
-        raise UsageError(f"--probe measures this machine: leave out {'--on' if args.on else '--mfu'}")
+    if args.probe and (other := args.on or args.mfu or args.gpu_memory):
+        name = "--on" if args.on else "--mfu" if args.mfu else "--gpu-memory"
+        raise UsageError(f"--probe measures this machine: leave out {name} {other}")
     ranks = ranks_from_environment()
+    gpus = args.gpus or ranks.world_size
+    config.require_rows(gpus)
+    many = config.device != "cpu" and not args.probe and bool(args.gpu_memory or gpus > 1)
     there: float | None
     if args.on:
         device, there = device_elsewhere(args.on, config.dtype)
+    elif many and not torch.cuda.is_available():
+        device, there = replace(device_elsewhere("h100", config.dtype)[0], name="GPU", peak_flops=None), 80
     else:
         device = choose_device(config.device, config.dtype, ranks.local_rank)
         there = memory_there(device)
+    there = args.gpu_memory or there
     if args.mfu and not device.peak_flops:
         raise UsageError(
             f"--mfu {args.mfu:g}: a share of what? The peak of {device.name} is not known; try --on h100"
         )
-    gpus = args.gpus or ranks.world_size
-    config.require_rows(gpus)
     if not ranks.is_first:
         return
-    rows, passes = micro_batch(config, device, gpus, there)
-    lines = [*model_lines(config), *data_lines(config)]
-    lines += [*memory_lines(config, device, gpus, there, rows, passes), *disk_lines(config)]
-    console.show(console.as_typed("\n".join(lines)))
+    console.show(console.as_typed("\n".join([*model_lines(config), *data_lines(config)])))
+    rows, passes = 0, 0
+    if many and there:
+        free = {"shard"} if config.shard == "auto" else set()
+        free |= set() if config.micro_batch else {"micro_batch"}
+        free |= set() if hasattr(args, "recompute") or config.recompute == "block" else {"recompute"}
+        memory_of = counted_lines(config, device, gpus, there, free)
+    else:
+        rows, passes = micro_batch(config, device, gpus, there)
+        memory_of = memory_lines(config, device, gpus, there, rows, passes)
+    console.show(console.as_typed("\n".join([*memory_of, *disk_lines(config)])))
     speed = None
     if args.probe:
         speed = probe(config, device, rows, passes)
@@ -115,20 +128,59 @@ def micro_batch(c: TrainConfig, device: Device, gpus: int, there: float | None) 
 def memory_lines(
     c: TrainConfig, device: Device, gpus: int, there: float | None, rows: int, passes: int
 ) -> Iterator[str]:
-    parts, dtype = memory(c, device, rows), str(device.dtype).removeprefix("torch.")
-    yield f"memory    {gpus} x {device.name}, micro-batch of {rows} row{'s' * (rows > 1)}, {dtype}, of each:"
-    total = sum(parts.values())
-    for part, size in (*parts.items(), ("all", total)):
-        if size:
-            yield f"            {part:<32} {gb(size):>15}"
+    parts = memory(c, device, rows)
+    yield f"memory    {gpus} x {device.name}, {pass_of(rows, device)}, of each:"
+    yield from part_lines(parts)
     into = f" into {there:,.0f} GB" if there else ""
-    if there and total > there * 1e9:
+    if there and sum(parts.values()) > there * 1e9:
         advice = "a smaller --preset, --block-size or --micro-batch, or another device (--on h200)"
         yield f"            does not fit{into}: {advice}"
     else:
         yield f"            fits{into}"
+    yield update_line(c, passes)
+
+
+def counted_lines(c: TrainConfig, device: Device, gpus: int, there: float, free: set[str]) -> Iterator[str]:
+    """The fastest setting that fits, and what a step of it takes; AymenError where none does."""
+    from aymen_gpt.training import memory  # takes a second
+
+    began = time.monotonic()
+    print(f"counting  a step of 1 of {gpus} GPUs, on tensors without numbers ...", file=sys.stderr)
+    found, parts, tried = memory.fit(c, gpus, device.dtype, there * 1e9, free)
+    for setting in tried:
+        yield f"too much  {setting}"
+    if not found:
+        raise AymenError(
+            f"{c.preset} does not fit on {gpus} x {there:,.0f} GB, {tried[-1]}: try more --gpus, a smaller "
+            "--preset or --block-size, or another device (--on h200)"
+        )
+    rows, passes = plan.dealt(c.rows_per_step, gpus, found.largest_micro_batch(on_cuda=True))
+    yield f"fits      {memory.in_words(found)}"
+    yield f"memory    {gpus} x {device.name}, {pass_of(rows, device)}, of each:"
+    yield from part_lines(parts)
+    yield f"            fits into {there:,.0f} GB"
+    whole = 4 * (parts["weights"] + c.model.n_params)
+    if found.shard != "1" and whole > there * 1e9:
+        yield f"            with all weights a GPU has {gb(whole)}: no samples, and --hellaswag-every 0"
+    shallow = f", other settings extrapolated from {memory.FEW} and {memory.MORE}" * (c.n_layer > memory.MORE)
+    yield f"            counted with all {c.n_layer} layers{shallow}, in {time.monotonic() - began:.0f} s"
+    yield update_line(c, passes)
+
+
+def pass_of(rows: int, device: Device) -> str:
+    dtype = str(device.dtype).removeprefix("torch.")
+    return f"micro-batch of {rows} row{'s' * (rows > 1)}, {dtype}"
+
+
+def part_lines(parts: dict[str, int]) -> Iterator[str]:
+    for part, size in (*parts.items(), ("all", sum(parts.values()))):
+        if size:
+            yield f"            {part:<32} {gb(size):>15}"
+
+
+def update_line(c: TrainConfig, passes: int) -> str:
     made = "1 micro-batch on each device makes" if passes == 1 else f"{passes} micro-batches on each device make"
-    yield f"update    {made} {c.rows_per_step:,} rows"
+    return f"update    {made} {c.rows_per_step:,} rows"
 
 
 def probe(c: TrainConfig, device: Device, rows: int, passes: int) -> float:

@@ -51,13 +51,13 @@ def main(args: argparse.Namespace) -> None:
         return show_batch(config, args.show_batch)
     if args.plan or args.probe:
         return show_plan(config, args)
-    for key in ("on", "gpus", "mfu", "dollars_per_gpu_hour"):
+    for key in ("on", "gpus", "gpu_memory", "mfu", "dollars_per_gpu_hour"):
         if getattr(args, key):
             raise UsageError(f"{flag(key)} {getattr(args, key)} is for planning, and this would train: add --plan")
     stop, ranks = StopSignal(), ranks_from_environment()
     device = choose_device(config.device, config.dtype, ranks.local_rank)
     there, numbers = memory_there(device), 2 * config.model.n_params + moments(config.model, config.optimizer)
-    needed = 4e-9 * numbers / shard_size(config.shard, ranks)
+    needed = 4e-9 * numbers / shard_size(config.shard, ranks, auto=ranks.world_size)
     if there and needed > there:
         raise AymenError(
             f"{config.preset} does not fit: weights, gradients and moments take {needed:,.0f} GB and there are "

@@ -7,6 +7,7 @@ from functools import lru_cache
 
 import torch
 from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensor
 
 
 def keep_freed_memory() -> None:
@@ -56,9 +57,10 @@ def cross_entropy(logits: Tensor, targets: Tensor, vocab_size: int, with_grad: b
 def logits_room(rows: int, w: Tensor) -> Tensor | None:
     """Memory for the logits (rows, Vp) of every call, which keeps the heap from falling into pieces.
 
-    None on other devices and under torch.compile, which plan their memory themselves.
+    None on other devices and under torch.compile, which plan their memory themselves, and for fake tensors, which
+    take none.
     """
-    if w.device.type != "cpu" or torch.compiler.is_compiling():
+    if w.device.type != "cpu" or torch.compiler.is_compiling() or isinstance(w, FakeTensor):
         return None
     return _room(rows, w.size(0), w.dtype)
 

@@ -146,7 +146,7 @@ class TrainConfig:
     device: str = option("auto, cpu, mps, cuda or cuda:N", "machine", "auto")
     dtype: str = option("of matrix products: auto, float32, bfloat16 or float16", "machine", "auto")
     micro_batch: int | None = option("rows per pass; auto: the most that fit", "machine", None, COUNT, "auto")
-    shard: str = option("ranks that share a copy of the model: 1, N, node or all", "machine", "1")
+    shard: str = option("ranks that share a copy of the model: auto, N, node or all", "machine", "auto")
     recompute: str = option(
         "block: keep less for backward, compute blocks twice", "machine", "none", choices=("none", "block")
     )

@@ -6,6 +6,7 @@ from aymen_gpt.data.loader import deal
 
 if TYPE_CHECKING:
     from aymen_gpt.model.gpt import GPTConfig
+    from aymen_gpt.training.config import TrainConfig
 
 FLOAT = 4  # bytes of weights, gradients, moments, sums and norms, whatever matrix products are in
 TOKENIZER_FILES = 3_020_000  # tokenizer.json, vocab.json, merges.txt, the same beside every checkpoint
@@ -71,6 +72,34 @@ def step_memory(m: "GPTConfig", rows: int, *, size: int, chunk: int, optimizer: 
         "activations": tokens * (m.n_layer * saved_by_layer(m, size) + FLOAT * (m.n_embd + 2)),  # and ln_f's
         "logits of one chunk": min(tokens, chunk) * m.padded_vocab_size * (size + FLOAT),
     }
+
+
+def sharded_memory(c: "TrainConfig", shard: int, rows: int = 1) -> int:
+    """Bytes of the tensors of a GPU that shares the model with others, ``shard`` in all, about.
+
+    Beside its own part it has the embedding, whole, and its gradient, and two blocks with theirs. This estimates
+    what training/memory.py counts.
+    """
+    m, tokens = c.model, rows * c.block_size
+    parts = step_memory(m, rows, size=2, chunk=8192, optimizer=c.optimizer)
+    own = parts["weights, gradients, moments"] // shard
+    if c.recompute == "block":
+        parts["activations"] = tokens * (FLOAT * m.n_layer * m.n_embd + saved_by_layer(m, 2))
+        parts["copies of weights for products"] //= m.n_layer
+    block, embedding = FLOAT * 12 * m.n_embd**2, FLOAT * m.padded_vocab_size * m.n_embd
+    gathered = 4 * block + 2 * embedding if shard > 1 else 0
+    return own + gathered + sum(parts.values()) - parts["weights, gradients, moments"]
+
+
+def smallest_shard(c: "TrainConfig", world_size: int, local_world_size: int, memory_bytes: float) -> int:
+    """How many GPUs hold a copy of the model between them: 1, a machine's, or all where fewer do not suffice.
+
+    A tenth of a GPU's memory is left to its allocator and to NCCL.
+    """
+    for size in (1, local_world_size):
+        if world_size % size == 0 and sharded_memory(c, size) <= 0.9 * memory_bytes:
+            return size
+    return world_size
 
 
 def checkpoint_bytes(m: "GPTConfig", optimizer: str = "adamw") -> int:

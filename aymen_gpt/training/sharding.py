@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any, TypeGuard
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
+from torch._subclasses.fake_tensor import unset_fake_temporarily
 from torch.distributed.device_mesh import init_device_mesh
 
 from aymen_gpt.errors import UsageError
@@ -37,11 +38,11 @@ def engines(model: nn.Module) -> list[Any]:
     return [module for module in model.modules() if hasattr(module, "reset_iter_state")]
 
 
-def shard_size(option: str, ranks: Ranks) -> int:
-    """Ranks of one copy of the model, by ``--shard``: a number, node (those of one machine) or all."""
-    size = {"node": ranks.local_world_size, "all": ranks.world_size}.get(option)
+def shard_size(option: str, ranks: Ranks, auto: int = 1) -> int:
+    """Ranks of one copy of the model, by ``--shard``: auto, a number, node (those of one machine) or all."""
+    size = {"auto": auto, "node": ranks.local_world_size, "all": ranks.world_size}.get(option)
     if size is None and not re.fullmatch("[1-9][0-9]{0,5}", option):
-        raise UsageError(f"--shard {option}: expected a number of processes, node or all")
+        raise UsageError(f"--shard {option}: expected auto, a number of processes, node or all")
     size = size or int(option)
     if ranks.world_size % size:
         raise UsageError(f"--shard {option}: {ranks.world_size} processes do not divide into groups of {size}")
@@ -51,11 +52,11 @@ def shard_size(option: str, ranks: Ranks) -> int:
 def new_model(config: GPTConfig, seed: int, size: int, ranks: Ranks, place: torch.device) -> GPT:
     """The model with its first random weights, the same whether one process or ``size`` of many hold a copy."""
     generator = torch.Generator().manual_seed(seed)
-    if ranks.world_size == 1:
-        return GPT(config, generator).to(place)
-    with torch.device("meta"):
-        model = GPT(config)
-    shard(model, size, ranks, place)
+    with unset_fake_temporarily():  # of training/memory.py: a mesh needs numbers
+        with torch.device("meta"):
+            model = GPT(config)
+        if ranks.world_size > 1:
+            shard(model, size, ranks, place)
     draw(model, generator, place)
     return model
 
@@ -83,16 +84,17 @@ def shard(model: GPT, size: int, ranks: Ranks, place: torch.device) -> GPT:
 
 
 def draw(model: GPT, generator: torch.Generator, place: torch.device) -> None:
-    """The weights of GPT.init_weights, to the bit, for a sharded model on the meta device.
+    """The weights of GPT.init_weights, to the bit, for a model on the meta device, sharded or not.
 
     Every rank draws all of them, a parameter at a time, and keeps its rows.
     """
     model.to_empty(device=place)
     for name, p in model.named_parameters():
         put(p, model.initial(name, p.shape, generator))
-    with torch.no_grad():  # fully_shard finds its root in the first pass: nothing else may come before
-        model(torch.zeros(1, 1, dtype=torch.int64, device=place))
-    settle(model)
+    if engines(model):
+        with torch.no_grad():  # fully_shard finds its root in the first pass: nothing else may come before
+            model(torch.zeros(1, 1, dtype=torch.int64, device=place))
+        settle(model)
 
 
 def local(t: Tensor) -> Tensor:

@@ -32,7 +32,7 @@ from aymen_gpt.training.device import Device
 from aymen_gpt.training.distributed import Ranks
 from aymen_gpt.training.guard import Guard
 from aymen_gpt.training.muon import Muon, zero_residual_projections
-from aymen_gpt.training.plan import dealt, moments
+from aymen_gpt.training.plan import dealt, moments, smallest_shard
 from aymen_gpt.training.resume import (
     changes,
     check_identity,
@@ -72,8 +72,12 @@ class Trainer:
         c.require_rows(self.ranks.world_size)
         largest = c.largest_micro_batch(on_cuda=self.device.place.type == "cuda")
         self.micro_batch, _ = dealt(c.rows_per_step, self.ranks.world_size, largest)
-        self.shard = sharding.shard_size(c.shard, self.ranks)
         there, own = devices.memory_there(self.device), 2 * c.model.n_params + moments(c.model, c.optimizer)
+        auto = 1
+        if c.shard == "auto" and there and self.device.place.type == "cuda":
+            auto = smallest_shard(c, self.ranks.world_size, self.ranks.local_world_size, there * 1e9)
+            auto = max(self.ranks.gather(auto))  # GPUs may differ
+        self.shard = sharding.shard_size(c.shard, self.ranks, auto)
         gathered = 4e-9 * (own / self.shard + c.model.n_params)  # GB, in sharding.whole
         self.can_be_whole = self.shard == 1 or not there or gathered < there
         if c.hellaswag_every and not self.can_be_whole:
@@ -217,15 +221,12 @@ class Trainer:
             self.micro_batch = (self.micro_batch + 1) // 2
 
     def _fits(self, rows: int) -> bool:
-        """Whether the first passes of a step work; the second one has the first one's gradients beside it.
+        """Whether the first passes of a step work.
 
         Without a compiler here, and without --compile, the run goes on uncompiled.
         """
         try:
-            passes = self.micro_batches(0, self.config.rows_per_step)[:2]
-            for number, _ in enumerate(passes, 1):
-                sharding.accumulate(self.model, last=number == len(passes))
-                self.batch_loss(torch.zeros(rows, self.config.block_size + 1, dtype=torch.int64)).backward()
+            list(self.try_passes(rows))
         except RuntimeError as error:
             if devices.is_out_of_memory(error):
                 devices.forget_failed_try()
@@ -241,6 +242,14 @@ class Trainer:
         finally:
             sharding.forget(self.model)
         return True
+
+    def try_passes(self, rows: int) -> Iterator[None]:
+        """The first passes of a step, for their memory; the second one has the first one's gradients beside it."""
+        count = len(self.micro_batches(0, self.config.rows_per_step)[:2])
+        for number in range(1, count + 1):
+            sharding.accumulate(self.model, last=number == count)
+            self.batch_loss(torch.zeros(rows, self.config.block_size + 1, dtype=torch.int64)).backward()
+            yield
 
     def too_large(self, when: str) -> AymenError:
         smaller = f"try --micro-batch {self.micro_batch // 2}, the result is the same"
