@@ -30,7 +30,7 @@ from aymen_gpt.training.trainer import Trainer
 CPU = choose_device("cpu", "float32")
 SMALL = {"preset": "tiny", "block_size": 16, "tokens_per_step": 8 * 16, "val_tokens": 80, "micro_batch": 2}
 SMALL |= {"steps": 6, "val_every": 2, "checkpoint_every": 3, "hellaswag_every": 2, "n_layer": 3}
-GRIDS = [(2, (1, 2)), (3, (1, 3)), (4, (2, 4))]  # processes, and how many of them share a model
+GRIDS = [(2, (1, 2)), (3, (3,)), (4, (2,))]  # processes, and how many of them share a model
 
 
 class Stop:
@@ -146,13 +146,12 @@ def test_any_grid_of_ranks_learns_the_same_and_repeats_itself_bit_for_bit(world,
 @pytest.mark.slow
 def test_muon_and_recomputed_blocks_learn_the_same(data, tmp_path):
     options = {"optimizer": "muon", "steps": 4}
-    on_ranks(3, whole_and_in_two_parts, data, tmp_path, (1, 3), options | {"recompute": "block"})
+    on_ranks(3, whole_and_in_two_parts, data, tmp_path, (3,), options | {"recompute": "block"})
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(tokenizer, "write_huggingface_files", lambda *_, **__: None)
         train(Ranks(), data, tmp_path / "alone", **options)
-    for shard in ("1", "3"):
-        assert_the_same_curve(tmp_path / shard / "whole", tmp_path / "alone")
-        assert_the_parts_are_the_whole(tmp_path / shard)
+    assert_the_same_curve(tmp_path / "3" / "whole", tmp_path / "alone")
+    assert_the_parts_are_the_whole(tmp_path / "3")
 
 
 def copy_checkpoint(ranks, data, source, run, options):
@@ -175,7 +174,7 @@ def test_a_checkpoint_is_the_same_bytes_from_any_grid_and_transformers_reads_its
     parts = [name for name in expected if name.startswith("model-0")]
     assert len(parts) >= 3
     assert sum(name.startswith("optimizer-0") for name in expected) >= 5
-    for world, shard in ((2, 2), (3, 3), (4, 2)):
+    for world, shard in ((3, 3), (4, 2)):
         run = tmp_path / f"{world} {shard}"
         on_ranks(world, copy_checkpoint, data, checkpoints(alone)[0], run, {"shard": str(shard)})
         assert {p.name: p.read_bytes() for p in checkpoints(run)[0].iterdir()} == expected
