@@ -1,5 +1,6 @@
 # make demo          install, then text -> tokens -> a small GPT -> its HellaSwag score, on any machine, in minutes
-# make test          install, then every test
+# make test          install, then every test but a few long ones
+# make test-long     those: more processes, more kills
 # make test-fast     the tests that take less than two seconds, for the loop of work
 # make test-faults   only the tests that kill, cut, flip and fill things, and a table of what is survived
 # make test-parity   our HellaSwag against lm-evaluation-harness on 1,000 examples, three models: a quarter of an hour
@@ -15,7 +16,7 @@ RUN ?= docs/results/demo
 # pip shows its bars to a person and only errors to a log
 PIP := $(BIN)/pip --disable-pip-version-check $(shell test -t 2 || echo -qq)
 
-.PHONY: setup demo report record test test-fast test-faults test-parity rehearse lint clean
+.PHONY: setup demo report record test test-fast test-long test-faults test-parity rehearse lint clean
 
 setup: .venv/installed
 
@@ -53,7 +54,10 @@ record: .venv/installed-dev
 	$(BIN)/python -m tools.screenshot runs/demo docs/images
 
 test: .venv/installed-dev
-	$(BIN)/python -m pytest -n 2
+	$(BIN)/python -m pytest -n 2 -m 'not long'
+
+test-long: .venv/installed-dev
+	$(BIN)/python -m pytest -n 2 -m long
 
 test-fast: .venv/installed-dev
 	$(BIN)/python -m pytest -n 2 -m 'not slow'

@@ -47,6 +47,7 @@ def counted(c, world, dtype):
 
 
 @pytest.mark.slow
+@pytest.mark.long
 @pytest.mark.parametrize(("world", "shards"), [(2, "12")])
 def test_ranks_take_what_was_counted(world, shards, tmp_path):
     """One micro-batch on each rank, then two: the loss takes the most. With few tokens the end of backward does.

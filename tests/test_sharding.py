@@ -30,7 +30,8 @@ from aymen_gpt.training.trainer import Trainer
 CPU = choose_device("cpu", "float32")
 SMALL = {"preset": "tiny", "block_size": 16, "tokens_per_step": 8 * 16, "val_tokens": 80, "micro_batch": 2}
 SMALL |= {"steps": 6, "val_every": 2, "checkpoint_every": 3, "hellaswag_every": 2, "n_layer": 3}
-GRIDS = [(2, (1, 2)), (3, (3,)), (4, (2,))]  # processes, and how many of them share a model
+MORE = [pytest.param(n, shards, marks=pytest.mark.long) for n, shards in ((3, (1, 3)), (4, (2, 4)))]
+GRIDS = [(2, (1, 2)), *MORE]  # processes, and how many of them share a model
 
 
 class Stop:
@@ -144,6 +145,7 @@ def test_any_grid_of_ranks_learns_the_same_and_repeats_itself_bit_for_bit(world,
 
 
 @pytest.mark.slow
+@pytest.mark.long
 def test_muon_and_recomputed_blocks_learn_the_same(data, tmp_path):
     options = {"optimizer": "muon", "steps": 4}
     on_ranks(3, whole_and_in_two_parts, data, tmp_path, (3,), options | {"recompute": "block"})

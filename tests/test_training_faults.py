@@ -53,7 +53,7 @@ def ended(done, code):
 
 @pytest.mark.fault(1, 2, 7, 11, 25)
 @pytest.mark.timeout(600)
-@pytest.mark.parametrize(("processes", "shard"), [(None, 1), (3, 1), (3, 3)])
+@pytest.mark.parametrize(("processes", "shard"), [(None, 1), (3, 1), pytest.param(3, 3, marks=pytest.mark.long)])
 def test_five_kills_change_no_bit(door, shards, tmp_path, processes, shard):
     """40 steps at once, and 40 with five attempts that are killed, some inside a save, on one rank of all."""
     words = ["pretrain.py", *SMALL, "--data", shards, "--steps", 40, "--shard", shard, "--run-dir"]
