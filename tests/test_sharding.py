@@ -30,8 +30,8 @@ from aymen_gpt.training.trainer import Trainer
 CPU = choose_device("cpu", "float32")
 SMALL = {"preset": "tiny", "block_size": 16, "tokens_per_step": 8 * 16, "val_tokens": 80, "micro_batch": 2}
 SMALL |= {"steps": 6, "val_every": 2, "checkpoint_every": 3, "hellaswag_every": 2, "n_layer": 3}
-MORE = [pytest.param(n, shards, marks=pytest.mark.long) for n, shards in ((3, (1, 3)), (4, (2, 4)))]
-GRIDS = [(2, (1, 2)), *MORE]  # processes, and how many of them share a model
+MORE = [pytest.param(n, shards, marks=pytest.mark.long) for n, shards in ((2, (1,)), (3, (1, 3)), (4, (2, 4)))]
+GRIDS = [(2, (2,)), *MORE]  # processes, and how many of them share a model
 
 
 class Stop:
@@ -176,7 +176,7 @@ def test_a_checkpoint_is_the_same_bytes_from_any_grid_and_transformers_reads_its
     parts = [name for name in expected if name.startswith("model-0")]
     assert len(parts) >= 3
     assert sum(name.startswith("optimizer-0") for name in expected) >= 5
-    for world, shard in ((3, 3), (4, 2)):
+    for world, shard in [(4, 2)]:
         run = tmp_path / f"{world} {shard}"
         on_ranks(world, copy_checkpoint, data, checkpoints(alone)[0], run, {"shard": str(shard)})
         assert {p.name: p.read_bytes() for p in checkpoints(run)[0].iterdir()} == expected
