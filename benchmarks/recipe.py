@@ -60,7 +60,7 @@ RATES = ("matrix_rate", "learning_rate")
 Rates = tuple[float, ...]  # of an arm, in the order of RATES
 Curves = dict[tuple[str, float, int], list[dict[str, Any]]]  # final runs: arm, share of the tokens, seed
 TUNING_SEED = 1000
-USUAL = (None, False, [], "auto")  # what pretrain.py's options are that are none of a run's
+USUAL: tuple[Any, ...] = (None, False, [], "auto")  # what pretrain.py's options are that are none of a run's
 
 
 @dataclass(frozen=True)
