@@ -35,7 +35,13 @@ def is_dealt(t: Tensor) -> TypeGuard["DTensor"]:
 
 def engines(model: nn.Module) -> list[Any]:
     """The modules that fully_shard has wrapped, the model first; none in a single process."""
-    return [module for module in model.modules() if hasattr(module, "reset_iter_state")]
+    return (
+        [module for module in model.modules() if hasattr(module, "reset_iter_state")] if is_wrapped(model) else []
+    )
+
+
+def is_wrapped(model: nn.Module) -> bool:
+    return hasattr(model, "reset_iter_state")
 
 
 def shard_size(option: str, ranks: Ranks, auto: int = 1) -> int:
@@ -91,7 +97,7 @@ def draw(model: GPT, generator: torch.Generator, place: torch.device) -> None:
     model.to_empty(device=place)
     for name, p in model.named_parameters():
         put(p, model.initial(name, p.shape, generator))
-    if engines(model):
+    if is_wrapped(model):
         with torch.no_grad():  # fully_shard finds its root in the first pass: nothing else may come before
             model(torch.zeros(1, 1, dtype=torch.int64, device=place))
         settle(model)
@@ -163,18 +169,21 @@ def accumulate(model: nn.Module, *, last: bool) -> None:
     With ``shard`` 1 they add up gradients on each rank; else a rank has no room for all of them, and only the sum
     over the copies of the model waits for the last.
     """
-    for root in engines(model)[:1]:
-        if copy_size(next(model.parameters())) == 1:
-            root.set_requires_gradient_sync(last)
-        else:
-            root.set_requires_all_reduce(last)
+    root: Any = model
+    if not is_wrapped(root):
+        return
+    if copy_size(next(model.parameters())) == 1:
+        root.set_requires_gradient_sync(last)
+    else:
+        root.set_requires_all_reduce(last)
 
 
 def settle(model: nn.Module) -> None:
     """After passes without backward: free gathered weights, forget the order of passes."""
-    for root in engines(model)[:1]:
+    modules = engines(model)
+    for root in modules[:1]:
         root.reset_iter_state()
-    for module in engines(model):
+    for module in modules:
         module.reshard()
 
 

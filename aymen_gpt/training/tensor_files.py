@@ -120,7 +120,7 @@ def collect(stem: str, tensors: Tensors, vocab_size: int, shard: int, limit: int
     number, room = -1, 0
     for name, t in tensors.items():
         rows = vocab_size if name.endswith("wte.weight") else t.size(0)
-        size = 4 * rows * t[0].numel()
+        size = 4 * rows * t.shape[1:].numel()  # a row itself would be fetched from its rank
         if size > room:
             number, room = number + 1, max(limit, size)
         room -= size
