@@ -44,6 +44,19 @@ def test_logits_and_loss_equal_transformers_on_its_weights_and_on_ours(config):
         assert (ours(idx) - theirs(idx).logits).abs().max() < 1e-4
 
 
+@pytest.mark.parametrize("recompute", ["attention", "block"])
+def test_what_backward_computes_again_changes_no_gradient(recompute):
+    model, idx = GPT(SMALL, generator()), torch.randint(1000, (2, 48), generator=generator())
+    model(idx).square().sum().backward()
+    expected = {name: p.grad.clone() for name, p in model.named_parameters()}
+    model.zero_grad()
+    model.recompute, passes = recompute, []
+    model.h[0].attn.register_forward_hook(lambda *_: passes.append(recompute))
+    model(idx).square().sum().backward()
+    assert len(passes) == 2
+    assert all(torch.equal(p.grad, expected[name]) for name, p in model.named_parameters())
+
+
 @pytest.mark.parametrize(
     ("name", "millions"),
     [("gpt2", 124), ("gpt2-medium", 355), ("gpt2-large", 774), ("gpt2-xl", 1558), ("gpt3-small", 125),

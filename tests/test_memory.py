@@ -68,7 +68,7 @@ def test_ranks_take_what_was_counted(world, shards, tmp_path):
     assert 0 <= counted(few, world, torch.bfloat16) - at_the_end <= embedding
 
 
-@pytest.mark.parametrize("c", [config(tokens=512), config(recompute="block")])
+@pytest.mark.parametrize("c", [config(tokens=512), config(recompute="attention"), config(recompute="block")])
 def test_one_process_takes_what_was_counted(c, monkeypatch):
     monkeypatch.setattr(cpu, "logits_room", lambda *_: None)
     assert counted(c, 1, torch.bfloat16) == pytest.approx(most_given_out(Ranks(), c, torch.bfloat16), rel=0.01)
@@ -87,7 +87,8 @@ EVERY = {"shard", "recompute", "micro_batch"}
     [
         (9999, EVERY, "--shard 1 --recompute none --micro-batch 64"),
         (1100, EVERY, "--shard 1 --recompute none --micro-batch 4"),
-        (1015, EVERY, "--shard 1 --recompute block --micro-batch 4"),
+        (1017, EVERY, "--shard 1 --recompute attention --micro-batch 1"),
+        (1014, EVERY, "--shard 1 --recompute block --micro-batch 4"),
         (160, EVERY, "--shard node --recompute none --micro-batch 1"),
         (70, EVERY, "--shard all --recompute block --micro-batch 4"),
         (9999, {"shard", "recompute"}, "--shard 1 --recompute none --micro-batch 8"),
@@ -97,7 +98,8 @@ EVERY = {"shard", "recompute", "micro_batch"}
 def test_the_fastest_setting_that_fits_is_chosen(limit, free, chosen, monkeypatch):
     def peak(c, gpus, dtype):
         copy = {"1": 1, "node": 8, "all": 16}[c.shard]
-        return {"state": 1000 // copy, "activations": c.micro_batch * {"none": 20, "block": 2}[c.recompute]}
+        row = {"none": 20, "attention": 15, "block": 2}[c.recompute]
+        return {"state": 1000 // copy, "activations": c.micro_batch * row}
 
     monkeypatch.setattr(memory, "peak", peak)
     monkeypatch.setattr(memory, "moments", lambda m, _: -m.n_params)

@@ -131,7 +131,7 @@ def test_a_measurement_is_of_this_machine(refused):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("recompute", ["none", "block"])
+@pytest.mark.parametrize("recompute", ["none", "attention", "block"])
 def test_the_estimate_of_a_shared_model_is_near_what_is_counted(recompute):
     c = resolve({"preset": "gpt3-6.7b", "shard": "all", "recompute": recompute, "micro_batch": 1})
     assert plan.sharded_memory(c, 8) == pytest.approx(memory.estimate(c, 8, torch.bfloat16), rel=0.1)

@@ -204,3 +204,7 @@ def test_what_overflows_in_half_precision_is_scored_in_float32():
         model.h[0].ln_2.weight.mul_(1e5)  # past float16's 65,504 in the MLP
         model.h[0].mlp.c_fc.weight.mul_(1e-4)
     close(likely(model, texts, dtype=torch.float16), likely(model, texts))
+    ranks = []  # another rank has more batches, and each of them overflows there
+    found = likely(model, texts, most=lambda number: ranks.append(number) or number + 1, dtype=torch.bfloat16)
+    close(found, likely(model, texts))
+    assert ranks[1:] == [0] * (ranks[0] + 1)

@@ -3,16 +3,19 @@
 import json
 import os
 import socket
+from types import SimpleNamespace
 
 import pytest
 import torch
 import torch.multiprocessing
 from conftest import make_shards
+from questions import EXAMPLES
 from safetensors.torch import load_file
 from torch.utils._python_dispatch import TorchDispatchMode
 from training_runs import rows
 from transformers import GPT2LMHeadModel
 
+from aymen_gpt.commands import pretrain
 from aymen_gpt.commands.pretrain import build
 from aymen_gpt.data import tokenizer
 from aymen_gpt.errors import AymenError, Stopped, UsageError
@@ -154,6 +157,29 @@ def test_muon_and_recomputed_blocks_learn_the_same(data, tmp_path):
         train(Ranks(), data, tmp_path / "alone", **options)
     assert_the_same_curve(tmp_path / "3" / "whole", tmp_path / "alone")
     assert_the_parts_are_the_whole(tmp_path / "3")
+
+
+def score_and_sample(ranks, data, folder, whole):
+    """What the first rank logs after step 6, from untrained weights, with three questions and with one."""
+    logged = []
+    for count in (3, 1):
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(pretrain, "load_examples", lambda n=count: EXAMPLES[:n])
+            t = build(resolve(SMALL | {"data": str(data), "shard": str(ranks.world_size)}), CPU, ranks)
+        t.can_be_whole = whole
+        log = SimpleNamespace(write=lambda row, samples: logged.append([row, samples[:1], len(samples)]))
+        t.report(log if ranks.is_first else None, {"step": 6, "val_loss": 0.0})
+    if ranks.is_first:
+        (folder / f"{ranks.world_size}").write_text(json.dumps(logged))
+
+
+@pytest.mark.slow
+def test_ranks_that_cannot_hold_the_whole_model_score_and_sample_it_together(data, tmp_path):
+    """One rank has two questions and the other one, or none."""
+    score_and_sample(Ranks(), data, tmp_path, True)
+    on_ranks(2, score_and_sample, data, tmp_path, False)
+    for alone, together in zip(*(json.loads((tmp_path / n).read_text()) for n in "12"), strict=True):
+        assert together == [*alone[:2], 1]
 
 
 def copy_checkpoint(ranks, data, source, run, options):

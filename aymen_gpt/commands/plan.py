@@ -57,7 +57,7 @@ def show_plan(config: TrainConfig, args: argparse.Namespace) -> None:
     if many and there:
         free = {"shard"} if config.shard == "auto" else set()
         free |= set() if config.micro_batch else {"micro_batch"}
-        free |= set() if hasattr(args, "recompute") or config.recompute == "block" else {"recompute"}
+        free |= set() if hasattr(args, "recompute") or config.recompute != "none" else {"recompute"}
         memory_of = counted_lines(config, device, gpus, there, free)
     else:
         rows, passes = micro_batch(config, device, gpus, there)
@@ -161,7 +161,7 @@ def counted_lines(c: TrainConfig, device: Device, gpus: int, there: float, free:
     yield f"            fits into {there:,.0f} GB"
     whole = 4 * (parts["weights"] + c.model.n_params)
     if found.shard != "1" and whole > there * 1e9:
-        yield f"            with all weights a GPU has {gb(whole)}: no samples, and --hellaswag-every 0"
+        yield f"            HellaSwag and samples: layer by layer, as with all weights a GPU has {gb(whole)}"
     shallow = f", other settings extrapolated from {memory.FEW} and {memory.MORE}" * (c.n_layer > memory.MORE)
     yield f"            counted with all {c.n_layer} layers{shallow}, in {time.monotonic() - began:.0f} s"
     yield update_line(c, passes)

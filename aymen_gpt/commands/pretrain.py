@@ -36,7 +36,7 @@ from aymen_gpt.training.distributed import Ranks, process_group, ranks_from_envi
 from aymen_gpt.training.forecast import forecaster
 from aymen_gpt.training.plan import moments
 from aymen_gpt.training.runlog import RunLog
-from aymen_gpt.training.sharding import shard_size
+from aymen_gpt.training.sharding import is_dealt, shard_size
 from aymen_gpt.training.signals import StopSignal
 from aymen_gpt.training.trackers import tracker
 from aymen_gpt.training.trainer import Trainer
@@ -158,8 +158,12 @@ def scorer(config: TrainConfig, device: Device, ranks: Ranks) -> Callable[[GPT],
     examples = evenly_spaced(found, config.hellaswag_limit)
     mine = examples[ranks.rank :: ranks.world_size]
 
+    def most(number: int) -> int:
+        return max(ranks.gather(number))
+
     def score(model: GPT) -> dict[str, Any]:
-        answers = hellaswag.evaluate(model, mine, protocols=("completion",), dtype=device.dtype)
+        options: dict[str, Any] = {"dtype": device.dtype, "most": most if is_dealt(model.wte.weight) else None}
+        answers = hellaswag.evaluate(model, mine, protocols=("completion",), **options)
         result = hellaswag.merge(ranks.gather(answers))
         return {"n": len(result.examples), "completion": result.scores("completion")}
 

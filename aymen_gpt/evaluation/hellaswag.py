@@ -125,6 +125,7 @@ def evaluate(
     dtype: torch.dtype = torch.float32,
     batch_tokens: int | None = None,
     progress: Callable[[int, int], None] | None = None,
+    most: Callable[[int], int] | None = None,
 ) -> Result:
     """Score ``examples`` on the model's device; its tokens must be GPT-2's. See scoring.score for the options.
 
@@ -141,7 +142,8 @@ def evaluate(
 
     count(0)
     texts = [text for protocol in protocols for example in examples for text in tokenize(example, protocol)]
-    scores = iter(score(model, texts, dtype=dtype, batch_tokens=batch_tokens, progress=count))
+    options: dict[str, Any] = {"dtype": dtype, "batch_tokens": batch_tokens, "most": most}
+    scores = iter(score(model, texts, progress=count, **options))
     answers = {p: [answer(e, list(islice(scores, N_ENDINGS)), p) for e in examples] for p in protocols}
     return Result(list(examples), answers)
 

@@ -19,6 +19,7 @@ among ranks, give each ``texts[rank::world_size]`` and put together what they fi
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, field
+from functools import partial
 
 import numpy as np
 import torch
@@ -150,24 +151,31 @@ class Predictor:
     """
 
     def __init__(self, model: GPT, dtype: torch.dtype) -> None:
-        self.model, wte = model, model.wte.weight[: model.config.vocab_size].float()
-        self.embedding = wte - wte.mean(dim=0)  # (V, C)
-        self.head = self.embedding.to(dtype)
-        self.rows, self.softmax_rows = LOGIT_ROWS[wte.device.type], SOFTMAX_ROWS[wte.device.type]
+        self.model, self.dtype = model, dtype
+        self.embedding: Tensor | None = None  # (V, C), from the first batch on
 
     def __call__(self, batch: Batch, *, greedy: bool) -> tuple[np.ndarray, np.ndarray]:
         """The log-likelihood of each target (P,), and with ``greedy`` whether it is the likeliest token (P,)."""
-        hidden = self.model.hidden(batch.tokens, positions=batch.positions, mask=batch.mask)  # (B, T, C)
+        of_hidden = partial(self.predictions, batch, greedy=greedy)
+        log_p, hits = self.model(batch.tokens, positions=batch.positions, mask=batch.mask, head=of_hidden).cpu()
+        return log_p.numpy(), hits.numpy() > 0
+
+    def predictions(self, batch: Batch, hidden: Tensor, weight: Tensor, *, greedy: bool) -> Tensor:
+        """What __call__ says, as numbers (2, P), by hidden states (B, T, C) and the output layer's weight."""
+        if self.embedding is None:
+            wte = weight[: self.model.config.vocab_size].float()
+            self.embedding = wte - wte.mean(dim=0)
+            self.head = self.embedding.to(self.dtype)
+        place = weight.device.type
         h = hidden.flatten(0, 1)[batch.predictors]  # (R, C)
         totals, likeliest = [], []
-        for some in h.split(self.rows):
-            logits = F.linear(some.to(self.head.dtype), self.head)  # (rows, V)
-            totals += [log_total(part) for part in logits.split(self.softmax_rows)]
+        for some in h.split(LOGIT_ROWS[place]):
+            logits = F.linear(some.to(self.dtype), self.head)  # (rows, V)
+            totals += [log_total(part) for part in logits.split(SOFTMAX_ROWS[place])]
             likeliest.append(logits.argmax(dim=1) if greedy else torch.full_like(some[:, 0], -1))
         logit = (h[batch.sources].float() * self.embedding[batch.targets]).sum(dim=1)
         log_p = logit - torch.cat(totals)[batch.sources]
-        hits = torch.cat(likeliest)[batch.sources] == batch.targets
-        return log_p.cpu().numpy(), hits.cpu().numpy()
+        return torch.stack((log_p, (torch.cat(likeliest)[batch.sources] == batch.targets).float()))
 
 
 def log_total(logits: Tensor) -> Tensor:
@@ -184,6 +192,7 @@ def score(
     batch_tokens: int | None = None,
     greedy: bool = False,
     progress: Callable[[int], object] | None = None,
+    most: Callable[[int], int] | None = None,
 ) -> list[Score]:
     """The score of each text's ending, in their order, computed on the model's device.
 
@@ -191,6 +200,8 @@ def score(
     the model's context lose their beginning, see ``fit``. Memory is bounded by ``batch_tokens``. ``progress`` is
     called with the number of endings of each batch. A batch that overflows in ``dtype`` is scored in float32;
     DataError when a likelihood is not finite there either.
+
+    Ranks that share the model must make as many passes through it: ``most`` gives the greatest of their numbers.
     """
     device = model.wte.weight.device
     predict = Predictor(model, dtype)
@@ -199,12 +210,16 @@ def score(
     kernels = (
         sdpa_kernel([SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]) if device.type == "cuda" else nullcontext()
     )
-    with kernels, torch.autocast(device.type, dtype, enabled=dtype != torch.float32):
+    in_dtype = {"dtype": dtype, "enabled": dtype != torch.float32, "cache_enabled": most is None}
+    with kernels, torch.autocast(device.type, **in_dtype):
         every_row = rows_of(texts, model.config.block_size)
-        for rows in batches(every_row, batch_tokens or BATCH_TOKENS[device.type]):
+        todo = list(batches(every_row, batch_tokens or BATCH_TOKENS[device.type]))
+        todo += [[Row([0], [[0]], [-1])]] * (most(len(todo)) - len(todo) if most else 0)
+        for rows in todo:
             batch = collate(rows, device)
             log_p, hits = predict(batch, greedy=greedy)
-            if not np.isfinite(log_p).all() and dtype != torch.float32:
+            overflow = int(not np.isfinite(log_p).all() and dtype != torch.float32)
+            if most(overflow) if most else overflow:
                 with torch.autocast(device.type, enabled=False):
                     log_p, hits = Predictor(model, torch.float32)(batch, greedy=greedy)
             if not np.isfinite(log_p).all():

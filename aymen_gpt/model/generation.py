@@ -56,7 +56,7 @@ def generate(model: GPT, prompt: list[int], max_tokens: int, **sampling: Any) ->
         yield token
 
 
-@torch.inference_mode()
+@torch.no_grad()
 def draw(
     model: GPT,
     prompt: list[int],
@@ -84,8 +84,11 @@ def draw(
         if caches[0].used + fresh > limit:
             tokens = tokens[-max(limit // 2, 1) :]
             fresh, caches = len(tokens), model.new_caches(1)
-        hidden = model.hidden(torch.tensor([tokens[-fresh:]], device=device), caches)  # (1, fresh, C)
-        logits = model.logits(hidden[0, -1])  # (V,)
+        logits = model(
+            torch.tensor([tokens[-fresh:]], device=device),
+            caches,
+            head=lambda hidden, _: model.logits(hidden[0, -1]),
+        )  # (V,)
         if not logits.max().isfinite():  # NaN is the largest
             raise DataError("the model gives logits that are not finite: there is no text to draw from them")
         token = choose(logits, temperature=temperature, top_k=top_k, top_p=top_p, generator=generator)

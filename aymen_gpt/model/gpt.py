@@ -134,6 +134,11 @@ class MLP(nn.Module):
         return self.c_proj(F.gelu(self.c_fc(x), approximate="tanh"))  # (B, T, C)
 
 
+def again(f: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
+    """f(x), which backward computes a second time: nothing but x is kept for it."""
+    return checkpoint(f, x, use_reentrant=False, preserve_rng_state=False)
+
+
 class Block(nn.Module):
     def __init__(self, config: GPTConfig) -> None:
         super().__init__()
@@ -142,9 +147,15 @@ class Block(nn.Module):
         self.ln_2 = nn.LayerNorm(config.n_embd)
         self.mlp = MLP(config)
 
-    def forward(self, x: Tensor, cache: LayerCache | None = None, mask: Tensor | None = None) -> Tensor:
-        x = x + self.attn(self.ln_1(x), cache, mask)
+    def forward(
+        self, x: Tensor, cache: LayerCache | None = None, mask: Tensor | None = None, recompute: bool = False
+    ) -> Tensor:
+        """A cache and a mask as attention takes them, or ``recompute`` attention in backward."""
+        x = x + (again(self.attend, x) if recompute else self.attend(x, cache, mask))
         return x + self.mlp(self.ln_2(x))
+
+    def attend(self, x: Tensor, cache: LayerCache | None = None, mask: Tensor | None = None) -> Tensor:
+        return self.attn(self.ln_1(x), cache, mask)
 
 
 class GPT(nn.Module):
@@ -154,7 +165,7 @@ class GPT(nn.Module):
         super().__init__()
         self.config = config
         self.residual = torch.float32  # of the sums between blocks under autocast
-        self.recompute = False  # keep only the input of each block for backward, which computes the rest again
+        self.recompute = "none"  # or attention, or block: what backward computes again, so as to keep less for it
         self.wte = nn.Embedding(config.padded_vocab_size, config.n_embd)  # also the output layer
         self.wpe = nn.Embedding(config.block_size, config.n_embd)
         self.h = nn.ModuleList(Block(config) for _ in range(config.n_layer))
@@ -210,11 +221,12 @@ class GPT(nn.Module):
         x = self.wte(idx) + (self.wpe.weight[past : past + T] if positions is None else self.wpe(positions))
         if torch.is_autocast_enabled(x.device.type):
             x = x.to(self.residual)
+        recompute = self.recompute if torch.is_grad_enabled() else "none"
         for i, block in enumerate(self.h):
-            if self.recompute and torch.is_grad_enabled():
-                x = checkpoint(block, x, use_reentrant=False, preserve_rng_state=False)
+            if recompute == "block":
+                x = again(block, x)
             else:
-                x = block(x, caches[i] if caches else None, mask)  # (B, T, C)
+                x = block(x, caches[i] if caches else None, mask, recompute == "attention")  # (B, T, C)
         return self.ln_f(x)
 
     def logits(self, hidden: Tensor) -> Tensor:
@@ -226,17 +238,20 @@ class GPT(nn.Module):
         idx: Tensor,
         caches: list[LayerCache] | None = None,
         *,
-        loss: Callable[[Tensor, Tensor], Tensor] | None = None,
+        head: Callable[[Tensor, Tensor], Tensor] | None = None,
+        **rows: Tensor,
     ) -> Tensor:
         """Logits (B, T, V) for token ids (B, T); position t predicts token t + 1.
 
-        Instead, where given, the ``loss`` of the hidden states (B, T, C) and the output layer's weight (Vp, C).
+        With ``head`` what that makes of the hidden states (B, T, C) and the output layer's weight (Vp, C), as a
+        loss. Rows of several texts are described as for ``hidden``.
         """
-        x = self.hidden(idx, caches)
-        return self.logits(x) if loss is None else loss(x, self.wte.weight)
+        x = self.hidden(idx, caches, **rows)
+        return self.logits(x) if head is None else head(x, self.wte.weight)
 
     def new_caches(self, batch: int) -> list[LayerCache]:
         """Empty caches, one a layer, for generating up to block_size positions."""
         c = self.config
         shape = (batch, c.n_head, c.block_size, c.n_embd // c.n_head)
-        return [LayerCache(self.wte.weight.new_empty(shape)) for _ in self.h]
+        like = {"dtype": self.wte.weight.dtype, "device": self.wte.weight.device}
+        return [LayerCache(torch.empty(shape, **like)) for _ in self.h]

@@ -43,6 +43,7 @@ class Range:
 
 OVERRIDABLE = ("seed", "data", "tokens_per_step")  # of what makes a run, with --override-resume
 OPTIMIZERS, SCHEDULES, RESIDUALS = ("adamw", "muon"), ("cosine", "linear"), ("float32", "bfloat16")
+RECOMPUTE = "none", "attention", "block"
 TRACKERS = ("tensorboard", "wandb", "trackio")
 COUNT, WHOLE, CLIP = Range(1, 10**9), Range(0, 10**9), Range(0, 10**9, without=(0,))
 SEEDS = Range(0, 2**63 - 1)
@@ -148,7 +149,7 @@ class TrainConfig:
     micro_batch: int | None = option("rows per pass; auto: the most that fit", "machine", None, COUNT, "auto")
     shard: str = option("ranks that share a copy of the model: auto, N, node or all", "machine", "auto")
     recompute: str = option(
-        "block: keep less for backward, compute blocks twice", "machine", "none", choices=("none", "block")
+        "in backward, to keep less for it: attention or block", "machine", "none", choices=RECOMPUTE
     )
     residual: str = option(
         "of the sums between blocks: float32 or bfloat16", "machine", "float32", choices=RESIDUALS

@@ -22,7 +22,7 @@ from torch.distributed._tools.mem_tracker import MemTracker
 from torch.testing._internal.distributed.fake_pg import FakeStore
 
 from aymen_gpt.model.loss import default_chunk, linear_cross_entropy
-from aymen_gpt.training.config import TrainConfig
+from aymen_gpt.training.config import RECOMPUTE, TrainConfig
 from aymen_gpt.training.device import Device
 from aymen_gpt.training.distributed import Ranks
 from aymen_gpt.training.muon import Muon
@@ -101,7 +101,7 @@ def choices(c: TrainConfig, gpus: int, free: set[str]) -> Iterator[list[TrainCon
     sizes = [2**n for n in range(7) if 2**n < 2 * c.rows_per_step / gpus]
     node = ["node"] * (gpus > NODE and gpus % NODE == 0)
     for shard in ["1", *node, *["all"] * (gpus > 1)] if "shard" in free else [c.shard]:
-        for recompute in ["none", "block"] if "recompute" in free else [c.recompute]:
+        for recompute in RECOMPUTE if "recompute" in free else [c.recompute]:
             setting = replace(c, shard=shard, recompute=recompute)
             yield [replace(setting, micro_batch=size) for size in sizes] if "micro_batch" in free else [setting]
 

@@ -83,7 +83,9 @@ def sharded_memory(c: "TrainConfig", shard: int, rows: int = 1) -> int:
     m, tokens = c.model, rows * c.block_size
     parts = step_memory(m, rows, size=2, chunk=8192, optimizer=c.optimizer)
     own = parts["weights, gradients, moments"] // shard
-    if c.recompute == "block":
+    if c.recompute == "attention":  # what ln_1, attn.c_attn, attention and attn.c_proj keep, but x
+        parts["activations"] -= tokens * m.n_layer * (10 * m.n_embd + FLOAT * (m.n_head + 2))
+    elif c.recompute == "block":
         parts["activations"] = tokens * (FLOAT * m.n_layer * m.n_embd + saved_by_layer(m, 2))
         parts["copies of weights for products"] //= m.n_layer
     block, embedding = FLOAT * 12 * m.n_embd**2, FLOAT * m.padded_vocab_size * m.n_embd

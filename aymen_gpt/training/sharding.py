@@ -201,13 +201,14 @@ def forget(model: nn.Module) -> None:
 
 
 @contextmanager
-def whole(model: nn.Module) -> Iterator[None]:
-    """Inside, each rank has all weights as plain tensors, and may use them alone, as often as it likes.
+def evaluation(model: nn.Module, *, whole: bool) -> Iterator[None]:
+    """Around passes without backward; all ranks must come in, and inside make as many passes as one another.
 
-    All ranks must come in. A rank needs 4 bytes a parameter for it.
+    Where the ``whole`` model fits on each rank, 4 bytes a parameter, it has all weights as plain tensors instead,
+    and may use them alone, as often as it likes.
     """
     modules = engines(model)
-    for module in modules:
+    for module in modules if whole else []:
         module.set_reshard_after_forward(False, recurse=False)
         module.unshard()
     try:

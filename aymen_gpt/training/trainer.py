@@ -11,6 +11,7 @@ import warnings
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
+from itertools import takewhile
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +21,7 @@ from torch import Tensor
 
 from aymen_gpt.data import tokenizer
 from aymen_gpt.data.loader import TokenRows, deal
-from aymen_gpt.errors import AymenError, CannotWrite, DataError, Stopped, UsageError
+from aymen_gpt.errors import AymenError, CannotWrite, DataError, Stopped
 from aymen_gpt.model import cpu
 from aymen_gpt.model.generation import generate
 from aymen_gpt.model.gpt import GPT
@@ -78,15 +79,10 @@ class Trainer:
             auto = smallest_shard(c, self.ranks.world_size, self.ranks.local_world_size, there * 1e9)
             auto = max(self.ranks.gather(auto))  # GPUs may differ
         self.shard = sharding.shard_size(c.shard, self.ranks, auto)
-        gathered = 4e-9 * (own / self.shard + c.model.n_params)  # GB, in sharding.whole
+        gathered = 4e-9 * (own / self.shard + c.model.n_params)  # GB, in sharding.evaluation
         self.can_be_whole = self.shard == 1 or not there or gathered < there
-        if c.hellaswag_every and not self.can_be_whole:
-            raise UsageError(
-                f"all weights beside this process's part of the training state take {gathered:,.0f} GB of "
-                f"{there:,.0f}: add --hellaswag-every 0, and score checkpoints with hellaswag.py"
-            )
         self.model = sharding.new_model(c.model, c.seed, self.shard, self.ranks, self.device.place)
-        self.model.residual, self.model.recompute = getattr(torch, c.residual), c.recompute == "block"
+        self.model.residual, self.model.recompute = getattr(torch, c.residual), c.recompute
         self.named = dict(self.model.named_parameters())
         adamw: Any = {"lr": c.learning_rate, "betas": (c.beta1, c.beta2), "weight_decay": c.weight_decay}
         self.optimizer: torch.optim.Optimizer
@@ -118,7 +114,7 @@ class Trainer:
         """Summed loss of the tokens y (b, T) that follow x (b, T), in nats."""
         vocab_size = self.config.model.vocab_size
         with self.device.autocast(cache=self.ranks.world_size == 1):
-            return self.model(x, loss=lambda hidden, weight: self.head(hidden, weight, y, vocab_size))
+            return self.model(x, head=lambda hidden, weight: self.head(hidden, weight, y, vocab_size))
 
     def batch_loss(self, tokens: Tensor) -> Tensor:
         """Summed loss of a micro-batch (b, T + 1) in host memory; of one without rows 0, which takes as long."""
@@ -271,15 +267,18 @@ class Trainer:
         return self.ranks.sum(total).item() / (count * self.config.block_size)
 
     def sample(self, step: int) -> list[Row]:
-        """For samples.jsonl: the model goes on from 16 tokens at a few places of the validation text."""
+        """For samples.jsonl: the model goes on from 16 tokens at a few places of the validation text.
+
+        Ranks that share the model do this together, at one place, for each token takes the time of a pass.
+        """
         encoding, written = tokenizer.gpt2(), []
-        for place in range(SAMPLES):
+        for place in range(SAMPLES if self.can_be_whole else 1):
             row = self.val_rows.rows(place * self.val_rows.rows_per_epoch // SAMPLES, 1)[0]
             prompt = [token for token in row[:16].tolist() if token != tokenizer.EOT] or [tokenizer.EOT]
             seed = self.config.seed
-            more = generate(self.model, prompt, 64, temperature=0.8, top_k=50, seed=seed, stop=tokenizer.EOT)
+            more = generate(self.model, prompt, 64, temperature=0.8, top_k=50, seed=seed)
             try:
-                text = encoding.decode(list(more))
+                text = encoding.decode(list(takewhile(lambda token: token != tokenizer.EOT, list(more))))
             except DataError as error:  # a sample does not end a run, what spoiled the weights will
                 text = f"({error})"
             written.append({"step": step, "prompt": encoding.decode(prompt), "text": text})
@@ -343,6 +342,7 @@ class Trainer:
             if log:
                 log.say(f"{folder} is finished, at step {step}: to train on, raise --steps")
             return
+        self.can_be_whole = all(self.ranks.gather(self.can_be_whole))
         if not c.micro_batch:
             self.fit_micro_batch()
         elif self.compiled:
@@ -402,11 +402,11 @@ class Trainer:
     def report(self, log: RunLog | None, row: Row) -> None:
         """Measure what is due after a step's checkpoint (score, samples), and log the step."""
         samples: list[Row] = []
-        if self.can_be_whole and (self.scores_after(row["step"]) or "val_loss" in row):
-            with self.ranks.meeting(), sharding.whole(self.model):
+        if self.scores_after(row["step"]) or "val_loss" in row:
+            with self.ranks.meeting(), sharding.evaluation(self.model, whole=self.can_be_whole):
                 if self.score and self.scores_after(row["step"]):
                     row = row | {"hellaswag": self.score(self.model)}
-                if log and "val_loss" in row:
+                if "val_loss" in row and (log or not self.can_be_whole):
                     samples = self.sample(row["step"])
         if log:
             log.write(row, samples)
