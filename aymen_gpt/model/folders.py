@@ -2,6 +2,7 @@
 
 import re
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -47,25 +48,30 @@ def problem(checkpoint: Path, needed: tuple[str, ...] = TRAINING, *, remember: b
     if NAME.fullmatch(checkpoint.name) and step != step_of(checkpoint):
         return f"manifest.json is that of step {step}"
     files = files if isinstance(files, dict) else {}
-    for name in (part for each in needed for part in parts(each, files)):
-        entry = files.get(name)
-        size, hashed = (entry.get("bytes"), entry.get("sha256")) if isinstance(entry, dict) else (None, None)
-        if not isinstance(size, int) or not isinstance(hashed, str):
-            return f"manifest.json does not have the size and sha256 of {name}"
-        try:
-            status = (checkpoint / name).stat()
-            if status.st_size != size:
-                return f"{name} is {status.st_size:,} bytes, its manifest says {size:,}"
-            version = (status.st_dev, status.st_ino, status.st_size, status.st_mtime_ns)
-            if not (remember and version in _hashes):
-                _hashes[version] = sha256(checkpoint / name)
-        except FileNotFoundError:
-            return f"{name} is missing"
-        except OSError as error:
-            return f"{name} cannot be read: {error.strerror}"
-        if _hashes[version] != hashed:
-            return f"{name} has another sha256 than its manifest says"
-    return None
+    names = [part for each in needed for part in parts(each, files)]
+    with ThreadPoolExecutor(8) as pool:  # a large model has hundreds of files
+        problems = pool.map(lambda name: _problem_of(checkpoint / name, files.get(name), remember), names)
+        return next(filter(None, problems), None)
+
+
+def _problem_of(file: Path, entry: Any, remember: bool) -> str | None:
+    """Why a file is not what its ``entry`` in the manifest says."""
+    name = file.name
+    size, hashed = (entry.get("bytes"), entry.get("sha256")) if isinstance(entry, dict) else (None, None)
+    if not isinstance(size, int) or not isinstance(hashed, str):
+        return f"manifest.json does not have the size and sha256 of {name}"
+    try:
+        status = file.stat()
+        if status.st_size != size:
+            return f"{name} is {status.st_size:,} bytes, its manifest says {size:,}"
+        version = (status.st_dev, status.st_ino, status.st_size, status.st_mtime_ns)
+        if not (remember and version in _hashes):
+            _hashes[version] = sha256(file)
+    except FileNotFoundError:
+        return f"{name} is missing"
+    except OSError as error:
+        return f"{name} cannot be read: {error.strerror}"
+    return None if _hashes[version] == hashed else f"{name} has another sha256 than its manifest says"
 
 
 def parts(name: str, files: dict[str, Any]) -> list[str]:
