@@ -19,6 +19,7 @@ from aymen_gpt.training import muon, optim, plan
 from aymen_gpt.training.config import TrainConfig, doubts
 from aymen_gpt.training.device import Device, choose_device, device_elsewhere, memory_there, peak_memory
 from aymen_gpt.training.distributed import Ranks, ranks_from_environment
+from aymen_gpt.training.sharding import shard_size
 from aymen_gpt.training.trainer import Trainer
 from aymen_gpt.wording import duration
 
@@ -159,8 +160,9 @@ def counted_lines(c: TrainConfig, device: Device, gpus: int, there: float, free:
     yield f"memory    {gpus} x {device.name}, {pass_of(rows, device)}, of each:"
     yield from part_lines(parts)
     yield f"            fits into {there:,.0f} GB"
-    whole = 4 * (parts["weights"] + c.model.n_params)
-    if found.shard != "1" and whole > there * 1e9:
+    shard = shard_size(found.shard, memory.first_of(gpus))
+    whole = plan.whole_memory(c.model, c.optimizer, shard)
+    if shard > 1 and whole > there * 1e9:
         yield f"            HellaSwag and samples: layer by layer, as with all weights a GPU has {gb(whole)}"
     shallow = f", other settings extrapolated from {memory.FEW} and {memory.MORE}" * (c.n_layer > memory.MORE)
     yield f"            counted with all {c.n_layer} layers{shallow}, in {time.monotonic() - began:.0f} s"

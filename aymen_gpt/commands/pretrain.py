@@ -34,7 +34,7 @@ from aymen_gpt.training.config import TrainConfig, doubts, flag, read_options, r
 from aymen_gpt.training.device import Device, be_deterministic, choose_device, memory_gb, memory_there
 from aymen_gpt.training.distributed import Ranks, process_group, ranks_from_environment
 from aymen_gpt.training.forecast import forecaster
-from aymen_gpt.training.plan import moments
+from aymen_gpt.training.plan import state_memory
 from aymen_gpt.training.runlog import RunLog
 from aymen_gpt.training.sharding import is_dealt, shard_size
 from aymen_gpt.training.signals import StopSignal
@@ -56,8 +56,8 @@ def main(args: argparse.Namespace) -> None:
             raise UsageError(f"{flag(key)} {getattr(args, key)} is for planning, and this would train: add --plan")
     stop, ranks = StopSignal(), ranks_from_environment()
     device = choose_device(config.device, config.dtype, ranks.local_rank)
-    there, numbers = memory_there(device), 2 * config.model.n_params + moments(config.model, config.optimizer)
-    needed = 4e-9 * numbers / shard_size(config.shard, ranks, auto=ranks.world_size)
+    shard = shard_size(config.shard, ranks, auto=ranks.world_size)
+    there, needed = memory_there(device), 1e-9 * state_memory(config.model, config.optimizer, shard)
     if there and needed > there:
         raise AymenError(
             f"{config.preset} does not fit: weights, gradients and moments take {needed:,.0f} GB and there are "

@@ -48,8 +48,8 @@ def peak(c: TrainConfig, gpus: int, dtype: torch.dtype) -> dict[str, int]:
     first one's gradients beside it. AdamW's fused kernel takes nothing more; Muon's update is counted.
     """
     with nobody(gpus), FakeTensorMode(allow_non_fake_inputs=True):
-        device, ranks = Device(torch.device("cpu"), dtype, "", None), Ranks(0, gpus, 0, min(gpus, NODE))
-        t = Trainer(replace(c, hellaswag_every=None, compile=False), device, ranks, None, None, "")  # type: ignore[arg-type]
+        device = Device(torch.device("cpu"), dtype, "", None)
+        t = Trainer(replace(c, hellaswag_every=None, compile=False), device, first_of(gpus), None, None, "")  # type: ignore[arg-type]
         as_on_cuda(t)
         tracker = FSDPMemTracker(t.model, t.optimizer) if gpus > 1 else MemTracker()
         tracker.track_external(t.model, t.optimizer)
@@ -67,6 +67,10 @@ def peak(c: TrainConfig, gpus: int, dtype: torch.dtype) -> dict[str, int]:
         parts[names.get(getattr(kind, "value", kind), "temporary tensors")] += size
     moved = {"moments": "moments, Muon's update"} if c.optimizer == "muon" else {}
     return {moved.get(part, part): parts[part] for part in (*PARTS, "temporary tensors")}
+
+
+def first_of(gpus: int) -> Ranks:
+    return Ranks(0, gpus, 0, min(gpus, NODE))
 
 
 @contextmanager
@@ -117,7 +121,7 @@ def fit(
     tried: list[str] = []
     for configs in choices(c, gpus, free):
         smallest = configs[0]
-        copy = shard_size(smallest.shard, Ranks(0, gpus, 0, min(gpus, NODE)))
+        copy = shard_size(smallest.shard, first_of(gpus))
         least = FLOAT * (c.model.n_params + moments(c.model, c.optimizer)) / copy
         if least > limit:
             said = f"--shard {smallest.shard}: weights and moments alone take {least / 1e9:,.1f} GB"

@@ -59,6 +59,16 @@ def moments(m: "GPTConfig", optimizer: str) -> int:
     return 2 * m.n_params - (12 * m.n_layer * m.n_embd**2 if optimizer == "muon" else 0)
 
 
+def state_memory(m: "GPTConfig", optimizer: str, shard: int = 1) -> int:
+    """Bytes of the weights, gradients and moments of one of ``shard`` ranks that share a model."""
+    return FLOAT * (2 * m.n_params + moments(m, optimizer)) // shard
+
+
+def whole_memory(m: "GPTConfig", optimizer: str, shard: int) -> int:
+    """Bytes of a rank while it has all weights beside its part of the state, to score the model."""
+    return state_memory(m, optimizer, shard) + FLOAT * m.n_params
+
+
 def step_memory(m: "GPTConfig", rows: int, *, size: int, chunk: int, optimizer: str = "adamw") -> dict[str, int]:
     """Bytes of the tensors of one rank in a step with a micro-batch of ``rows``, by what they are.
 
@@ -67,7 +77,7 @@ def step_memory(m: "GPTConfig", rows: int, *, size: int, chunk: int, optimizer: 
     """
     tokens, padding = rows * m.block_size, (m.padded_vocab_size - m.vocab_size) * m.n_embd
     return {
-        "weights, gradients, moments": FLOAT * (2 * m.n_params + moments(m, optimizer) + 4 * padding),
+        "weights, gradients, moments": state_memory(m, optimizer) + 4 * FLOAT * padding,
         "copies of weights for products": 0 if size == FLOAT else size * m.n_layer * 12 * m.n_embd**2,
         "activations": tokens * (m.n_layer * saved_by_layer(m, size) + FLOAT * (m.n_embd + 2)),  # and ln_f's
         "logits of one chunk": min(tokens, chunk) * m.padded_vocab_size * (size + FLOAT),

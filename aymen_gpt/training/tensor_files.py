@@ -147,19 +147,21 @@ def read(folder: Path, stem: str, tensors: Tensors, vocab_size: int) -> str | No
     """Fill this rank's rows of the tensors, named as for ``collect``; the first that holds NaN or infinity."""
     index = folder / f"{stem}.safetensors.index.json"
     places = read_json(index)["weight_map"] if index.exists() else {}
-    files: dict[str, safe_open] = {}
+    files: dict[str, tuple[safe_open, set[str]]] = {}
     bad = None
     for name, t in tensors.items():
         stored, mine, first = stored_name(name), local(t), first_row(t)
         file = places.get(stored, f"{stem}.safetensors")
         if file not in files:
-            files[file] = safe_open(folder / file, "pt")
-        if stored not in set(files[file].keys()):
+            opened = safe_open(folder / file, "pt")
+            files[file] = opened, set(opened.keys())
+        opened, names = files[file]
+        if stored not in names:
             raise DataError(f"{folder / file} has no {stored}")
         last = first + mine.size(0)
         if name.endswith("wte.weight"):
             last = max(first, min(last, vocab_size))  # the padding is not stored
-        rows = files[file].get_slice(stored)
+        rows = opened.get_slice(stored)
         some = rows[:, first:last].t() if name.endswith(TRANSPOSED) else rows[first:last]
         mine.zero_()
         mine[: last - first] = some

@@ -33,7 +33,7 @@ from aymen_gpt.training.device import Device
 from aymen_gpt.training.distributed import Ranks
 from aymen_gpt.training.guard import Guard
 from aymen_gpt.training.muon import Muon, zero_residual_projections
-from aymen_gpt.training.plan import dealt, moments, smallest_shard
+from aymen_gpt.training.plan import dealt, smallest_shard, whole_memory
 from aymen_gpt.training.resume import (
     changes,
     check_identity,
@@ -73,14 +73,13 @@ class Trainer:
         c.require_rows(self.ranks.world_size)
         largest = c.largest_micro_batch(on_cuda=self.device.place.type == "cuda")
         self.micro_batch, _ = dealt(c.rows_per_step, self.ranks.world_size, largest)
-        there, own = devices.memory_there(self.device), 2 * c.model.n_params + moments(c.model, c.optimizer)
-        auto = 1
+        there, auto = devices.memory_there(self.device), 1
         if c.shard == "auto" and there and self.device.place.type == "cuda":
             auto = smallest_shard(c, self.ranks.world_size, self.ranks.local_world_size, there * 1e9)
             auto = max(self.ranks.gather(auto))  # GPUs may differ
         self.shard = sharding.shard_size(c.shard, self.ranks, auto)
-        gathered = 4e-9 * (own / self.shard + c.model.n_params)  # GB, in sharding.evaluation
-        self.can_be_whole = self.shard == 1 or not there or gathered < there
+        needed = whole_memory(c.model, c.optimizer, self.shard)
+        self.can_be_whole = self.shard == 1 or not there or needed < there * 1e9  # see sharding.evaluation
         self.model = sharding.new_model(c.model, c.seed, self.shard, self.ranks, self.device.place)
         self.model.residual, self.model.recompute = getattr(torch, c.residual), c.recompute
         self.named = dict(self.model.named_parameters())
