@@ -20,6 +20,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, field
 from functools import partial
+from typing import Any
 
 import numpy as np
 import torch
@@ -210,7 +211,7 @@ def score(
     kernels = (
         sdpa_kernel([SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]) if device.type == "cuda" else nullcontext()
     )
-    in_dtype = {"dtype": dtype, "enabled": dtype != torch.float32, "cache_enabled": most is None}
+    in_dtype: Any = {"dtype": dtype, "enabled": dtype != torch.float32, "cache_enabled": most is None}
     with kernels, torch.autocast(device.type, **in_dtype):
         every_row = rows_of(texts, model.config.block_size)
         todo = list(batches(every_row, batch_tokens or BATCH_TOKENS[device.type]))

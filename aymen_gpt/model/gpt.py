@@ -253,5 +253,5 @@ class GPT(nn.Module):
         """Empty caches, one a layer, for generating up to block_size positions."""
         c = self.config
         shape = (batch, c.n_head, c.block_size, c.n_embd // c.n_head)
-        like = {"dtype": self.wte.weight.dtype, "device": self.wte.weight.device}
-        return [LayerCache(torch.empty(shape, **like)) for _ in self.h]
+        dtype, device = self.wte.weight.dtype, self.wte.weight.device
+        return [LayerCache(torch.empty(shape, dtype=dtype, device=device)) for _ in self.h]
