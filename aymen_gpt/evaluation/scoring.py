@@ -158,8 +158,9 @@ class Predictor:
     def __call__(self, batch: Batch, *, greedy: bool) -> tuple[np.ndarray, np.ndarray]:
         """The log-likelihood of each target (P,), and with ``greedy`` whether it is the likeliest token (P,)."""
         of_hidden = partial(self.predictions, batch, greedy=greedy)
-        log_p, hits = self.model(batch.tokens, positions=batch.positions, mask=batch.mask, head=of_hidden).cpu()
-        return log_p.numpy(), hits.numpy() > 0
+        found = self.model(batch.tokens, positions=batch.positions, mask=batch.mask, head=of_hidden)
+        log_p, hits = found.cpu().numpy()
+        return log_p, hits > 0
 
     def predictions(self, batch: Batch, hidden: Tensor, weight: Tensor, *, greedy: bool) -> Tensor:
         """What __call__ says, as numbers (2, P), by hidden states (B, T, C) and the output layer's weight."""

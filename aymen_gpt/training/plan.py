@@ -95,6 +95,7 @@ def sharded_memory(c: "TrainConfig", shard: int, rows: int = 1) -> int:
     own = parts["weights, gradients, moments"] // shard
     if c.recompute == "attention":  # what ln_1, attn.c_attn, attention and attn.c_proj keep, but x
         parts["activations"] -= tokens * m.n_layer * (10 * m.n_embd + FLOAT * (m.n_head + 2))
+        parts["copies of weights for products"] -= parts["copies of weights for products"] // 3
     elif c.recompute == "block":
         parts["activations"] = tokens * (FLOAT * m.n_layer * m.n_embd + saved_by_layer(m, 2))
         parts["copies of weights for products"] //= m.n_layer
