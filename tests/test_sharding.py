@@ -11,6 +11,7 @@ import torch.multiprocessing
 from conftest import make_shards
 from questions import EXAMPLES
 from safetensors.torch import load_file
+from torch._dynamo.utils import counters
 from torch.utils._python_dispatch import TorchDispatchMode
 from training_runs import rows
 from transformers import GPT2LMHeadModel
@@ -161,14 +162,15 @@ def test_muon_and_recomputed_blocks_learn_the_same(data, tmp_path):
 
 def score_and_sample(ranks, data, folder, whole):
     """What the first rank logs after step 6, from untrained weights, with three questions and with one."""
-    logged = []
+    logged, options = [], {"data": str(data), "shard": str(ranks.world_size), "compile": True}
     for count in (3, 1):
         with pytest.MonkeyPatch.context() as patch:
             patch.setattr(pretrain, "load_examples", lambda n=count: EXAMPLES[:n])
-            t = build(resolve(SMALL | {"data": str(data), "shard": str(ranks.world_size)}), CPU, ranks)
+            t = build(resolve(SMALL | options), CPU, ranks)
         t.can_be_whole = whole
         log = SimpleNamespace(write=lambda row, samples: logged.append([row, samples[:1], len(samples)]))
         t.report(log if ranks.is_first else None, {"step": 6, "val_loss": 0.0})
+    assert not counters["stats"]  # shapes that come once were not compiled
     if ranks.is_first:
         (folder / f"{ranks.world_size}").write_text(json.dumps(logged))
 

@@ -402,7 +402,8 @@ class Trainer:
         """Measure what is due after a step's checkpoint (score, samples), and log the step."""
         samples: list[Row] = []
         if self.scores_after(row["step"]) or "val_loss" in row:
-            with self.ranks.meeting(), sharding.evaluation(self.model, whole=self.can_be_whole):
+            uncompiled = torch.compiler.set_stance("force_eager")  # nearly every pass has another shape
+            with uncompiled, self.ranks.meeting(), sharding.evaluation(self.model, whole=self.can_be_whole):
                 if self.score and self.scores_after(row["step"]):
                     row = row | {"hellaswag": self.score(self.model)}
                 if "val_loss" in row and (log or not self.can_be_whole):
