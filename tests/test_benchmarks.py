@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 from conftest import ROOT, make_shards
 
+from aymen_gpt.errors import UsageError
 from aymen_gpt.reporting import plots
 from benchmarks import recipe
 
@@ -54,14 +55,15 @@ def test_the_step_benchmark_compares_losses_that_are_alike(tmp_path):
 
 
 @pytest.mark.timeout(600)
-def test_the_recipe_benchmark_trains_nothing_twice(tmp_path):
-    words = [sys.executable, ROOT / "benchmarks/recipe.py", "--tokens", 20_000, "--arms", "muon", "--trials", 1]
+def test_the_recipe_benchmark_trains_nothing_twice(tmp_path, monkeypatch, capsys):
+    words = [ROOT / "benchmarks/recipe.py", "--tokens", 20_000, "--arms", "muon", "--trials", 1]
     words += ["--seeds", 1, "--shares", "--validations", 4, "--out", tmp_path / "out", "--work", tmp_path / "work"]
     words += ["--preset", "tiny", "--data", make_shards(tmp_path / "shards"), "--val-tokens", 1024]
-    words = [*map(str, words)]
-    first = subprocess.run(words, env=ENV, capture_output=True, text=True, timeout=580)
-    assert first.returncode == 0, first.stderr
-    assert "| muon | 0.02, 0.003 | 20,000 |" in first.stdout
+    monkeypatch.setattr(recipe.signal, "signal", lambda *_: None)
+    monkeypatch.setattr(sys, "argv", [*map(str, words)])
+    recipe.main()
+    first = capsys.readouterr().out
+    assert "| muon | 0.02, 0.003 | 20,000 |" in first
     assert (tmp_path / "out/curves.svg").read_text().startswith("<svg xmlns")
     (tmp_path / "out/curves.svg").unlink()
     curves = {path.name: path.stat().st_mtime_ns for path in (tmp_path / "out").glob("*.jsonl")}
@@ -69,12 +71,13 @@ def test_the_recipe_benchmark_trains_nothing_twice(tmp_path):
     head, *rows = [json.loads(line) for line in (tmp_path / "out" / min(curves)).open()]
     assert head["run"]["optimizer"] == "muon"
     assert rows[0]["val_loss"] > rows[-1]["val_loss"]
-    again = subprocess.run(words, env=ENV, capture_output=True, text=True, timeout=60)
-    assert again.stdout == first.stdout
+    recipe.main()
+    assert capsys.readouterr().out == first
     assert (tmp_path / "out/curves.svg").exists()  # a finished comparison is drawn again
     assert {path.name: path.stat().st_mtime_ns for path in (tmp_path / "out").glob("*.jsonl")} == curves
-    other = subprocess.run([*words, "--micro-batch", "2"], env=ENV, capture_output=True, text=True, timeout=60)
-    assert "is of a run with another micro_batch: choose another --out" in other.stderr
+    sys.argv += ["--micro-batch", "2"]
+    with pytest.raises(UsageError, match="is of a run with another micro_batch: choose another --out"):
+        recipe.main()
 
 
 def test_the_recipe_benchmarks_climb_and_crossing_are_as_its_examples_say():

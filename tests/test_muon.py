@@ -187,7 +187,7 @@ def pretrain(world_size, *words, dying=None):
 
 @pytest.mark.slow
 @pytest.mark.fault(1, 7)
-@pytest.mark.parametrize("world_size", [pytest.param(1, marks=pytest.mark.long), 3])
+@pytest.mark.parametrize("world_size", [1, pytest.param(3, marks=pytest.mark.long)])
 def test_a_run_killed_and_continued_is_the_run_left_alone(shards, tmp_path, capfd, world_size):
     words = ["--preset", "tiny", "--dtype", "float32", "--optimizer", "muon", "--micro-batch", 2, "--steps", 12]
     words += ["--checkpoint-every", 5, "--val-every", 6, "--data", shards, "--run-dir"]

@@ -12,7 +12,7 @@ pytestmark = pytest.mark.slow
 
 
 @pytest.mark.fault(1, 3)
-def test_sigterm_saves_kill_nine_does_not_and_the_same_command_continues(door, call, shards, tmp_path):
+def test_sigterm_saves_kill_nine_does_not_and_the_same_command_continues(call, shards, tmp_path):
     words = [*TINY, "--data", shards, "--steps", 20, "--val-every", 10, "--run-dir"]
     whole = call("pretrain.py", *words, "whole")
     assert whole.returncode == 0, whole.stderr
@@ -30,7 +30,7 @@ def test_sigterm_saves_kill_nine_does_not_and_the_same_command_continues(door, c
     process.kill()
     _, told = process.communicate()
     assert f"resuming from step {status['step']}" in told
-    again = door("pretrain.py", *words, "run")
+    again = call("pretrain.py", *words, "run")
     assert again.returncode == 0, again.stderr
     assert "resuming from step 1" in again.stderr
     assert rows(tmp_path / "run") == rows(tmp_path / "whole")
