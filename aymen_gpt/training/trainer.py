@@ -73,13 +73,7 @@ class Trainer:
         c.require_rows(self.ranks.world_size)
         largest = c.largest_micro_batch(on_cuda=self.device.place.type == "cuda")
         self.micro_batch, _ = dealt(c.rows_per_step, self.ranks.world_size, largest)
-        there, auto = devices.memory_there(self.device), 1
-        if c.shard == "auto" and there and self.device.place.type == "cuda":
-            auto = smallest_shard(c, self.ranks.world_size, self.ranks.local_world_size, there * 1e9)
-            auto = max(self.ranks.gather(auto))  # GPUs may differ
-        self.shard = sharding.shard_size(c.shard, self.ranks, auto)
-        needed = whole_memory(c.model, c.optimizer, self.shard)
-        self.can_be_whole = self.shard == 1 or not there or needed < there * 1e9  # see sharding.evaluation
+        self.shard, self.can_be_whole = self.sharing()
         self.model = sharding.new_model(c.model, c.seed, self.shard, self.ranks, self.device.place)
         self.model.residual, self.model.recompute = getattr(torch, c.residual), c.recompute
         self.named = dict(self.model.named_parameters())
@@ -98,16 +92,30 @@ class Trainer:
         self.origin = (0, 0)  # a step and its first row of the data order; both move on when a run is continued
         self.compiled = self.device.place.type == "cuda" if c.compile is None else c.compile
         self.loss, self.head = self._loss, linear_cross_entropy
-        if self.compiled:  # --deterministic: choose no kernel by timing it
-            choices: dict[str, Any] | None = {"deterministic": True} if c.deterministic else None
-            if self.ranks.world_size == 1:
-                self.loss = torch.compile(self._loss, dynamic=False, options=choices)
-            else:  # what gathers weights between the blocks cannot be compiled
-                self.head = torch.compile(linear_cross_entropy, dynamic=False, options=choices)
-                for block in self.model.h:
-                    block.compile(dynamic=False, options=choices)
+        if self.compiled:
+            self.compile()
         elif self.device.place.type == "cpu":
             cpu.use_sparse_gradient(self.model.wte)
+
+    def sharing(self) -> tuple[int, bool]:
+        """How many ranks hold a copy of the model, and whether all weights fit beside this one's part."""
+        c, ranks, auto = self.config, self.ranks, 1
+        there = 1e9 * (devices.memory_there(self.device) or math.inf)
+        if c.shard == "auto" and there < math.inf and self.device.place.type == "cuda":
+            auto = smallest_shard(c, ranks.world_size, ranks.local_world_size, there)
+            auto = max(ranks.gather(auto))  # GPUs may differ
+        size = sharding.shard_size(c.shard, ranks, auto)
+        return size, size == 1 or whole_memory(c.model, c.optimizer, size) < there
+
+    def compile(self) -> None:
+        """The whole loss of one process; on many the blocks, for what gathers weights between them cannot be."""
+        choices: dict[str, Any] | None = {"deterministic": True} if self.config.deterministic else None
+        if self.ranks.world_size == 1:  # --deterministic: choose no kernel by timing it
+            self.loss = torch.compile(self._loss, dynamic=False, options=choices)
+        else:
+            self.head = torch.compile(linear_cross_entropy, dynamic=False, options=choices)
+            for block in self.model.h:
+                block.compile(dynamic=False, options=choices)
 
     def _loss(self, x: Tensor, y: Tensor) -> Tensor:
         """Summed loss of the tokens y (b, T) that follow x (b, T), in nats."""
