@@ -83,9 +83,11 @@ def network():
 
 
 @pytest.mark.slow
+@pytest.mark.long
 @pytest.mark.fault(7, 8, 9)
 @pytest.mark.timeout(600)
 def test_a_run_of_two_nodes_goes_on_bit_for_bit_when_the_network_comes_back(network, tmp_path, door):
+    """Each node holds one copy of the model, in two parts."""
     names, cut = network
     make_shards(tmp_path / "shards")
     options = [
@@ -117,7 +119,7 @@ def test_a_run_of_two_nodes_goes_on_bit_for_bit_when_the_network_comes_back(netw
             command = ["ip", "netns", "exec", names[node], *torchrun, *place, ROOT / "pretrain.py"]
             log = stack.enter_context(logs[node].open("w"))
             process = subprocess.Popen(
-                [*command, *options, "--run-dir", "run"],
+                [*command, *options, "--shard", "node", "--run-dir", "run"],
                 cwd=tmp_path,
                 env=os.environ | {"GLOO_SOCKET_IFNAME": f"cable{node}", "OMP_NUM_THREADS": "1"},
                 stdout=log,
@@ -140,7 +142,7 @@ def test_a_run_of_two_nodes_goes_on_bit_for_bit_when_the_network_comes_back(netw
         cut("up")  # in time for torchrun on the other node, which needs the store of this one
         assert [process.wait(240) for process in nodes] == [0, 0], [log.read_text()[-3000:] for log in logs]
     assert "resuming from step" in logs[0].read_text()
-    alone = door("pretrain.py", *options, "--run-dir", "alone", processes=4)
+    alone = door("pretrain.py", *options, "--shard", "2", "--run-dir", "alone", processes=4)
     assert alone.returncode == 0, alone.stderr
     assert rows(tmp_path / "run") == rows(tmp_path / "alone")
 

@@ -3,6 +3,7 @@
 import json
 import os
 import socket
+from dataclasses import replace
 from types import SimpleNamespace
 
 import pytest
@@ -234,12 +235,16 @@ def test_a_checkpoint_of_which_a_rank_cannot_write_its_part_does_not_count(data,
     assert checkpoints(tmp_path) == []
 
 
-def test_a_rank_that_dies_while_it_writes_is_not_waited_for(tmp_path):
-    writers = tensor_files.Writers(Ranks(), 2)
-    writers.hurry()
-    writers.deadline -= 9.9
-    with pytest.raises(OSError, match="rank 1 did not write its part"):
-        writers.wait(5)
+@pytest.mark.fault(7, 8)
+def test_a_rank_that_dies_or_hangs_while_it_writes_is_not_waited_for(data, tmp_path, monkeypatch):
+    t = build(resolve(SMALL | {"data": str(data), "hellaswag_every": None}), CPU, Ranks())
+    ranks = Ranks(0, 2, timeout=0.1)
+    captured = replace(checkpoint.capture(t.model, t.optimizer), writers=tensor_files.Writers(ranks, 2))
+    monkeypatch.setattr(checkpoint, "capture", lambda *_: captured)
+    with checkpoint.Saver(tmp_path, print, 2, bool, ranks) as saver:
+        saver.start(t.model, t.optimizer, t.snapshot({"step": 0}))
+    assert "rank 1 did not write its part" in str(saver.error)
+    assert checkpoints(tmp_path) == []
 
 
 class Collectives(TorchDispatchMode):

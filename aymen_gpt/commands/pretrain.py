@@ -74,6 +74,7 @@ def main(args: argparse.Namespace) -> None:
     with (
         process_group(ranks, device.place, config.timeout),
         RunLog(folder, config.steps, draw_report, track, forecast) if ranks.is_first else nullcontext() as log,
+        ranks.meeting(),  # for what is exchanged outside of all others
     ):
         trainer = build(config, device, ranks, data)
         if log:

@@ -266,7 +266,7 @@ class Saver:
 
     def __exit__(self, error: type[BaseException] | None, *_: object) -> None:
         if error and self._writers:
-            self._writers.hurry()
+            self._writers.hurry(10)
         self.wait()
 
     def start(self, model: GPT, optimizer: torch.optim.Optimizer, snapshot: Snapshot) -> None:
@@ -283,8 +283,9 @@ class Saver:
         self._thread.start()
 
     def wait(self) -> None:
-        """Return when no save is under way."""
-        if self._thread.is_alive():
+        """Return when no save is under way. Other ranks now have no longer than --timeout for their part of it."""
+        if self._writers and self._thread.is_alive():
+            self._writers.hurry(self.ranks.timeout)
             self._thread.join()
 
     def _publish(self, captured: Capture, snapshot: Snapshot) -> None:

@@ -1,7 +1,9 @@
 """One process or many: the same code with a ``Ranks`` value passed in."""
 
+import math
 import os
 import re
+import threading
 import time
 import uuid
 from collections.abc import Callable, Iterator
@@ -28,7 +30,7 @@ class Ranks:
 
     When another rank fails, dies or hangs, the collective under way raises AymenError naming it: each rank counts
     its arrivals in a store that lives in torchrun, not in a rank, and writes there why it failed. A rank that is
-    not ahead and writes nothing within PATIENCE seconds does not live.
+    not ahead and writes nothing within PATIENCE seconds is missing; see show_life for ranks that wait for others.
     """
 
     rank: int = 0
@@ -37,11 +39,17 @@ class Ranks:
     local_world_size: int = 1  # processes on this machine
     store: dist.Store = field(default_factory=dist.HashStore)
     arrivals: int = 0
-    timeout: float | None = None  # seconds to look for a sum, where waiting for it does not stop the host (NCCL)
+    timeout: float = math.inf  # seconds that ranks wait for one another
+    queued: bool = False  # whether to wait for a sum does not stop the host (NCCL)
 
     @property
     def is_first(self) -> bool:
         return self.rank == 0
+
+    @property
+    def limit(self) -> timedelta:
+        """When torch.distributed itself gives up. NCCL's watchdog kills without a word: ours is first."""
+        return timedelta(seconds=self.timeout + 60 * self.queued)
 
     def sum(self, values: Tensor) -> Tensor:
         """Sum of ``values`` over all ranks, in place."""
@@ -94,7 +102,7 @@ class Ranks:
             if work is None:  # of Python objects: it is done
                 return
             began = looked = time.monotonic()
-            while self.timeout is not None and not work.is_completed():
+            while self.queued and not work.is_completed():
                 time.sleep(0.0005)
                 now = time.monotonic()
                 if now > began + self.timeout:
@@ -116,7 +124,8 @@ class Ranks:
         try:
             yield
         except RuntimeError as error:
-            if not isinstance(error, dist.DistError) and not LOST.search(str(error)):
+            lost = isinstance(error, dist.DistError) or LOST.search(str(error))
+            if self.world_size == 1 or not lost:
                 raise
             self.say_failed("")  # of another rank's failure
             reason = " ".join(str(error).split())[:200]
@@ -127,6 +136,17 @@ class Ranks:
         with suppress(RuntimeError):  # the store is gone too
             if not self.store.check([f"failed {self.rank}"]):
                 self.store.set(f"failed {self.rank}", why)
+                self.store.set("failed", "")
+
+    def show_life(self, over: threading.Event) -> None:
+        """In a thread: when a rank has failed, write that this one lives; it may wait for one that waits.
+
+        Only if all that are missing live are they named: a process may hang while its threads go on.
+        """
+        with suppress(RuntimeError):  # the store is gone
+            while not over.wait(PATIENCE / 4):
+                if self.store.check(["failed"]):
+                    return self.store.set(f"alive {self.rank}", "")
 
     def _missing(self) -> str:
         """In words, who failed, or else who did not go through the collective that this rank waited in."""
@@ -141,7 +161,8 @@ class Ranks:
                 if not silent:
                     break
                 if time.monotonic() > deadline:
-                    return f"rank{'s'[: len(silent) > 1]} {', '.join(silent)} did not answer: dead or hanging"
+                    lost = [name for name in silent if not self.store.check([f"alive {name}"])] or silent
+                    return f"rank{'s'[: len(lost) > 1]} {', '.join(lost)} did not answer: dead or hanging"
                 time.sleep(0.1)
         return "the connection to another rank was lost"
 
@@ -207,23 +228,24 @@ def process_group(ranks: Ranks, device: torch.device, timeout_seconds: float = 6
     if ranks.world_size == 1:
         yield
         return
-    timeout = timedelta(seconds=timeout_seconds)
-    on_cuda = device.type == "cuda"
-    store, rank, world_size = next(rendezvous("env://", timeout=timeout))
+    ranks.timeout, ranks.queued = timeout_seconds, device.type == "cuda"
+    store, rank, world_size = next(rendezvous("env://", timeout=timedelta(seconds=timeout_seconds)))
     store = meet(store, rank, world_size, timeout_seconds)
     ranks.store = dist.PrefixStore("arrivals", store)
     dist.init_process_group(
-        "cpu:gloo,cuda:nccl" if on_cuda else "gloo",
+        "cpu:gloo,cuda:nccl" if ranks.queued else "gloo",
         store=dist.PrefixStore("group", store),
         rank=rank,
         world_size=world_size,
-        timeout=timeout + timedelta(seconds=60 * on_cuda),  # NCCL's watchdog kills without a word: ours is first
-        device_id=device if on_cuda else None,
+        timeout=ranks.limit,
+        device_id=device if ranks.queued else None,
     )
-    ranks.timeout = timeout_seconds if on_cuda else None
+    threading.Thread(target=ranks.show_life, args=(over := threading.Event(),), daemon=True).start()
     try:
         yield
     except BaseException as error:
         ranks.say_failed(" ".join(str(error).split())[:200] or type(error).__name__)
         raise
+    finally:
+        over.set()
     dist.destroy_process_group()

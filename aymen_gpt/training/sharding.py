@@ -9,6 +9,7 @@ A rank has rows [first, first + n) of each parameter: those of torch.chunk, the 
 One process is not wrapped at all. https://docs.pytorch.org/docs/stable/distributed.fsdp.fully_shard.html
 """
 
+import math
 import re
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -80,6 +81,8 @@ def shard(model: GPT, size: int, ranks: Ranks, place: torch.device) -> GPT:
     if size == ranks.world_size:
         del shape["replicate"]
     mesh = init_device_mesh(place.type, tuple(shape.values()), mesh_dim_names=tuple(shape))
+    for group in mesh.get_all_groups() if ranks.timeout < math.inf else []:  # else these wait for half an hour
+        dist.distributed_c10d._set_pg_timeout(ranks.limit, group)
     for block in model.h:
         fully_shard(block, mesh=mesh)
     fully_shard(model, mesh=mesh)

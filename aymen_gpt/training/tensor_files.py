@@ -68,9 +68,9 @@ class Writers:
             found |= ended["written"]
         return found
 
-    def hurry(self) -> None:
-        """The run has ended with an error: do not wait for ever for a rank that may be dead."""
-        self.deadline = time.monotonic() + 10
+    def hurry(self, seconds: float) -> None:
+        """Something waits for the save: wait no longer than so many seconds for a rank that may be dead."""
+        self.deadline = min(self.deadline, time.monotonic() + seconds)
 
     def _key(self, step: int, rank: int) -> str:
         return f"saved {step} {self.token} {rank}"
