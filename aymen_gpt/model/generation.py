@@ -56,7 +56,7 @@ def generate(model: GPT, prompt: list[int], max_tokens: int, **sampling: Any) ->
         yield token
 
 
-@torch.no_grad()
+@torch.inference_mode()
 def draw(
     model: GPT,
     prompt: list[int],
