@@ -90,7 +90,7 @@ def collectives(preset: str, world_size: int, shard: int) -> dict[str, list[int]
         with Collectives() as counted:
             for last in (False, True):
                 sharding.accumulate(model, last=last)
-                model(torch.zeros(1, 64, dtype=torch.int64), loss=loss).backward()
+                model(torch.zeros(1, 64, dtype=torch.int64), head=loss).backward()
     finally:
         dist.destroy_process_group()
     return counted.taken

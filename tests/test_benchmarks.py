@@ -13,8 +13,9 @@ import pytest
 from conftest import ROOT, make_shards
 
 from aymen_gpt.errors import UsageError
+from aymen_gpt.model.gpt import GPT, PRESETS
 from aymen_gpt.reporting import plots
-from benchmarks import recipe
+from benchmarks import ranks, recipe
 
 pytestmark = pytest.mark.slow
 ENV = os.environ | {"PYTHONPATH": str(ROOT), "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}"}
@@ -52,6 +53,12 @@ def test_the_step_benchmark_compares_losses_that_are_alike(tmp_path):
     results = benchmark(out, sys.executable, ROOT / "benchmarks/train.py", *words)["results"]
     assert [r["variant"] for r in results] == variants
     assert all(r["last_loss"] == pytest.approx(10.85, abs=0.2) for r in results)
+
+
+def test_the_benchmark_of_ranks_counts_an_all_reduce_of_each_gradient():
+    taken = ranks.collectives("tiny", 2, 1)
+    assert taken.keys() == {"allreduce_"}
+    assert sum(taken["allreduce_"]) == 4 * sum(p.numel() for p in GPT(PRESETS["tiny"]).parameters())
 
 
 @pytest.mark.timeout(600)

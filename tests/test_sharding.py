@@ -6,6 +6,7 @@ import socket
 from dataclasses import replace
 from types import SimpleNamespace
 
+import numpy as np
 import pytest
 import torch
 import torch.multiprocessing
@@ -21,6 +22,8 @@ from aymen_gpt.commands import pretrain
 from aymen_gpt.commands.pretrain import build
 from aymen_gpt.data import tokenizer
 from aymen_gpt.errors import AymenError, Stopped, UsageError
+from aymen_gpt.evaluation import scoring
+from aymen_gpt.model import folders
 from aymen_gpt.model.folders import checkpoints, problem
 from aymen_gpt.model.gpt import GPT
 from aymen_gpt.model.huggingface import load_pretrained
@@ -161,17 +164,29 @@ def test_muon_and_recomputed_blocks_learn_the_same(data, tmp_path):
     assert_the_parts_are_the_whole(tmp_path / "3")
 
 
+def overflowing(predict):
+    """In half precision: then all ranks make the pass again in float32."""
+
+    def call(predictor, *args, **options):
+        log_p, hits = predict(predictor, *args, **options)
+        return (log_p * np.nan if predictor.dtype != torch.float32 else log_p), hits
+
+    return call
+
+
 def score_and_sample(ranks, data, folder, whole):
     """What the first rank logs after step 6, from untrained weights, with three questions and with one."""
     logged, options = [], {"data": str(data), "shard": str(ranks.world_size), "compile": True}
     compiled = counters["stats"].copy()
-    for count in (3, 1):
+    for count, device in (3, CPU), (1, CPU), (1, choose_device("cpu", "bfloat16")):
         with pytest.MonkeyPatch.context() as patch:
             patch.setattr(pretrain, "load_examples", lambda n=count: EXAMPLES[:n])
-            t = build(resolve(SMALL | options), CPU, ranks)
-        t.can_be_whole = whole
-        log = SimpleNamespace(write=lambda row, samples: logged.append([row, samples[:1], len(samples)]))
-        t.report(log if ranks.is_first else None, {"step": 6, "val_loss": 0.0})
+            t = build(resolve(SMALL | options), device, ranks)
+            t.can_be_whole = whole
+            if ranks.rank == 1 and device is not CPU:
+                patch.setattr(scoring.Predictor, "__call__", overflowing(scoring.Predictor.__call__))
+            log = SimpleNamespace(write=lambda row, samples: logged.append([row, samples[:1], len(samples)]))
+            t.report(log if ranks.is_first else None, {"step": 6, "val_loss": 0.0})
     assert counters["stats"] == compiled  # nothing more, for shapes that come once
     if ranks.is_first:
         (folder / f"{ranks.world_size}").write_text(json.dumps(logged))
@@ -179,7 +194,7 @@ def score_and_sample(ranks, data, folder, whole):
 
 @pytest.mark.slow
 def test_ranks_that_cannot_hold_the_whole_model_score_and_sample_it_together(data, tmp_path):
-    """One rank has two questions and the other one, or none."""
+    """One rank has two questions and the other one, or none; then numbers overflow on the latter."""
     score_and_sample(Ranks(), data, tmp_path, True)
     on_ranks(2, score_and_sample, data, tmp_path, False)
     for alone, together in zip(*(json.loads((tmp_path / n).read_text()) for n in "12"), strict=True):
@@ -195,6 +210,9 @@ def copy_checkpoint(ranks, data, source, run, options):
     assert held <= 1.2 * sum(p.numel() for p in t.model.parameters()) / int(options.get("shard", 1))
     if ranks.rank < captured.writers.count:
         checkpoint.publish(run, captured, checkpoint.read_snapshot(source), keep_last=2)
+    if ranks.rank == 0 and captured.writers.count > 1:
+        folders.sha256 = None  # the first rank does not read again what the others have hashed
+        assert problem(checkpoints(run)[0], remember=True) is None
 
 
 @pytest.mark.slow

@@ -162,7 +162,7 @@ def counted_lines(c: TrainConfig, device: Device, gpus: int, there: float, free:
     yield f"            fits into {there:,.0f} GB"
     shard = shard_size(found.shard, memory.first_of(gpus))
     whole = plan.whole_memory(c.model, c.optimizer, shard)
-    if shard > 1 and whole > there * 1e9:
+    if shard > 1 and whole > plan.USABLE * there * 1e9:
         yield f"            HellaSwag and samples: layer by layer, as with all weights a GPU has {gb(whole)}"
     shallow = f", other settings extrapolated from {memory.FEW} and {memory.MORE}" * (c.n_layer > memory.MORE)
     yield f"            counted with all {c.n_layer} layers{shallow}, in {time.monotonic() - began:.0f} s"

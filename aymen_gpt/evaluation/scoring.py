@@ -61,6 +61,9 @@ class Row:
         return len(self.context) + sum(len(ending) - 1 for ending in self.endings)
 
 
+FILLER = [Row([0], [[0]], [-1])]  # a batch for a rank that has none left while others have
+
+
 @dataclass(frozen=True)
 class Batch:
     """B rows of up to T tokens, R of which predict the P tokens of the endings."""
@@ -216,14 +219,17 @@ def score(
     with kernels, torch.autocast(device.type, **in_dtype):
         every_row = rows_of(texts, model.config.block_size)
         todo = list(batches(every_row, batch_tokens or BATCH_TOKENS[device.type]))
-        todo += [[Row([0], [[0]], [-1])]] * (most(len(todo)) - len(todo) if most else 0)
+        todo += [FILLER] * (most(len(todo)) - len(todo) if most else 0)
         for rows in todo:
             batch = collate(rows, device)
             log_p, hits = predict(batch, greedy=greedy)
             overflow = int(not np.isfinite(log_p).all() and dtype != torch.float32)
             if most(overflow) if most else overflow:
                 with torch.autocast(device.type, enabled=False):
-                    log_p, hits = Predictor(model, torch.float32)(batch, greedy=greedy)
+                    again = Predictor(model, torch.float32)(batch, greedy=greedy)
+                log_p, hits = again if overflow else (log_p, hits)
+            if rows == FILLER:
+                continue
             if not np.isfinite(log_p).all():
                 raise DataError("the model gives likelihoods that are not finite: there is no score of it")
             ending = np.repeat(np.arange(len(batch.counts)), batch.counts)  # of each target

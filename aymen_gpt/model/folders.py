@@ -1,8 +1,10 @@
 """Where the checkpoints of a run are, and which of them can be trusted. Needs no torch."""
 
+import os
 import re
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -51,7 +53,9 @@ def problem(checkpoint: Path, needed: tuple[str, ...] = TRAINING, *, remember: b
     names = [part for each in needed for part in parts(each, files)]
     with ThreadPoolExecutor(8) as pool:  # a large model has hundreds of files
         problems = pool.map(lambda name: _problem_of(checkpoint / name, files.get(name), remember), names)
-        return next(filter(None, problems), None)
+        first = next(filter(None, problems), None)
+        pool.shutdown(cancel_futures=True)
+    return first
 
 
 def _problem_of(file: Path, entry: Any, remember: bool) -> str | None:
@@ -64,7 +68,7 @@ def _problem_of(file: Path, entry: Any, remember: bool) -> str | None:
         status = file.stat()
         if status.st_size != size:
             return f"{name} is {status.st_size:,} bytes, its manifest says {size:,}"
-        version = (status.st_dev, status.st_ino, status.st_size, status.st_mtime_ns)
+        version = _version(status)
         if not (remember and version in _hashes):
             _hashes[version] = sha256(file)
     except FileNotFoundError:
@@ -72,6 +76,17 @@ def _problem_of(file: Path, entry: Any, remember: bool) -> str | None:
     except OSError as error:
         return f"{name} cannot be read: {error.strerror}"
     return None if _hashes[version] == hashed else f"{name} has another sha256 than its manifest says"
+
+
+def _version(status: os.stat_result) -> tuple[int, ...]:
+    return status.st_dev, status.st_ino, status.st_size, status.st_mtime_ns
+
+
+def trust(checkpoint: Path) -> None:
+    """Remember the hashes of a manifest as if this process had read the files: other ranks just have."""
+    with suppress(OSError):  # on a network's disk not all may be there for us yet
+        for name, entry in read_json(checkpoint / "manifest.json")["files"].items():
+            _hashes[_version((checkpoint / name).stat())] = entry["sha256"]
 
 
 def parts(name: str, files: dict[str, Any]) -> list[str]:

@@ -238,15 +238,16 @@ class GPT(nn.Module):
         idx: Tensor,
         caches: list[LayerCache] | None = None,
         *,
+        positions: Tensor | None = None,
+        mask: Tensor | None = None,
         head: Callable[[Tensor, Tensor], Tensor] | None = None,
-        **rows: Tensor,
     ) -> Tensor:
         """Logits (B, T, V) for token ids (B, T); position t predicts token t + 1.
 
         With ``head`` what that makes of the hidden states (B, T, C) and the output layer's weight (Vp, C), as a
-        loss. Rows of several texts are described as for ``hidden``.
+        loss. For the other arguments see ``hidden``.
         """
-        x = self.hidden(idx, caches, **rows)
+        x = self.hidden(idx, caches, positions=positions, mask=mask)
         return self.logits(x) if head is None else head(x, self.wte.weight)
 
     def new_caches(self, batch: int) -> list[LayerCache]:

@@ -30,7 +30,7 @@ from aymen_gpt.data import tokenizer
 from aymen_gpt.errors import AymenError, CannotWrite, DataError
 from aymen_gpt.files import read_json, set_aside, sha256, sync
 from aymen_gpt.model.card import card
-from aymen_gpt.model.folders import checkpoint_folder, checkpoints, problem, step_of
+from aymen_gpt.model.folders import checkpoint_folder, checkpoints, problem, step_of, trust
 from aymen_gpt.model.gpt import GPT, GPTConfig
 from aymen_gpt.model.huggingface import EOT, config_to_huggingface, read_config
 from aymen_gpt.training import optim
@@ -114,6 +114,8 @@ def publish(
                 set_aside(final)
             os.replace(partial, final)
             sync(final.parent)
+            if writers.count > 1:
+                trust(final)
     except (OSError, SafetensorError) as error:
         reason = getattr(error, "strerror", None) or str(error)
         raise CannotWrite(f"cannot save step {snapshot.step} in {final.parent}: {reason}") from error

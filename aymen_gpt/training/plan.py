@@ -9,6 +9,7 @@ if TYPE_CHECKING:
     from aymen_gpt.training.config import TrainConfig
 
 FLOAT = 4  # bytes of weights, gradients, moments, sums and norms, whatever matrix products are in
+USABLE = 0.9  # of a GPU's memory: the rest is for its allocator, for NCCL and for what is not estimated
 TOKENIZER_FILES = 3_020_000  # tokenizer.json, vocab.json, merges.txt, the same beside every checkpoint
 
 
@@ -65,8 +66,8 @@ def state_memory(m: "GPTConfig", optimizer: str, shard: int = 1) -> int:
 
 
 def whole_memory(m: "GPTConfig", optimizer: str, shard: int) -> int:
-    """Bytes of a rank while it has all weights beside its part of the state, to score the model."""
-    return state_memory(m, optimizer, shard) + FLOAT * m.n_params
+    """Bytes of a rank while it scores the model with all weights, and copies for products, beside its state."""
+    return state_memory(m, optimizer, shard) + FLOAT * m.n_params + 2 * 12 * m.n_layer * m.n_embd**2
 
 
 def step_memory(m: "GPTConfig", rows: int, *, size: int, chunk: int, optimizer: str = "adamw") -> dict[str, int]:
@@ -105,12 +106,9 @@ def sharded_memory(c: "TrainConfig", shard: int, rows: int = 1) -> int:
 
 
 def smallest_shard(c: "TrainConfig", world_size: int, local_world_size: int, memory_bytes: float) -> int:
-    """How many GPUs hold a copy of the model between them: 1, a machine's, or all where fewer do not suffice.
-
-    A tenth of a GPU's memory is left to its allocator and to NCCL.
-    """
+    """How many GPUs hold a copy of the model between them: 1, a machine's, or all where fewer do not suffice."""
     for size in (1, local_world_size):
-        if world_size % size == 0 and sharded_memory(c, size) <= 0.9 * memory_bytes:
+        if world_size % size == 0 and sharded_memory(c, size) <= USABLE * memory_bytes:
             return size
     return world_size
 

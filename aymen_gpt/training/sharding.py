@@ -81,7 +81,7 @@ def shard(model: GPT, size: int, ranks: Ranks, place: torch.device) -> GPT:
     if size == ranks.world_size:
         del shape["replicate"]
     mesh = init_device_mesh(place.type, tuple(shape.values()), mesh_dim_names=tuple(shape))
-    for group in mesh.get_all_groups() if ranks.timeout < math.inf else []:  # else these wait for half an hour
+    for group in mesh.get_all_groups() if ranks.timeout < math.inf else []:  # else they wait for half an hour
         dist.distributed_c10d._set_pg_timeout(ranks.limit, group)
     for block in model.h:
         fully_shard(block, mesh=mesh)

@@ -33,7 +33,7 @@ from aymen_gpt.training.device import Device
 from aymen_gpt.training.distributed import Ranks
 from aymen_gpt.training.guard import Guard
 from aymen_gpt.training.muon import Muon, zero_residual_projections
-from aymen_gpt.training.plan import dealt, smallest_shard, whole_memory
+from aymen_gpt.training.plan import USABLE, dealt, smallest_shard, whole_memory
 from aymen_gpt.training.resume import (
     changes,
     check_identity,
@@ -98,14 +98,14 @@ class Trainer:
             cpu.use_sparse_gradient(self.model.wte)
 
     def sharing(self) -> tuple[int, bool]:
-        """How many ranks hold a copy of the model, and whether all weights fit beside this one's part."""
+        """How many ranks hold one copy of the model between them, and whether this one can hold it whole."""
         c, ranks, auto = self.config, self.ranks, 1
         there = 1e9 * (devices.memory_there(self.device) or math.inf)
         if c.shard == "auto" and there < math.inf and self.device.place.type == "cuda":
             auto = smallest_shard(c, ranks.world_size, ranks.local_world_size, there)
             auto = max(ranks.gather(auto))  # GPUs may differ
         size = sharding.shard_size(c.shard, ranks, auto)
-        return size, size == 1 or whole_memory(c.model, c.optimizer, size) < there
+        return size, size == 1 or whole_memory(c.model, c.optimizer, size) < USABLE * there
 
     def compile(self) -> None:
         """The whole loss of one process; on many the blocks, for what gathers weights between them cannot be."""
