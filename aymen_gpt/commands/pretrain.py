@@ -163,8 +163,8 @@ def scorer(config: TrainConfig, device: Device, ranks: Ranks) -> Callable[[GPT],
         return max(ranks.gather(number))
 
     def score(model: GPT) -> dict[str, Any]:
-        options: dict[str, Any] = {"dtype": device.dtype, "most": most if is_dealt(model.wte.weight) else None}
-        answers = hellaswag.evaluate(model, mine, protocols=("completion",), **options)
+        together = most if is_dealt(model.wte.weight) else None
+        answers = hellaswag.evaluate(model, mine, protocols=("completion",), dtype=device.dtype, most=together)
         result = hellaswag.merge(ranks.gather(answers))
         return {"n": len(result.examples), "completion": result.scores("completion")}
 

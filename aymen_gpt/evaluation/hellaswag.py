@@ -142,8 +142,8 @@ def evaluate(
 
     count(0)
     texts = [text for protocol in protocols for example in examples for text in tokenize(example, protocol)]
-    options: dict[str, Any] = {"dtype": dtype, "batch_tokens": batch_tokens, "most": most}
-    scores = iter(score(model, texts, progress=count, **options))
+    found = score(model, texts, dtype=dtype, batch_tokens=batch_tokens, progress=count, most=most)
+    scores = iter(found)
     answers = {p: [answer(e, list(islice(scores, N_ENDINGS)), p) for e in examples] for p in protocols}
     return Result(list(examples), answers)
 

@@ -228,7 +228,7 @@ def score(
                 with torch.autocast(device.type, enabled=False):
                     again = Predictor(model, torch.float32)(batch, greedy=greedy)
                 log_p, hits = again if overflow else (log_p, hits)
-            if rows == FILLER:
+            if rows is FILLER:
                 continue
             if not np.isfinite(log_p).all():
                 raise DataError("the model gives likelihoods that are not finite: there is no score of it")

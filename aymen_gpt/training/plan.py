@@ -55,9 +55,14 @@ def saved_by_layer(m: "GPTConfig", size: int) -> int:
     return (2 * FLOAT + 14 * size) * m.n_embd + 4 * FLOAT + FLOAT * m.n_head
 
 
+def matrices(m: "GPTConfig") -> int:
+    """Numbers in the matrices of the blocks."""
+    return 12 * m.n_layer * m.n_embd**2
+
+
 def moments(m: "GPTConfig", optimizer: str) -> int:
     """Numbers that an optimizer remembers: two a parameter, of which Muon spares the blocks' matrices one."""
-    return 2 * m.n_params - (12 * m.n_layer * m.n_embd**2 if optimizer == "muon" else 0)
+    return 2 * m.n_params - (matrices(m) if optimizer == "muon" else 0)
 
 
 def state_memory(m: "GPTConfig", optimizer: str, shard: int = 1) -> int:
@@ -67,7 +72,7 @@ def state_memory(m: "GPTConfig", optimizer: str, shard: int = 1) -> int:
 
 def whole_memory(m: "GPTConfig", optimizer: str, shard: int) -> int:
     """Bytes of a rank while it scores the model with all weights, and copies for products, beside its state."""
-    return state_memory(m, optimizer, shard) + FLOAT * m.n_params + 2 * 12 * m.n_layer * m.n_embd**2
+    return state_memory(m, optimizer, shard) + FLOAT * m.n_params + 2 * matrices(m)
 
 
 def step_memory(m: "GPTConfig", rows: int, *, size: int, chunk: int, optimizer: str = "adamw") -> dict[str, int]:
@@ -79,7 +84,7 @@ def step_memory(m: "GPTConfig", rows: int, *, size: int, chunk: int, optimizer: 
     tokens, padding = rows * m.block_size, (m.padded_vocab_size - m.vocab_size) * m.n_embd
     return {
         "weights, gradients, moments": state_memory(m, optimizer) + 4 * FLOAT * padding,
-        "copies of weights for products": 0 if size == FLOAT else size * m.n_layer * 12 * m.n_embd**2,
+        "copies of weights for products": 0 if size == FLOAT else size * matrices(m),
         "activations": tokens * (m.n_layer * saved_by_layer(m, size) + FLOAT * (m.n_embd + 2)),  # and ln_f's
         "logits of one chunk": min(tokens, chunk) * m.padded_vocab_size * (size + FLOAT),
     }

@@ -36,9 +36,7 @@ def is_dealt(t: Tensor) -> TypeGuard["DTensor"]:
 
 def engines(model: nn.Module) -> list[Any]:
     """The modules that fully_shard has wrapped, the model first; none in a single process."""
-    return (
-        [module for module in model.modules() if hasattr(module, "reset_iter_state")] if is_wrapped(model) else []
-    )
+    return list(filter(is_wrapped, model.modules())) if is_wrapped(model) else []
 
 
 def is_wrapped(model: nn.Module) -> bool:
