@@ -19,11 +19,11 @@ from aymen_gpt.errors import AymenError
 from aymen_gpt.model.folders import checkpoints
 from aymen_gpt.model.gpt import GPT, GPTConfig
 from aymen_gpt.model.huggingface import load_pretrained
-from aymen_gpt.training import optim
+from aymen_gpt.training import optim, sharding
 from aymen_gpt.training.distributed import Ranks
-from aymen_gpt.training.muon import Muon, flops, is_matrix, orthogonalise, pieces
+from aymen_gpt.training.muon import Muon, flops, is_matrix, move_of
 
-CONFIG = GPTConfig(block_size=8, vocab_size=100, n_layer=2, n_head=2, n_embd=24)
+CONFIG = GPTConfig(block_size=8, vocab_size=100, n_layer=2, n_head=2, n_embd=20)
 RATES = {"lr": 1e-2, "matrix_rate": 0.02, "betas": (0.9, 0.95), "weight_decay": 0.1}
 
 
@@ -121,8 +121,7 @@ def test_the_stated_flops_are_those_of_the_products():
     with FlopCounterMode(display=False) as counter:
         for name, p in model.named_parameters():
             if is_matrix(name):
-                for piece in pieces(name, p.detach()):
-                    orthogonalise(piece[None])
+                move_of(p.detach()[None], 3 if "c_attn" in name else 1)
     assert counter.get_total_flops() == flops(CONFIG.n_layer, CONFIG.n_embd)
 
 
@@ -142,14 +141,22 @@ def on_ranks(world_size, work):
     return [os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) for child in children]
 
 
-@pytest.mark.parametrize("world_size", [2, 3])
-def test_any_number_of_ranks_makes_the_same_update(tmp_path, monkeypatch, world_size):
+@pytest.mark.parametrize(("world_size", "size"), [(2, 1), (2, 2), (3, 3), (4, 2)])
+def test_any_number_of_ranks_makes_the_same_update(tmp_path, monkeypatch, world_size, size):
+    """Each with a copy of the model, all with parts of one (20 rows for 3), or parts of two copies."""
+
     def three_updates(ranks):
-        model, optimizer = model_and_optimizer(ranks)
+        model = sharding.new_model(CONFIG, 0, size if ranks.world_size > 1 else 1, ranks, torch.device("cpu"))
+        optimizer = Muon(model, ranks, **RATES)
+        optim.start_moments(model, optimizer)
+        twin = GPT(CONFIG)
         for step in range(3):
-            give_gradients(model, step)
+            give_gradients(twin, step)
+            for p, q in zip(model.parameters(), twin.parameters(), strict=True):
+                p.grad = torch.zeros_like(p)
+                sharding.put(p.grad, q.grad)
             optimizer.step()
-        return model.state_dict()
+        return {name: sharding.total(p.detach()) for name, p in model.named_parameters()}
 
     def work(rank):
         meet = f"file://{tmp_path}/meet"
@@ -162,7 +169,8 @@ def test_any_number_of_ranks_makes_the_same_update(tmp_path, monkeypatch, world_
     alone = three_updates(Ranks())
     for rank in range(world_size):
         for name, t in torch.load(tmp_path / f"{rank}.pt").items():
-            assert torch.equal(t, alone[name]), (rank, name)
+            assert torch.equal(t, alone[name]) or not is_matrix(name), (rank, name)
+            torch.testing.assert_close(t, alone[name])  # AdamW rounds the last rows of a part in another way
 
 
 def pretrain(world_size, *words, dying=None):

@@ -56,14 +56,6 @@ class Ranks:
         self._together(dist.all_reduce, values, async_op=True)
         return values
 
-    def share(self, mine: Tensor) -> Tensor:
-        """The tensors of all ranks, (n, ...) of each, in order of rank: (world_size n, ...), alike on all."""
-        if self.world_size == 1:
-            return mine
-        whole = mine.new_empty(self.world_size * mine.size(0), *mine.shape[1:])
-        self._together(dist.all_gather, [*whole.chunk(self.world_size)], mine.contiguous(), async_op=True)
-        return whole
-
     def gather(self, value: T) -> list[T]:
         """Every rank's value (anything that can be pickled), in order of rank, on every rank."""
         values = [value] * self.world_size

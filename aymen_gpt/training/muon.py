@@ -12,13 +12,13 @@ directions as in its strong ones. Few are strong in the gradients of hidden laye
 """
 
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 
 import torch
 from torch import Tensor, nn
 
 from aymen_gpt.training.distributed import Ranks
-from aymen_gpt.training.sharding import first_row, gather_rows, local
+from aymen_gpt.training.sharding import deal_back, deal_out, local
 
 MOMENTUM = 0.95
 STEPS, COEFFICIENTS = 5, (3.4445, -4.7750, 2.0315)
@@ -55,13 +55,15 @@ def is_matrix(name: str) -> bool:
     return name.startswith("h.") and name.endswith(("c_attn.weight", "c_proj.weight", "c_fc.weight"))
 
 
-def pieces(name: str, t: Tensor) -> Iterator[Tensor]:
-    """Views of a matrix of the model, or of its gradient, that are orthogonalised apart, none with m > n.
+def move_of(ahead: Tensor, apart: int) -> Tensor:
+    """O of each of the gradients (b, R, C), of ``apart`` matrices one below the other: (b, R, C).
 
     Queries, keys and values come of three matrices that happen to lie in one tensor, c_attn.
     """
-    for piece in t.chunk(3) if "c_attn" in name else (t,):
-        yield piece.mT if piece.size(0) > piece.size(1) else piece
+    matrices = ahead.view(len(ahead) * apart, -1, ahead.size(2))
+    if matrices.size(1) > matrices.size(2):
+        return orthogonalise(matrices.mT).mT.reshape(ahead.shape)
+    return orthogonalise(matrices).view(ahead.shape)
 
 
 def zero_residual_projections(model: nn.Module) -> None:
@@ -75,10 +77,10 @@ def zero_residual_projections(model: nn.Module) -> None:
 class Muon(torch.optim.Optimizer):
     """Muon for the blocks' matrices, AdamW (eps 1e-8) for embeddings, biases and gains.
 
-    Ranks that have the same rows of a parameter must have the same gradient. All gather the matrices of a batch,
-    each orthogonalises its share, then all get all, so their weights stay equal to the last bit. ``state`` holds,
-    by parameter, ``momentum`` of the former and AdamW's ``exp_avg``, ``exp_avg_sq`` and ``step`` of the others;
-    optim.start_moments makes it.
+    Ranks that have the same rows of a parameter must have the same gradient. Each rank gets a share of the
+    matrices whole, orthogonalises them and gives all others their rows, so copies of a weight stay equal to the
+    last bit. ``state`` holds, by parameter, ``momentum`` of the former and AdamW's ``exp_avg``, ``exp_avg_sq`` and
+    ``step`` of the others; optim.start_moments makes it.
 
     ``lr`` is AdamW's rate. Groups whose rate is another have it as ``times`` that of the schedule.
     """
@@ -110,34 +112,26 @@ class Muon(torch.optim.Optimizer):
     def step(self, closure: Callable[[], float] | None = None) -> None:  # type: ignore[override]
         """Make one update from the gradients ``p.grad``."""
         assert closure is None
-        same: dict[int, list[tuple[str, Tensor]]] = {}  # those whose pieces have the same shape
+        kinds: dict[str, list[Tensor]] = {}
         for name, p in self.matrices.items():
-            same.setdefault(p.numel() // (3 if "c_attn" in name else 1), []).append((name, p))
-        for size, matrices in same.items():
-            at_once = max(BATCH // (2 * size), 1) * self.ranks.world_size
+            kinds.setdefault(name.split(".", 2)[2], []).append(p)
+        for kind, matrices in kinds.items():
+            at_once = max(BATCH // matrices[0].numel(), 1) * self.ranks.world_size
             for first in range(0, len(matrices), at_once):
-                self._move(matrices[first : first + at_once])
+                self._move(matrices[first : first + at_once], 3 if "c_attn" in kind else 1)
         self.adamw.step()
 
-    def _move(self, matrices: list[tuple[str, Tensor]]) -> None:
-        """Move these parameters, whose pieces all have the same shape."""
+    def _move(self, matrices: list[Tensor], apart: int) -> None:
+        """Move parameters of one kind, each of ``apart`` matrices one below the other."""
         rate, decay = (self.param_groups[0][key] for key in ("lr", "weight_decay"))
-        ahead: list[Tensor] = []  # by half a step of Nesterov's, piece by piece
-        for name, p in matrices:
-            assert p.grad is not None, name
+        ahead = []  # by half a step of Nesterov's
+        for p in matrices:
+            assert p.grad is not None
             momentum = local(self.state[p]["momentum"]).lerp_(local(p.grad), 1 - MOMENTUM)
-            with self.ranks.meeting():
-                ahead += pieces(name, gather_rows(p, torch.lerp(local(p.grad), momentum, MOMENTUM)))
-        share = -(-len(ahead) // self.ranks.world_size)
-        batch = ahead[0].new_zeros(share, *ahead[0].shape)  # zeros where the last ranks have less
-        for place, piece in zip(batch, ahead[self.ranks.rank * share :][:share], strict=False):
-            place.copy_(piece)
-        moved = iter(self.ranks.share(orthogonalise(batch)))
-        for name, p in matrices:
-            step, mine, first = torch.empty(p.shape, device=batch.device), local(p), first_row(p)
-            parts = list(pieces(name, step))
-            for piece in parts:
-                piece.copy_(next(moved))
-            outputs, inputs = p.size(0) / len(parts), p.size(1)
-            mine.mul_(1 - rate * decay)
-            mine.add_(step[first : first + mine.size(0)], alpha=-rate * math.sqrt(max(1, outputs / inputs)))
+            ahead.append(torch.lerp(local(p.grad), momentum, MOMENTUM))
+        outputs, inputs = matrices[0].size(0) / apart, matrices[0].size(1)
+        with self.ranks.meeting():
+            moves = move_of(deal_out(matrices[0], ahead), apart)
+            for p, move in zip(matrices, deal_back(matrices[0], moves, len(matrices)), strict=True):
+                mine = local(p).mul_(1 - rate * decay)
+                mine.add_(move, alpha=-rate * math.sqrt(max(1, outputs / inputs)))

@@ -134,14 +134,48 @@ def put(t: Tensor, whole: Tensor) -> None:
     mine.copy_(whole[first : first + mine.size(0)])
 
 
-def gather_rows(like: Tensor, mine: Tensor) -> Tensor:
-    """The whole tensor on every rank, whose rows lie as those of ``like`` do and are ``mine`` here."""
-    if not is_dealt(like):
-        return mine
-    from torch.distributed.tensor import DTensor
+def heights(t: Tensor) -> list[int]:
+    """How many rows of a dealt tensor each rank of a copy has, by torch.chunk's rule."""
+    size = copy_size(t)
+    most = -(-t.size(0) // size)
+    return [min(max(t.size(0) - i * most, 0), most) for i in range(size)]
 
-    layout: Any = {"shape": like.shape, "stride": like.stride()}
-    return DTensor.from_local(mine, like.device_mesh, like.placements, run_check=False, **layout).full_tensor()
+
+def deal_out(like: Tensor, rows: list[Tensor]) -> Tensor:
+    """This rank's share, whole, of n matrices that lie as ``like`` does, ``rows`` of each here: (share, R, C).
+
+    Each copy of the model takes a part of the matrices, and its ranks as many each, zeros where none are left. So
+    a rank never holds more than its share, however many there are.
+    """
+    if not is_dealt(like):
+        return torch.stack(rows)
+    size, (height, C) = copy_size(like), rows[0].shape
+    share = -(-len(rows) // dist.get_world_size())
+    first = dist.get_rank() // size * size * share
+    mine = rows[0].new_zeros(size * share, height, C)
+    for place, matrix in zip(mine, rows[first : first + size * share], strict=False):
+        place.copy_(matrix)
+    counts = [share * n * C for n in heights(like)]
+    whole, group = mine.new_empty(sum(counts)), like.device_mesh["shard"].get_group()
+    dist.all_to_all_single(whole, mine.view(-1), counts, [share * height * C] * size, group)
+    return torch.cat([t.view(share, -1, C) for t in whole.split(counts)], 1)
+
+
+def deal_back(like: Tensor, share: Tensor, n: int) -> Tensor:
+    """The way back, from each rank's share of n matrices to this rank's rows of all of them: (n, rows, C)."""
+    if not is_dealt(like):
+        return share
+    size, world = copy_size(like), dist.get_world_size()
+    parts = share.split(heights(like), 1)
+    height = parts[dist.get_rank() % size].size(1)
+    mine, whole = share.new_empty(size * len(share), height, like.size(1)), torch.cat([p.flatten() for p in parts])
+    counts, group = [p.numel() for p in parts], like.device_mesh["shard"].get_group()
+    dist.all_to_all_single(mine.view(-1), whole, [mine.numel() // size] * size, counts, group)
+    if size == world:
+        return mine[:n]
+    of_all = mine.new_empty(world * len(share), *mine.shape[1:])
+    dist.all_gather_single(of_all, mine, like.device_mesh["replicate"].get_group())
+    return of_all[:n]
 
 
 def gather_to(owner: int, t: Tensor) -> Tensor | None:
