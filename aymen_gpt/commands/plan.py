@@ -85,7 +85,7 @@ def model_lines(c: TrainConfig) -> Iterator[str]:
     if c.optimizer == "muon":
         beside = muon.flops(m.n_layer, m.n_embd)
         more = 100 * beside / (c.tokens_per_step * m.flops_per_token)
-        share = "of which each device does its share"
+        share = f"which up to {m.n_layer} devices share"
         yield f"muon      {beside:.3g} float32 FLOPs more an update ({more:.2g} %), {share}"
 
 
