@@ -127,6 +127,82 @@ class Line:
             while self.tickets.index(ticket) == ahead:
                 await self.moved.wait()
 
+    async def turn(self, ticket: object) -> None:
+        """Wait until none is before."""
+        async for _ in self.ahead(ticket):
+            pass
+
+
+class Engine:
+    """Computes with some models: in one thread, for the requests that wait in a line for each model."""
+
+    def __init__(self, served: Models) -> None:
+        self.served = served
+        self.lines: defaultdict[str, Line] = defaultdict(Line)
+        self.thread, self.loading = ThreadPoolExecutor(1, "model"), asyncio.Lock()
+
+    async def compute(self, function: Callable[..., T], *args: Any) -> T:
+        """What a function of models.py gives."""
+        return await asyncio.get_running_loop().run_in_executor(self.thread, function, *args)
+
+    async def load(self, name: str) -> GPT:
+        async with self.loading:
+            return await asyncio.to_thread(self.served.load, name)
+
+    async def deltas(self, answer: Iterator[Delta]) -> AsyncIterator[Delta]:
+        try:
+            while (delta := await self.compute(next, answer, None)) is not None:
+                yield delta
+        finally:
+            self.thread.submit(answer.close)  # type: ignore[attr-defined]  # after the token that is being made
+
+    def line(self, name: str) -> Line:
+        """The line for a model that exists, if it is not too long."""
+        line = self.lines[self.served.find(name) and name]
+        line.check()
+        return line
+
+    async def choices(self, asked: Completion) -> AsyncIterator[dict[str, Any]]:
+        """The answers to a request, one after the other, piece by piece."""
+        model = await self.load(asked.model)
+        for index, prompt in enumerate(prompt for prompt in asked.prompts() for _ in range(asked.n)):
+            async for piece in self.pieces(asked, model, prompt, index):
+                yield piece
+
+    async def pieces(
+        self, asked: Completion, model: GPT, prompt: list[int], index: int
+    ) -> AsyncIterator[dict[str, Any]]:
+        """One answer, ``choices[index]`` of OpenAI's form."""
+        top, offset = asked.logprobs or 0, 0
+        if asked.echo:
+            tokens = await self.compute(models.read, model, prompt, top)
+            text = tokenizer.gpt2().decode(prompt)
+            yield choice(index, Delta(text, tokens, "length"), asked.logprobs, 0, made=0)
+            offset = len(text)
+        elif not asked.max_tokens:
+            yield choice(index, Delta("", [], "length"), asked.logprobs, 0, made=0)
+        if not asked.max_tokens:
+            return
+        seed = (uuid.uuid4().int if asked.seed is None else asked.seed + index % asked.n) % 2**63
+        answer = models.answer(
+            model, prompt, asked.max_tokens, temperature=asked.temperature, top_k=asked.top_k,
+            top_p=asked.top_p, seed=seed, stop=asked.stops(), top=top,
+        )  # fmt: skip
+        async for delta in self.deltas(answer):
+            yield choice(index, delta, asked.logprobs, offset, made=len(delta.tokens))
+            offset += len(delta.text)
+
+    async def inspect(self, asked: Text) -> dict[str, Any]:
+        """Of each token of a text its loss and likeliest alternatives, and the attention of one head."""
+        c, model = self.served.config, await self.load(asked.model)
+        every = [tokenizer.EOT, *tokenizer.encode(asked.text).tolist()]
+        ids = every[: c.block_size]
+        tokens = await self.compute(models.read, model, ids, TOP)
+        weights = await self.compute(models.attention, model, ids[:MOST_SHOWN], asked.layer, asked.head)
+        rounded = [[round(weight, 3) for weight in row] for row in weights]
+        sizes = {"layers": c.n_layer, "heads": c.n_head, "cut": len(ids) < len(every)}
+        return {"logprobs": as_logprobs(tokens, 0), "attention": rounded} | sizes
+
 
 def app(served: Models, *, hosts: list[str], curves: Callable[[], str]) -> FastAPI:
     """The server of some models, for the Host names in ``hosts``; ``curves`` draws SVG for the page."""
@@ -134,23 +210,7 @@ def app(served: Models, *, hosts: list[str], curves: Callable[[], str]) -> FastA
         title="Aymen-GPT", version=aymen_gpt.__version__, dependencies=[Depends(own_page)], docs_url=None
     )
     api.add_middleware(TrustedHostMiddleware, allowed_hosts=hosts, www_redirect=False)
-    lines: defaultdict[str, Line] = defaultdict(Line)
-    thread, loading = ThreadPoolExecutor(1, "model"), asyncio.Lock()
-
-    async def compute(function: Callable[..., T], *args: Any) -> T:
-        """What a function of models.py gives, computed in the one thread that does."""
-        return await asyncio.get_running_loop().run_in_executor(thread, function, *args)
-
-    async def load(name: str) -> GPT:
-        async with loading:
-            return await asyncio.to_thread(served.load, name)
-
-    async def deltas(answer: Iterator[Delta]) -> AsyncIterator[Delta]:
-        try:
-            while (delta := await compute(next, answer, None)) is not None:
-                yield delta
-        finally:
-            thread.submit(answer.close)  # type: ignore[attr-defined]  # after the token that is being made
+    engine, c = Engine(served), served.config
 
     @api.exception_handler(Refusal)
     async def refused(request: Request, refusal: Refusal) -> JSONResponse:
@@ -168,51 +228,21 @@ def app(served: Models, *, hosts: list[str], curves: Callable[[], str]) -> FastA
     @api.post("/v1/completions")
     async def complete(request: Request) -> Response:
         asked = await read_body(request, Completion)
-        name, prompts = asked.model, asked.prompts()
+        prompts = asked.prompts()
         if not prompts or len(prompts) * asked.n > MOST_ANSWERS:
             raise Refusal(400, f"{len(prompts)} prompts x n = {asked.n}: 1 to {MOST_ANSWERS} answers a request")
         for prompt in prompts:
-            check_ids(prompt, served.config.block_size)
-        served.find(name)
-        line = lines[name]
-        line.check()
+            check_ids(prompt, c.block_size)
+        line = engine.line(asked.model)
         head = {"id": f"cmpl-{uuid.uuid4().hex}", "object": "text_completion", "created": int(time.time())}
-        head |= {"model": name}
-
-        async def choices() -> AsyncIterator[dict[str, Any]]:
-            model = await load(name)
-            for index in range(len(prompts) * asked.n):
-                prompt = prompts[index // asked.n]
-                async for choice in one(model, prompt, index):
-                    yield choice
-
-        async def one(model: GPT, prompt: list[int], index: int) -> AsyncIterator[dict[str, Any]]:
-            top, offset = asked.logprobs or 0, 0
-            if asked.echo:
-                tokens = await compute(models.read, model, prompt, top)
-                text = tokenizer.gpt2().decode(prompt)
-                yield choice(index, Delta(text, tokens, "length"), asked.logprobs, 0, made=0)
-                offset = len(text)
-            elif not asked.max_tokens:
-                yield choice(index, Delta("", [], "length"), asked.logprobs, 0, made=0)
-            if not asked.max_tokens:
-                return
-            seed = (uuid.uuid4().int if asked.seed is None else asked.seed + index % asked.n) % 2**63
-            answer = models.answer(
-                model, prompt, asked.max_tokens, temperature=asked.temperature, top_k=asked.top_k,
-                top_p=asked.top_p, seed=seed, stop=asked.stops(), top=top,
-            )  # fmt: skip
-            async for delta in deltas(answer):
-                yield choice(index, delta, asked.logprobs, offset, made=len(delta.tokens))
-                offset += len(delta.text)
-
+        head |= {"model": asked.model}
         if asked.stream:
-            return StreamingResponse(events(line, choices, head), media_type="text/event-stream")
+            pieces = events(line, lambda: engine.choices(asked), head)
+            return StreamingResponse(pieces, media_type="text/event-stream")
         found: dict[int, dict[str, Any]] = {}
         with line.place() as ticket:
-            async for _ in line.ahead(ticket):
-                pass
-            async for part in choices():
+            await line.turn(ticket)
+            async for part in engine.choices(asked):
                 join(found, part)
                 if await request.is_disconnected():
                     return Response(status_code=499)
@@ -223,28 +253,17 @@ def app(served: Models, *, hosts: list[str], curves: Callable[[], str]) -> FastA
 
     @api.post("/api/inspect")
     async def inspect(request: Request) -> dict[str, Any]:
-        """Of each token of a text its loss and likeliest alternatives, and the attention of one head."""
         asked = await read_body(request, Text)
-        c, line = served.config, lines[served.find(asked.model) and asked.model]
+        line = engine.line(asked.model)
         if asked.layer >= c.n_layer or asked.head >= c.n_head:
             raise Refusal(400, f"this model has layers 0 to {c.n_layer - 1} and heads 0 to {c.n_head - 1}")
-        line.check()
         with line.place() as ticket:
-            async for _ in line.ahead(ticket):
-                pass
-            model = await load(asked.model)
-            every = [tokenizer.EOT, *tokenizer.encode(asked.text).tolist()]
-            ids = every[: c.block_size]
-            tokens = await compute(models.read, model, ids, TOP)
-            shown = ids[: min(len(ids), MOST_SHOWN)]
-            weights = await compute(models.attention, model, shown, asked.layer, asked.head)
-        rounded = [[round(weight, 3) for weight in row] for row in weights]
-        sizes = {"layers": c.n_layer, "heads": c.n_head, "cut": len(ids) < len(every)}
-        return {"logprobs": as_logprobs(tokens, 0), "attention": rounded} | sizes
+            await line.turn(ticket)
+            return await engine.inspect(asked)
 
     @api.get("/api/state")
     async def state() -> dict[str, Any]:
-        waiting = {name: len(line.tickets) for name, line in lines.items() if line.tickets}
+        waiting = {name: len(line.tickets) for name, line in engine.lines.items() if line.tickets}
         return {"name": served.name, "steps": served.steps(), "waiting": waiting}
 
     @api.get("/")
