@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from aymen_gpt.training.config import TrainConfig
 from aymen_gpt.training.muon import Muon
 from aymen_gpt.training.sharding import total
 
@@ -84,6 +85,12 @@ def learning_rate(
         return peak * (min_ratio + (1 - min_ratio) * min(max(steps - step, 0) / (DECAY * steps), 1.0))
     progress = min((step - warmup_steps) / max(steps - warmup_steps, 1), 1.0)
     return peak * (min_ratio + (1 - min_ratio) * 0.5 * (1 + math.cos(math.pi * progress)))
+
+
+def scheduled_rate(c: TrainConfig, step: int) -> float:
+    """Rate of update ``step`` of a run."""
+    ends: dict[str, Any] = {"warmup_steps": c.warmup_steps, "steps": c.steps, "min_ratio": c.min_lr_ratio}
+    return learning_rate(step, peak=c.learning_rate, schedule=c.schedule, **ends)
 
 
 def set_learning_rate(optimizer: torch.optim.Optimizer, lr: float) -> None:

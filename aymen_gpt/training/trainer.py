@@ -174,7 +174,7 @@ class Trainer:
         numbers = self.ranks.sum(torch.stack(shared))  # type: ignore[arg-type]
         mean_loss, grad_norm, *counts = numbers.cpu().tolist()  # the only place where the host waits for a GPU
         row: Row = {"step": step + 1, "tokens": self.first_row(step + 1) * c.block_size, "loss": finite(mean_loss)}
-        row |= {"lr": self.learning_rate(step), "grad_norm": finite(grad_norm)}
+        row |= {"lr": optim.scheduled_rate(c, step), "grad_norm": finite(grad_norm)}
         wrong, skip = self.judge(mean_loss, grad_norm)
         if skip:
             row |= {"skipped": wrong, "documents": self.documents(step, losses)}
@@ -191,11 +191,6 @@ class Trainer:
         if peak:
             row["mfu"] = rate * self.model.config.flops_per_token / (peak * self.ranks.world_size)
         return row, [count > 0 for count in counts]
-
-    def learning_rate(self, step: int) -> float:
-        c = self.config
-        ends = {"warmup_steps": c.warmup_steps, "steps": c.steps, "min_ratio": c.min_lr_ratio}
-        return optim.learning_rate(step, peak=c.learning_rate, schedule=c.schedule, **ends)  # type: ignore[arg-type]
 
     def judge(self, loss: float, norm: float) -> tuple[str | None, bool]:
         """What is wrong with a step, None mostly, and whether it may not touch the weights."""
@@ -343,23 +338,9 @@ class Trainer:
         checkpoint could be saved.
         """
         c = self.config
-        row, changed = self.resume(folder, log, mode, override)
-        step = row["step"] if row else 0
-        if step >= c.steps and self.ranks.first(lambda: is_finished(folder, step)):
-            if log:
-                log.say(f"{folder} is finished, at step {step}: to train on, raise --steps")
+        step = self.begin(folder, log, describe, mode, override)
+        if step >= c.steps:
             return
-        self.can_be_whole = all(self.ranks.gather(self.can_be_whole))
-        if not c.micro_batch:
-            self.fit_micro_batch()
-        elif self.compiled:
-            self._fits(self.micro_batch)  # to find out whether it can be compiled
-        if log:
-            log.start(describe(), step if row else None, changed)
-        if row is None:
-            self.report(log, {"step": 0, "tokens": 0, "val_loss": finite(self.validation_loss())})
-        elif self.ranks.broadcast(log is not None and log.last_step() < step):
-            self.report(log, row)  # killed between the checkpoint and its row
         warn = log.say if log else print
         with (
             checkpoint.Saver(folder, warn, c.keep_last, c.is_milestone, self.ranks) as saver,
@@ -394,6 +375,34 @@ class Trainer:
                         f"stopped by {stop.name} at step {step} of {c.steps} and saved: run the same command "
                         "again to continue"
                     )
+
+    def begin(
+        self,
+        folder: Path,
+        log: RunLog | None,
+        describe: Callable[[], dict[str, Any]],
+        mode: str,
+        override: Sequence[str],
+    ) -> int:
+        """Get ready to train, and return the steps that are done."""
+        row, changed = self.resume(folder, log, mode, override)
+        step: int = row["step"] if row else 0
+        if step >= self.config.steps and self.ranks.first(lambda: is_finished(folder, step)):
+            if log:
+                log.say(f"{folder} is finished, at step {step}: to train on, raise --steps")
+            return step
+        self.can_be_whole = all(self.ranks.gather(self.can_be_whole))
+        if not self.config.micro_batch:
+            self.fit_micro_batch()
+        elif self.compiled:
+            self._fits(self.micro_batch)  # to find out whether it can be compiled
+        if log:
+            log.start(describe(), step if row else None, changed)
+        if row is None:
+            self.report(log, {"step": 0, "tokens": 0, "val_loss": finite(self.validation_loss())})
+        elif self.ranks.broadcast(log is not None and log.last_step() < step):
+            self.report(log, row)  # killed between the checkpoint and its row
+        return step
 
     def wait_for_save(self, saver: checkpoint.Saver) -> None:
         """Return when the save under way is done; every rank raises CannotWrite when it failed."""
