@@ -134,7 +134,7 @@ class Line:
 
 
 class Engine:
-    """Computes with some models: in one thread, for the requests that wait in a line for each model."""
+    """Runs the models in one thread, for requests that wait in a line per model."""
 
     def __init__(self, served: Models) -> None:
         self.served = served
@@ -162,10 +162,10 @@ class Engine:
         line.check()
         return line
 
-    async def choices(self, asked: Completion) -> AsyncIterator[dict[str, Any]]:
+    async def choices(self, asked: Completion, prompts: list[list[int]]) -> AsyncIterator[dict[str, Any]]:
         """The answers to a request, one after the other, piece by piece."""
         model = await self.load(asked.model)
-        for index, prompt in enumerate(prompt for prompt in asked.prompts() for _ in range(asked.n)):
+        for index, prompt in enumerate(prompt for prompt in prompts for _ in range(asked.n)):
             async for piece in self.pieces(asked, model, prompt, index):
                 yield piece
 
@@ -237,12 +237,12 @@ def app(served: Models, *, hosts: list[str], curves: Callable[[], str]) -> FastA
         head = {"id": f"cmpl-{uuid.uuid4().hex}", "object": "text_completion", "created": int(time.time())}
         head |= {"model": asked.model}
         if asked.stream:
-            pieces = events(line, lambda: engine.choices(asked), head)
+            pieces = events(line, lambda: engine.choices(asked, prompts), head)
             return StreamingResponse(pieces, media_type="text/event-stream")
         found: dict[int, dict[str, Any]] = {}
         with line.place() as ticket:
             await line.turn(ticket)
-            async for part in engine.choices(asked):
+            async for part in engine.choices(asked, prompts):
                 join(found, part)
                 if await request.is_disconnected():
                     return Response(status_code=499)

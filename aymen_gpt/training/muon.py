@@ -22,7 +22,7 @@ from aymen_gpt.training.sharding import deal_back, deal_out, local
 
 MOMENTUM = 0.95
 STEPS, COEFFICIENTS = 5, (3.4445, -4.7750, 2.0315)
-BATCH = 2**26  # numbers of the matrices that are orthogonalised at once: 256 MB, and about twice that beside it
+BATCH = 2**26  # numbers of the matrices that are orthogonalised at once: 256 MB, and four times that beside it
 
 
 def orthogonalise(x: Tensor) -> Tensor:
@@ -56,13 +56,13 @@ def is_matrix(name: str) -> bool:
 
 
 def move_of(ahead: Tensor, apart: int) -> Tensor:
-    """O of each of the gradients (b, R, C), of ``apart`` matrices one below the other: (b, R, C).
+    """O of each of the gradients (b, R, C), each of which is ``apart`` matrices stacked: (b, R, C).
 
     Queries, keys and values come of three matrices that happen to lie in one tensor, c_attn.
     """
     matrices = ahead.view(len(ahead) * apart, -1, ahead.size(2))
     if matrices.size(1) > matrices.size(2):
-        return orthogonalise(matrices.mT).mT.reshape(ahead.shape)
+        return orthogonalise(matrices.mT.contiguous()).mT.reshape(ahead.shape)
     return orthogonalise(matrices).view(ahead.shape)
 
 
@@ -122,7 +122,7 @@ class Muon(torch.optim.Optimizer):
         self.adamw.step()
 
     def _move(self, matrices: list[Tensor], apart: int) -> None:
-        """Move parameters of one kind, each of ``apart`` matrices one below the other."""
+        """Move parameters of one kind, each of which is ``apart`` matrices stacked."""
         rate, decay = (self.param_groups[0][key] for key in ("lr", "weight_decay"))
         ahead = []  # by half a step of Nesterov's
         for p in matrices:
@@ -131,7 +131,10 @@ class Muon(torch.optim.Optimizer):
             ahead.append(torch.lerp(local(p.grad), momentum, MOMENTUM))
         outputs, inputs = matrices[0].size(0) / apart, matrices[0].size(1)
         with self.ranks.meeting():
-            moves = move_of(deal_out(matrices[0], ahead), apart)
+            whole = deal_out(matrices[0], ahead)
+            ahead.clear()
+            moves = move_of(whole, apart)
+            del whole
             for p, move in zip(matrices, deal_back(matrices[0], moves, len(matrices)), strict=True):
                 mine = local(p).mul_(1 - rate * decay)
                 mine.add_(move, alpha=-rate * math.sqrt(max(1, outputs / inputs)))

@@ -144,8 +144,8 @@ def heights(t: Tensor) -> list[int]:
 def deal_out(like: Tensor, rows: list[Tensor]) -> Tensor:
     """This rank's share, whole, of n matrices that lie as ``like`` does, ``rows`` of each here: (share, R, C).
 
-    Each copy of the model takes a part of the matrices, and its ranks as many each, zeros where none are left. So
-    a rank never holds more than its share, however many there are.
+    The copies of the model divide the matrices, and so do the ranks of a copy; all get equally many, filled up
+    with zeros.
     """
     if not is_dealt(like):
         return torch.stack(rows)
@@ -165,17 +165,20 @@ def deal_back(like: Tensor, share: Tensor, n: int) -> Tensor:
     """The way back, from each rank's share of n matrices to this rank's rows of all of them: (n, rows, C)."""
     if not is_dealt(like):
         return share
-    size, world = copy_size(like), dist.get_world_size()
+    size = copy_size(like)
     parts = share.split(heights(like), 1)
     height = parts[dist.get_rank() % size].size(1)
     mine, whole = share.new_empty(size * len(share), height, like.size(1)), torch.cat([p.flatten() for p in parts])
     counts, group = [p.numel() for p in parts], like.device_mesh["shard"].get_group()
     dist.all_to_all_single(mine.view(-1), whole, [mine.numel() // size] * size, counts, group)
-    if size == world:
+    if size == dist.get_world_size():
         return mine[:n]
-    of_all = mine.new_empty(world * len(share), *mine.shape[1:])
-    dist.all_gather_single(of_all, mine, like.device_mesh["replicate"].get_group())
-    return of_all[:n]
+    of_all, copies = mine.new_empty(n, *mine.shape[1:]), like.device_mesh["replicate"].get_group()
+    for copy, part in enumerate(of_all.split(len(mine))):  # the last copies may have no matrices
+        if copy == dist.get_rank() // size:
+            part.copy_(mine[: len(part)])
+        dist.broadcast(part, group=copies, group_src=copy)
+    return of_all
 
 
 def gather_to(owner: int, t: Tensor) -> Tensor | None:

@@ -384,7 +384,7 @@ class Trainer:
         mode: str,
         override: Sequence[str],
     ) -> int:
-        """Get ready to train, and return the steps that are done."""
+        """Get ready to train, and return how many steps are done."""
         row, changed = self.resume(folder, log, mode, override)
         step: int = row["step"] if row else 0
         if step >= self.config.steps and self.ranks.first(lambda: is_finished(folder, step)):
