@@ -88,8 +88,10 @@ def rates_of(arm: str) -> list[str]:
 class Runner:
     """Trains runs of one model on one folder of shards, each once."""
 
-    def __init__(self, given: dict[str, Any], out: Path, work: Path, jobs: int, validations: int) -> None:
-        self.given, self.out, self.work, self.validations = given, out, work, validations
+    def __init__(
+        self, given: dict[str, Any], tokens: float, validations: int, out: Path, work: Path, jobs: int
+    ) -> None:
+        self.given, self.tokens, self.validations, self.out, self.work = given, tokens, validations, out, work
         self.free, self.stopped = Semaphore(jobs), False
         self.children: list[subprocess.Popen[str]] = []
         out.mkdir(parents=True, exist_ok=True)
@@ -104,11 +106,12 @@ class Runner:
         """The whole recipe of a run, the length of its schedule and its validations included."""
         tokens_per_step = resolve(self.given).tokens_per_step
         steps = max(run.tokens // tokens_per_step, 1)
+        held_out_for = run.tokens if run.seed == TUNING_SEED else self.tokens  # final runs are compared
         rest = {
             "steps": steps,
             "run": str(self.work / run.name),
             "val_every": max(steps // self.validations, 1),
-            "val_tokens": max(2**14, int(0.3 * run.tokens / self.validations)),  # a tenth of the time
+            "val_tokens": max(2**14, int(0.3 * held_out_for / self.validations)),  # a tenth of the time
             "hellaswag_every": None,
             "checkpoint_every": max(steps // 10, 1),
             "keep_last": 2,
@@ -217,12 +220,15 @@ def spread(values: list[float | None], digits: int) -> str:
 
 
 def finals(folder: Path) -> Curves:
-    """The final runs on all tokens in a folder where each arm was tuned once."""
+    """The final runs in a folder where each arm was tuned once."""
     runs = [list(map(json.loads, path.read_text().splitlines())) for path in sorted(folder.glob("*.jsonl"))]
+    runs = [run for run in runs if run[0]["run"]["seed"] != TUNING_SEED]
+    runs.sort(key=lambda run: run[0]["run"]["seed"])
     most = max(head["run"]["steps"] for head, *_ in runs)
-    whole = [run for run in runs if run[0]["run"]["steps"] == most and run[0]["run"]["seed"] != TUNING_SEED]
-    whole.sort(key=lambda run: run[0]["run"]["seed"])
-    return {(head["run"]["arm"], 1.0, head["run"]["seed"]): rows for head, *rows in whole}
+    return {
+        (head["run"]["arm"], round(head["run"]["steps"] / most, 2), head["run"]["seed"]): rows
+        for head, *rows in runs
+    }
 
 
 def draw(curves: Curves, size: plots.Size = (640, 280)) -> Figure:
@@ -300,7 +306,7 @@ def main() -> None:
     if left := [flag(name) for name, value in given.items() if name not in of_run and value not in USUAL]:
         raise UsageError(f"{', '.join(left)}: only options of a run can be passed on to pretrain.py")
     given = {name: given[name] for name in of_run & given.keys()}
-    run = Runner(given, args.out, args.work, args.jobs, args.validations)
+    run = Runner(given, args.tokens, args.validations, args.out, args.work, args.jobs)
     for name in (signal.SIGINT, signal.SIGTERM):
         signal.signal(name, run.stop)
 

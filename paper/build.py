@@ -141,7 +141,7 @@ def draw(run: Run, out: Path) -> None:
     """The figures, as PDF; one that the run gives nothing for is removed, as another run may have left it."""
     figures: dict[str, tuple[bool, Callable[[], Figure]]] = {
         "loss": (run.last("loss") is not None, partial(plots.loss, run, (640, 300))),
-        "recipe": (True, partial(recipe.draw, recipe.finals(ROOT / RECIPES / "small"), (640, 260))),
+        "recipe": (True, partial(recipe.draw, recipe.finals(ROOT / RECIPES / "edu"), (640, 260))),
         "scores": (any(run.score(p) for p in PROTOCOLS), partial(plots.scores, run, (480, 260))),
     }
     for key in ("lr", "grad_norm", "tokens_per_second"):

@@ -1,8 +1,9 @@
 """What a run's last validation loss will be, and the HellaSwag that goes with it, from its validations so far.
 
-The law is L(s) = E + B s^-beta after s updates: that of Hoffmann et al. (arXiv:2203.15556, equation 2) at one size
-of model. It leaves out the learning rate, for laws that have it (arXiv:2408.11029) did no better on our curves
-(docs/experiments.md). docs/evaluation.md counts how often the interval held the end of a run.
+The law is L(s) = E + B s^-beta + GAIN r(s) after s updates. The first two terms are those of Hoffmann et al.
+(arXiv:2203.15556, equation 2) at one size of model. The last one is what the loss has yet to gain from the fall of
+the learning rate, r(s) of its peak (after Tissue et al., arXiv:2408.11029; docs/experiments.md says how their own
+law did on our curves). docs/evaluation.md counts how often the interval held the end of a run.
 """
 
 from collections.abc import Callable
@@ -12,9 +13,11 @@ import numpy as np
 
 from aymen_gpt.data.shards import read_manifest
 from aymen_gpt.training.config import TrainConfig
+from aymen_gpt.training.optim import scheduled_rate
 
 ODDS = 0.8  # with which the interval is to hold the last loss
-WIDTH = 0.97  # of an interval: what gives these odds on docs/results/forecast, computed in tests/test_forecast.py
+GAIN = 0.15  # nats, and WIDTH: learnt from runs of ours by tests/test_forecast.py
+WIDTH = 0.82  # of an interval: what gives these odds
 FIRST, FEWEST = 0.25, 5  # no forecast before this share of the run, nor from fewer validations
 BETAS = np.linspace(0.1, 1, 10)
 
@@ -26,14 +29,19 @@ T = 1.638  # 0.9 quantile of Student's t with 3 degrees of freedom: five pairs l
 Validations = list[tuple[int, float]]  # (step, loss in nats per token)
 
 
-def forecast(validations: Validations, steps: int, warmup_steps: int) -> dict[str, float]:
-    """The loss after ``steps`` with its interval, {} while it is too early to say.
+def forecast(validations: Validations, config: TrainConfig) -> dict[str, float]:
+    """The loss at the end of a run with its interval, {} while it is too early to say.
 
     Of the first twentieth, and of the warm-up, nothing is used. Half the interval is WIDTH times this: the scatter
     around the law, plus what the second half of the updates so far gained by it times the updates to come for each
     one done.
     """
-    used = np.array([(s / steps, loss) for s, loss in validations if s > max(steps / 20, warmup_steps)])
+    steps, begin = config.steps, max(config.steps / 20, config.warmup_steps)
+
+    def to_gain(step: int) -> float:
+        return GAIN * (scheduled_rate(config, step) - scheduled_rate(config, steps)) / config.learning_rate
+
+    used = np.array([(s / steps, loss - to_gain(s)) for s, loss in validations if s > begin])
     if len(used) < FEWEST or not FIRST <= used[-1, 0] < 1:
         return {}
     (x, y), fits = used.T, []
@@ -72,7 +80,7 @@ def forecaster(config: TrainConfig) -> Callable[[Validations], dict[str, float]]
 
     def expected(validations: Validations) -> dict[str, float]:
         try:
-            found = forecast(validations, config.steps, config.warmup_steps)
+            found = forecast(validations, config)
         except np.linalg.LinAlgError:  # no reason to stop training
             return {}
         if not found or "fineweb-edu" not in str(source).lower():
