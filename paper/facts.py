@@ -279,10 +279,9 @@ def recipe_facts(root: Path) -> Iterator[Fact]:
         yield fact(f"{name}.seeds", len(seeds), source, "the curves beside it, seeds")
         rows = [[cell.strip() for cell in line.split("|")[1:-1]] for line in text.splitlines()]
         yield fact(f"{name}.trials", rows[2][1].count(";") + 1, source, "first arm's tuning, counted")
-        results = [row for row in rows if len(row) == 6][2:]
-        for i, (arm, *cells) in enumerate(results):
-            which = slug(arm) + "-shorter" * (arm in [row[0] for row in results[:i]])  # on a share of the tokens
+        whole = {row[0]: row[1:] for row in reversed(rows) if len(row) == 6}  # an arm's first row is of all tokens
+        for arm, cells in whole.items():
             for key, shown in zip(("rates", "tokens", "loss", "share", "time"), cells, strict=True):
-                yield fact(f"{name}.{which}.{key}", shown, source, f"{arm}, {key}")
+                yield fact(f"{name}.{slug(arm)}.{key}", shown, source, f"{arm}, {key}")
                 mean = re.match(r"[\d.]+(?= \()", shown)
-                yield fact(f"{name}.{which}.{key}-mean", mean and mean[0], source, f"{arm}, mean {key}")
+                yield fact(f"{name}.{slug(arm)}.{key}-mean", mean and mean[0], source, f"{arm}, mean {key}")

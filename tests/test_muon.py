@@ -142,7 +142,7 @@ def on_ranks(world_size, work):
     return [os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) for child in children]
 
 
-@pytest.mark.parametrize(("world_size", "size"), [(2, 1), (2, 2), (3, 3), (4, 2)])
+@pytest.mark.parametrize(("world_size", "size"), [(2, 1), (3, 1), (2, 2), (3, 3), (4, 2)])
 def test_any_number_of_ranks_makes_the_same_update(tmp_path, monkeypatch, world_size, size):
     """Each with a copy of the model, all with parts of one (20 rows for 3), or parts of two copies."""
 

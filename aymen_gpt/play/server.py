@@ -158,7 +158,8 @@ class Engine:
 
     def line(self, name: str) -> Line:
         """The line for a model that exists, if it is not too long."""
-        line = self.lines[self.served.find(name) and name]
+        self.served.find(name)
+        line = self.lines[name]
         line.check()
         return line
 

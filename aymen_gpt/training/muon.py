@@ -121,20 +121,18 @@ class Muon(torch.optim.Optimizer):
                 self._move(matrices[first : first + at_once], 3 if "c_attn" in kind else 1)
         self.adamw.step()
 
+    def _ahead(self, p: Tensor) -> Tensor:
+        """Update the momentum; this rank's rows of the gradient that Nesterov's method takes."""
+        assert p.grad is not None
+        momentum = local(self.state[p]["momentum"]).lerp_(local(p.grad), 1 - MOMENTUM)
+        return torch.lerp(local(p.grad), momentum, MOMENTUM)
+
     def _move(self, matrices: list[Tensor], apart: int) -> None:
         """Move parameters of one kind, each of which is ``apart`` matrices stacked."""
         rate, decay = (self.param_groups[0][key] for key in ("lr", "weight_decay"))
-        ahead = []  # by half a step of Nesterov's
-        for p in matrices:
-            assert p.grad is not None
-            momentum = local(self.state[p]["momentum"]).lerp_(local(p.grad), 1 - MOMENTUM)
-            ahead.append(torch.lerp(local(p.grad), momentum, MOMENTUM))
         outputs, inputs = matrices[0].size(0) / apart, matrices[0].size(1)
         with self.ranks.meeting():
-            whole = deal_out(matrices[0], ahead)
-            ahead.clear()
-            moves = move_of(whole, apart)
-            del whole
+            moves = move_of(deal_out(matrices[0], [self._ahead(p) for p in matrices]), apart)
             for p, move in zip(matrices, deal_back(matrices[0], moves, len(matrices)), strict=True):
                 mine = local(p).mul_(1 - rate * decay)
                 mine.add_(move, alpha=-rate * math.sqrt(max(1, outputs / inputs)))

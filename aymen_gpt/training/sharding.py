@@ -119,12 +119,16 @@ def copy_size(t: Tensor) -> int:
     return t.device_mesh["shard"].size() if is_dealt(t) else 1
 
 
+def heights(t: Tensor) -> list[int]:
+    """How many rows of a dealt tensor each rank of a copy has, by torch.chunk's rule."""
+    size = copy_size(t)
+    most = -(-t.size(0) // size)
+    return [min(max(t.size(0) - i * most, 0), most) for i in range(size)]
+
+
 def first_row(t: Tensor) -> int:
     """The first row that this rank has of a tensor."""
-    if not is_dealt(t):
-        return 0
-    mesh = t.device_mesh["shard"]
-    return min(-(-t.size(0) // mesh.size()) * mesh.get_local_rank(), t.size(0))
+    return sum(heights(t)[: t.device_mesh["shard"].get_local_rank()]) if is_dealt(t) else 0
 
 
 @torch.no_grad()
@@ -132,13 +136,6 @@ def put(t: Tensor, whole: Tensor) -> None:
     """Make a tensor equal to ``whole``, of which this rank takes its rows."""
     mine, first = local(t), first_row(t)
     mine.copy_(whole[first : first + mine.size(0)])
-
-
-def heights(t: Tensor) -> list[int]:
-    """How many rows of a dealt tensor each rank of a copy has, by torch.chunk's rule."""
-    size = copy_size(t)
-    most = -(-t.size(0) // size)
-    return [min(max(t.size(0) - i * most, 0), most) for i in range(size)]
 
 
 def deal_out(like: Tensor, rows: list[Tensor]) -> Tensor:
